@@ -1,0 +1,60 @@
+# make demo   set up, train the embedded small model, print scores and one line of JSON
+# make test   set up, pass the tests
+# make lint   style, types, import contracts
+# make lowest the tests that touch transformers, on the oldest transformers supported
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Real data beside the project, where they are; see README, "Data".
+ifeq ($(origin LOWMEM_CFT_DATA),undefined)
+ifneq ($(wildcard ../shared/data),)
+export LOWMEM_CFT_DATA := $(abspath ../shared/data)
+endif
+endif
+
+# An activated environment or a PYTHONPATH of the user's must not leak into ours.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
+
+.PHONY: demo test lint lowest clean
+
+demo: $(VENV)/.run
+	$(BIN)/lowmem-cft demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lowest: $(VENV)/.lowest
+	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest -n auto tests/test_gradcache.py \
+	  tests/test_backbone.py tests/test_train.py tests/test_minicpm.py tests/test_imports.py
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 10); \
+	  sys.exit(None if ok else "lowmem-cft needs Python 3.10 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "pip>=25.1"
+
+$(VENV)/.run: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[check]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) install --quiet --constraint constraints.txt --group dev
+	touch $@
+
+# Laid over the environment: the lower bounds of pyproject.toml for what changes most.
+$(VENV)/.lowest: $(VENV)/.dev
+	$(PIP) install --quiet --upgrade --target $(VENV)/lowest --no-deps \
+	  transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist

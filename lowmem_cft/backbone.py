@@ -1,0 +1,331 @@
+"""The frozen backbone, 4-bit or not, and the adapter on it.
+
+The base model is loaded without its LM head, its own dropout is off, its embedding table and norms
+keep their dtype (nothing is upcast), and only the adapter's float32 weights are trained.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem_cft import sources
+from lowmem_cft.dropout import DropoutClock, IdentityDropout
+from lowmem_cft.recipe import LoraSection, ModelSection
+
+Tokenizer = Any  # transformers' PreTrainedTokenizerBase, which ships no types
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_DROPOUT_KEYS = [
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "classifier_dropout",
+    "layerdrop",
+    "residual_dropout",
+    "resid_dropout",
+    "embedding_dropout",
+]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A loaded base model.
+
+    `name`: what adapter_config.json names as its base: a hub id or folder that loads as it is.
+    `loader_kwargs`, `config_kwargs`: what `AutoModel.from_pretrained` needs besides the name, as
+    JSON values, to give the same model again.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    name: str
+    dtype: torch.dtype
+    loader_kwargs: dict[str, Any]
+    config_kwargs: dict[str, Any]
+
+
+def choose_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The recipe's compute dtype; auto takes bf16 where the device multiplies fast in it.
+
+    A CPU without bf16 instructions is several times slower in it than in float32; a GPU before
+    Ampere has float16 only.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' progress bars and notices off the console; errors still show."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # Its notice that an optional faster CPU kernel is absent reads like a failure.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+
+def load_tokenizer(name: str, revision: str | None) -> Tokenizer:
+    """The model's fast tokenizer, with a padding token.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, use_fast=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"model.id: {name} has no tokenizer that transformers can load ({_first_line(error)}); "
+            "put its tokenizer.json and tokenizer_config.json beside the weights"
+        ) from error
+    if not len(tokenizer):
+        raise ValueError(f"model.id: the tokenizer of {name} is empty")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_config(section: ModelSection, name: str) -> Any:
+    """The base model's configuration: dropout off, top layers dropped as the recipe says."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            name, revision=section.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.id: {section.id}: this transformers ({transformers.__version__}) cannot load "
+            f"its configuration without remote code: {_first_line(error)}"
+        ) from error
+    disable_base_dropout(config)
+    if section.keep_layers is not None:
+        if section.keep_layers > config.num_hidden_layers:
+            raise ValueError(
+                f"model.keep_layers: got {section.keep_layers}, but {section.id} has "
+                f"{config.num_hidden_layers} layers"
+            )
+        for key, value in _kept(config, section.keep_layers).items():
+            setattr(config, key, value)
+    return config
+
+
+def disable_base_dropout(config: Any) -> None:
+    """Set every dropout rate of a base model's configuration to 0.
+
+    A frozen base gains nothing from its own dropout, and its masks would depend on the chunking.
+    """
+    for key in _DROPOUT_KEYS:
+        if getattr(config, key, None):
+            setattr(config, key, 0.0)
+
+
+def _kept(config: Any, layers: int) -> dict[str, Any]:
+    """What changes in a configuration that keeps only its lowest layers."""
+    changed: dict[str, Any] = {"num_hidden_layers": layers}
+    if getattr(config, "layer_types", None):
+        changed["layer_types"] = list(config.layer_types[:layers])
+    if (scale := getattr(config, "scale_depth", None)) is not None:
+        # MiniCPM scales residuals by scale_depth / sqrt(layers); the kept ones keep their scale.
+        changed["scale_depth"] = scale * math.sqrt(layers / config.num_hidden_layers)
+    return changed
+
+
+def quantization_kwargs(section: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
+    """BitsAndBytesConfig fields of the recipe, as JSON values; empty if not quantized."""
+    if section.quantization == "none":
+        return {}
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": section.double_quantization,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def load_backbone(
+    section: ModelSection, device: torch.device, say: sources.Say = lambda text: None
+) -> Backbone:
+    """Load the recipe's base model, frozen and in evaluation mode.
+
+    Raises:
+        ValueError: the model, its tokenizer or an option does not exist.
+        RuntimeError: the checkpoint lacks weights of the architecture.
+    """
+    from transformers import AutoModel, BitsAndBytesConfig
+
+    name = sources.resolve(section.id, section.revision, say)
+    revision = section.revision if name == section.id else None
+    tokenizer = load_tokenizer(name, revision)
+    config = load_config(section, name)
+    dtype = choose_dtype(section.dtype, device)
+    loader_kwargs: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    if section.attention != "auto":
+        loader_kwargs["attn_implementation"] = section.attention
+    kwargs: dict[str, Any] = {**loader_kwargs, "dtype": dtype}
+    if quantization := quantization_kwargs(section, dtype):
+        loader_kwargs["quantization_config"] = quantization
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            **{key: value for key, value in quantization.items() if key != "quant_method"}
+        )
+    if device.type == "cuda":
+        kwargs["device_map"] = {"": device}
+    say(f"loading {section.id} ({section.quantization}, {loader_kwargs['dtype']}) on {device}")
+    model, info = AutoModel.from_pretrained(
+        name, config=config, revision=revision, output_loading_info=True, **kwargs
+    )
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:4])
+        raise RuntimeError(f"{section.id} lacks {len(info['missing_keys'])} weights ({missing} ..)")
+    model.requires_grad_(False)
+    model.eval()
+    keep_weight_layout(model)
+    keys = ("num_hidden_layers", "layer_types", "scale_depth")
+    cut = section.keep_layers is not None
+    config_kwargs = {key: getattr(config, key) for key in keys if cut and hasattr(config, key)}
+    return Backbone(model, tokenizer, name, dtype, loader_kwargs, config_kwargs)
+
+
+def keep_weight_layout(model: nn.Module, keep: bool = True) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at a forward in evaluation mode.
+
+    On CPUs with bf16 instructions it does so for speed. The packed layout rounds the scales to
+    bf16, and a later step's backward would not know it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", not keep)  # noqa: B010 (not a Module's)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of the linear layers (4-bit ones too) an adapter can be put on."""
+    kinds: tuple[type, ...] = (nn.Linear,)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def target_modules(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """The recipe's `lora.targets` as full module names.
+
+    Raises:
+        ValueError: a name fits no linear layer; the message lists those there are.
+    """
+    names = linear_names(model)
+    if targets == "all-linear":
+        return names
+    if isinstance(targets, str):
+        inside = {"attention": ("attn", "attention"), "mlp": ("mlp", "fc1", "fc2", "ffn")}[targets]
+        chosen = [
+            name
+            for name in names
+            if any(part.endswith(inside) for part in name.split(".")[:-1])
+            or name.split(".")[-1] in inside
+        ]
+        if not chosen:
+            raise ValueError(f"lora.targets: no {targets} layers found; {_listing(names)}")
+        return chosen
+    chosen = []
+    for target in targets:
+        fitting = [name for name in names if name == target or name.endswith(f".{target}")]
+        if not fitting:
+            raise ValueError(f"lora.targets: got {target!r}; {_listing(names)}")
+        chosen += fitting
+    return list(dict.fromkeys(chosen))
+
+
+def _listing(names: list[str]) -> str:
+    last = sorted({name.rpartition(".")[2] for name in names})
+    return f"the linear layers of this model are named {', '.join(last)}"
+
+
+def attach_adapter(model: Any, section: LoraSection, clock: DropoutClock, *, seed: int) -> Any:
+    """A PeftModel with a fresh LoRA adapter in float32 (float64 on a float64 model).
+
+    Its dropout reads `clock`; see `IdentityDropout`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=target_modules(model, section.targets),
+        use_rslora=section.rslora,
+        init_lora_weights=True if section.init == "default" else section.init,
+        bias="none",
+        task_type="FEATURE_EXTRACTION",
+    )
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(model, config)
+    if model.dtype == torch.float64:
+        peft_model.double()
+    replace_dropout(peft_model, section.dropout, clock)
+    peft_model.eval()
+    return peft_model
+
+
+def replace_dropout(peft_model: nn.Module, rate: float, clock: DropoutClock) -> None:
+    """Put identity dropout in the place of every LoRA layer's own."""
+    if not rate:
+        return
+    replaced = 0
+    for name, module in peft_model.named_modules():
+        if isinstance(dropouts := getattr(module, "lora_dropout", None), nn.ModuleDict):
+            for key in dropouts:
+                dropouts[key] = IdentityDropout(rate, f"{name}.{key}", clock)
+                replaced += 1
+    assert replaced, "LoRA layers without dropout modules: peft has changed its layout"
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def set_checkpointing(model: Any, enabled: bool) -> None:
+    """Gradient checkpointing of every layer, non-reentrant, or none.
+
+    Raises:
+        ValueError: the architecture does not support it.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if enabled and not base.supports_gradient_checkpointing:
+        raise ValueError(
+            f"memory.checkpointing: got on, but {type(base).__name__} does not support it; "
+            "set it to off and lower memory.token_budget"
+        )
+    # transformers 5.23 renamed the methods; the older names warn there.
+    kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    if enabled:
+        getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(base, f"{kind}_checkpointing_disable")()

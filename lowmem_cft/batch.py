@@ -1,0 +1,29 @@
+"""A padded chunk of token ids: what the token stage hands to the encoder.
+
+Shape suffixes: B texts of the chunk, T padded tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """`ids_BT` int64 and `mask_BT` bool (True at real tokens), both (B, T)."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+
+    def to(self, device: torch.device) -> TokenBatch:
+        return TokenBatch(
+            self.ids_BT.to(device, non_blocking=True), self.mask_BT.to(device, non_blocking=True)
+        )
+
+
+def token_positions(mask_BT: Tensor) -> Tensor:
+    """int64 (B, T): 0 at each text's first real token, whatever the padding side."""
+    return (mask_BT.long().cumsum(dim=1) - 1).clamp_(min=0)

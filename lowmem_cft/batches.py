@@ -1,0 +1,134 @@
+"""Which rows a step trains on, and which texts that makes.
+
+The order is a function of (seed, epoch), so a resumed run needs to know its step and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lowmem_cft_kernels import Candidates
+from lowmem_cft_kernels.masks import SHARED
+
+Indices = npt.NDArray[np.int64]
+
+NO_TEXT = -1
+"""Filler in `RowTable.negative_NK` where a row has fewer negatives than others."""
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Rows as indices of texts. int64; N rows, K the most negatives that a row has."""
+
+    anchor_N: Indices
+    positive_N: Indices
+    negative_NK: Indices
+
+    def __len__(self) -> int:
+        return len(self.anchor_N)
+
+
+class RowOrder:
+    """Logical batches, epoch by epoch, each a random order of the sources' rows.
+
+    Args:
+        source_sizes: rows of each source; the table holds them one after the other.
+        weights: how often an epoch goes through each source.
+        logical_batch: rows per step; an epoch's last rows that do not fill one are left out.
+
+    Raises:
+        ValueError: an epoch has fewer rows than one batch.
+    """
+
+    def __init__(
+        self,
+        source_sizes: Sequence[int],
+        weights: Sequence[float],
+        logical_batch: int,
+        seed: int,
+    ) -> None:
+        self._sizes, self._weights = source_sizes, weights
+        self._batch, self._seed = logical_batch, seed
+        sizes = zip(source_sizes, weights, strict=True)
+        self.rows_per_epoch = sum(round(size * weight) for size, weight in sizes)
+        self.steps_per_epoch = self.rows_per_epoch // logical_batch
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"train.logical_batch: got {logical_batch}, but an epoch has only "
+                f"{self.rows_per_epoch} rows; lower it or give more data"
+            )
+        self._epoch = lru_cache(maxsize=1)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> Indices:
+        generator = np.random.default_rng([self._seed, epoch])
+        parts, start = [], 0
+        for size, weight in zip(self._sizes, self._weights, strict=True):
+            times, rest = divmod(round(size * weight), size)
+            rows = [np.arange(size)] * times + [generator.permutation(size)[:rest]]
+            parts.append(np.concatenate(rows) + start)
+            start += size
+        return generator.permutation(np.concatenate(parts))
+
+    def rows(self, step: int) -> Indices:
+        """int64 (logical_batch,): the rows of step 0, 1, 2, ..."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[place * self._batch : (place + 1) * self._batch]
+
+
+@dataclass(frozen=True)
+class StepTexts:
+    """The texts of one step as one pool of P, and where each role's lie in it.
+
+    `text_P` names each pool entry's text. Queries are M places, documents N: first every row's
+    positive, then the hard negatives. All int64.
+    """
+
+    text_P: Indices
+    query_M: Tensor
+    doc_N: Tensor
+    candidates: Candidates
+
+
+def step_texts(
+    table: RowTable,
+    rows: Indices,
+    *,
+    hard_negatives: str,
+    mask_duplicates: bool,
+    encode_twins_once: bool,
+) -> StepTexts:
+    """Gather a step's texts.
+
+    Args:
+        hard_negatives: batch, own or none; see `LossSection`.
+        mask_duplicates: documents equal to a query's positive are no negatives of it.
+        encode_twins_once: one pool entry per distinct text. With dropout, twins would share a
+            mask, which changes the step; without it, this changes nothing.
+    """
+    anchor_M, positive_M = table.anchor_N[rows], table.positive_N[rows]
+    negative_MK = table.negative_NK[rows]
+    if hard_negatives == "none":
+        negative_MK = negative_MK[:, :0]
+    there_MK = negative_MK != NO_TEXT
+    document_N = np.concatenate([positive_M, negative_MK[there_MK]])
+    owner_N = np.concatenate([np.full(len(rows), SHARED), np.nonzero(there_MK)[0]])
+    text_P = np.concatenate([anchor_M, document_N])
+    place = np.arange(len(text_P))
+    if encode_twins_once:
+        text_P, place = np.unique(text_P, return_inverse=True)
+    keys = mask_duplicates
+    candidates = Candidates(
+        target_M=torch.arange(len(rows)),
+        owner_N=torch.from_numpy(owner_N) if hard_negatives == "own" else None,
+        query_key_M=torch.from_numpy(positive_M) if keys else None,
+        doc_key_N=torch.from_numpy(document_N) if keys else None,
+    )
+    query_M, doc_N = np.split(place, [len(rows)])
+    return StepTexts(text_P, torch.from_numpy(query_M), torch.from_numpy(doc_N), candidates)

@@ -1,0 +1,343 @@
+"""The command line. Nothing heavy is imported until a command needs it.
+
+Exit codes: 0 done, 2 the user's mistake, 1 anything else. Messages go to standard error, results
+to standard output. `--debug` shows the traceback behind a message.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from lowmem_cft import __version__
+
+app = typer.Typer(
+    name="lowmem-cft",
+    help="Fine-tune decoder language models into sentence-embedding models on one small GPU.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+_state = {"debug": False}
+
+# typer reads annotations at run time, where Python 3.10's dialect must do.
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value: train.steps=100."),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Do not look for anything on the hub.")]
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+    ] = False,
+) -> None:
+    _state["debug"] = debug
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _screen() -> Any:
+    from rich.console import Console
+
+    from lowmem_cft.backbone import quiet_libraries
+    from lowmem_cft.console import Screen
+
+    quiet_libraries()
+    return Screen(Console(stderr=True))
+
+
+def _go_offline(offline: bool) -> None:
+    if offline:
+        import os
+
+        # Read by huggingface_hub and datasets when they are first imported.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a preset.")],
+    overrides: Overrides = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run.")] = False,
+    offline: Offline = False,
+) -> None:
+    """Fine-tune a model, evaluate it before and after, export it."""
+    from lowmem_cft import recipe as recipes
+
+    resolved = recipes.load(recipe, overrides or [])
+    if print_config:
+        typer.echo(recipes.to_yaml(resolved), nl=False)
+        return
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite: choose one")
+    _go_offline(offline)
+    from lowmem_cft.console import before_after_table
+    from lowmem_cft.evaluate import SetScore
+    from lowmem_cft.pipeline import run_recipe
+
+    with _screen() as screen:
+        folder, metrics = run_recipe(
+            resolved, screen, resume=resume, overwrite=overwrite, offline=offline
+        )
+    before = [SetScore(**score) for score in metrics["before"]]
+    after = [SetScore(**score) for score in metrics["after"]]
+    _print(before_after_table(before, after))
+    typer.echo(f"run: {folder.path}")
+
+
+@app.command()
+def demo(overrides: Overrides = None, offline: Offline = False) -> None:
+    """Train the embedded small model on the data at hand; ends in one line of JSON."""
+    _go_offline(offline)
+    from lowmem_cft.console import before_after_table
+    from lowmem_cft.demo import run_demo
+
+    with _screen() as screen:
+        before, after, summary = run_demo(screen, offline=offline, overrides=overrides or [])
+    _print(before_after_table(before, after))
+    typer.echo(json.dumps(summary))
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[str, typer.Argument(help="Run folder, exported model, or base model.")],
+    sets: Annotated[
+        Optional[list[str]],
+        typer.Option("--set-name", "-s", help="STS set, or a file of pairs; all found if absent."),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Write the scores as JSON here.")] = None,
+    recipe: Annotated[
+        Optional[str], typer.Option(help="For a base model: the recipe that says how to embed.")
+    ] = None,
+    overrides: Overrides = None,
+    offline: Offline = False,
+) -> None:
+    """Score a model on STS sets."""
+    _go_offline(offline)
+    from lowmem_cft import evaluate, sts
+    from lowmem_cft.backbone import choose_device
+    from lowmem_cft.console import score_table
+    from lowmem_cft.loading import load_model
+    from lowmem_cft.run import library_versions, write_json
+
+    folder = evaluate.data_folder()
+    names = sets or (sts.sets_in(folder) if folder else ["demo"])
+    loaded_sets = [evaluate.load_set(name, folder, offline=offline) for name in names]
+    _check_writable(out)
+    with _screen() as screen:
+        loaded = load_model(
+            model, choose_device(), screen.say, recipe_name=recipe, overrides=overrides or []
+        )
+        scores = []
+        for one in loaded_sets:
+            scores.append(
+                evaluate.score_set(
+                    loaded.encoder,
+                    loaded.tokenizer,
+                    one,
+                    loaded.text_format,
+                    loaded.recipe.eval.token_budget,
+                )
+            )
+            screen.say(f"{one.name}: {100 * scores[-1].spearman:.2f}")
+    _print(score_table(scores))
+    result = {"model": model, **evaluate.as_json(scores), "versions": library_versions()}
+    if out is None and (Path(model) / "recipe.yaml").is_file():
+        out = Path(model) / "eval.json"
+    if out is not None:
+        write_json(out, result)
+        typer.echo(f"written: {out}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder to write; RUN/model if absent.")
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Merge the adapter into 16-bit weights.")
+    ] = False,
+) -> None:
+    """Write a finished run as a folder that SentenceTransformer(path) loads, and check it."""
+    from lowmem_cft.backbone import choose_device
+    from lowmem_cft.export import check_export, export_model
+    from lowmem_cft.loading import load_model
+    from lowmem_cft.pipeline import check_texts
+
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run} is no run folder (no recipe.yaml in it)")
+    target = out or run / "model"
+    _check_writable(target)
+    with _screen() as screen:
+        loaded = load_model(str(run), choose_device(), screen.say)
+        kind: Any = "merged" if merged else "adapter"
+        export_model(loaded.encoder, loaded.backbone, loaded.recipe, target, kind)
+        card = run / "README.md"
+        if card.is_file():
+            (target / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+        check = check_export(
+            target, kind, loaded.encoder, loaded.tokenizer, loaded.recipe, check_texts([])
+        )
+        screen.say(f"checked on {check.num_texts} texts: cosine {check.min_cosine:.6f} or more")
+    typer.echo(str(target))
+
+
+@app.command()
+def embed(
+    model: Annotated[str, typer.Argument(help="Run folder, exported model, or base model.")],
+    file: Annotated[Path, typer.Argument(help="Text file, one text a line.")],
+    out: Annotated[
+        Optional[Path], typer.Option(help=".npy or .parquet; FILE.npy if absent.")
+    ] = None,
+    recipe: Annotated[
+        Optional[str], typer.Option(help="For a base model: the recipe that says how to embed.")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write one vector per line of a file, in its order."""
+    out = out or file.with_suffix(file.suffix + ".npy")
+    if out.suffix not in (".npy", ".parquet"):
+        raise ValueError(f"--out: got {out.name}, wanted a name that ends in .npy or .parquet")
+    texts = _read_lines(file)
+    _check_writable(out)
+    from lowmem_cft.backbone import choose_device
+    from lowmem_cft.inference import embed_texts
+    from lowmem_cft.loading import load_model
+
+    with _screen() as screen:
+        loaded = load_model(
+            model, choose_device(), screen.say, recipe_name=recipe, overrides=overrides or []
+        )
+        screen.begin(len(set(texts)), 0)
+        vectors = embed_texts(
+            loaded.encoder,
+            loaded.tokenizer,
+            texts,
+            loaded.text_format,
+            token_budget=loaded.recipe.eval.token_budget,
+        )
+    _write_vectors(out, texts, vectors)
+    typer.echo(f"{out}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what is missing, and how to get it."""
+    from rich.table import Table
+
+    from lowmem_cft.backbone import quiet_libraries
+    from lowmem_cft.doctor import examine
+
+    quiet_libraries()
+    table = Table(title=f"lowmem-cft {__version__}")
+    for column in ("", "what", "found", "remedy"):
+        table.add_column(column, overflow="fold")
+    findings = examine()
+    for finding in findings:
+        table.add_row(finding.level, finding.what, finding.found, finding.remedy)
+    _print(table)
+    if any(finding.level == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes shipped with the package."""
+    from lowmem_cft.recipe import preset_names
+
+    for name in preset_names():
+        typer.echo(name)
+
+
+def _read_lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise ValueError(f"no such file: {file}")
+    try:
+        texts = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from error
+    if not texts:
+        raise ValueError(f"{file}: no lines, so nothing to embed")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise ValueError(f"{file}, line {number}: empty; remove it or put a text there")
+    return texts
+
+
+def _write_vectors(out: Path, texts: list[str], vectors: Any) -> None:
+    partial = out.with_name(out.name + ".partial")
+    if out.suffix == ".npy":
+        import numpy as np
+
+        with partial.open("wb") as stream:
+            np.save(stream, vectors)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+        pq.write_table(pa.table({"text": texts, "embedding": column}), partial)
+    partial.replace(out)
+
+
+def _check_writable(out: Path | None) -> None:
+    """Refuse a bad output place before the work is done, not after."""
+    if out is None:
+        return
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    import os
+
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--out: cannot write to {folder}; choose another place")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _report(error: BaseException, code: int) -> int:
+    if _state["debug"]:
+        raise error
+    text = str(error).strip() or type(error).__name__
+    known = isinstance(error, (ValueError, RuntimeError, OSError))
+    prefix = "error" if known else f"unexpected {type(error).__name__}"
+    suffix = "" if known else " (run again with --debug before the command for the traceback)"
+    print(f"lowmem-cft: {prefix}: {text}{suffix}", file=sys.stderr)
+    return code
+
+
+def _exit_code(command: Callable[[], object]) -> int:
+    try:
+        command()
+    except ValueError as error:
+        return _report(error, 2)
+    except KeyboardInterrupt:
+        print("lowmem-cft: stopped", file=sys.stderr)
+        return 1
+    except Exception as error:  # the outermost door: a message, or all of it with --debug
+        return _report(error, 1)
+    return 0
+
+
+def main() -> None:
+    """Entry point of the `lowmem-cft` command."""
+    sys.exit(_exit_code(app))

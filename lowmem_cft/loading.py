@@ -1,0 +1,118 @@
+"""A name on the command line -> an encoder: a run, an exported model, or a plain base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lowmem_cft import recipe as recipes
+from lowmem_cft.backbone import Backbone, load_backbone
+from lowmem_cft.corpus import query_format
+from lowmem_cft.encoder import Encoder
+from lowmem_cft.run import RunFolder
+from lowmem_cft.sources import Say
+from lowmem_cft.tokens import TextFormat, Tokenizer
+
+RECORD = "lowmem_cft.json"
+"""File of an exported model that says how it embeds."""
+
+
+_NO_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    encoder: Encoder
+    backbone: Backbone
+    recipe: recipes.Recipe
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.backbone.tokenizer
+
+    @property
+    def text_format(self) -> TextFormat:
+        return query_format(self.recipe)
+
+
+def _with_model(recipe: recipes.Recipe, **values: Any) -> recipes.Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=values)})
+
+
+def _prepared_text(recipe: recipes.Recipe, folder: Path) -> recipes.Recipe:
+    """The text section for an exported tokenizer, which applies a shared template itself."""
+    if recipe.text.document_template not in (None, recipe.text.template):
+        return recipe
+    layout = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    limit = layout["max_seq_length"] or _NO_LIMIT
+    text = {"template": recipes.TEXT_SLOT, "document_template": None, "max_tokens": limit}
+    return recipe.model_copy(update={"text": recipe.text.model_copy(update=text)})
+
+
+def _find(
+    name: str, recipe_name: str | None, overrides: Sequence[str]
+) -> tuple[recipes.Recipe, Path | None]:
+    """The recipe a model embeds by, and the folder of its adapter if it has one."""
+    path = Path(name).expanduser()
+    if (path / RECORD).is_file():
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        recipe = recipes.parse(record["recipe"], str(path / RECORD))
+        if record["kind"] == "adapter":
+            return recipe, path
+        plain = {"id": str(path), "revision": None, "quantization": "none", "keep_layers": None}
+        return _prepared_text(_with_model(recipe, **plain), path), None
+    if (path / "recipe.yaml").is_file():
+        run = RunFolder(path)
+        values = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+        if not run.adapter.is_dir():
+            raise ValueError(
+                f"{path} is a run without a final adapter; finish it with "
+                f"`lowmem-cft train {run.recipe} --resume`"
+            )
+        return recipes.parse(values, str(run.recipe)), run.adapter
+    if recipe_name is not None:
+        recipe = recipes.load(recipe_name, overrides)
+        return _with_model(recipe, id=name), None
+    values = {
+        "model": {"id": name, "quantization": "none"},
+        "data": {"sources": [{"path": "demo"}]},
+    }
+    for assignment in overrides:
+        recipes.apply_override(values, assignment)
+    return recipes.parse(values, name), None
+
+
+def load_model(
+    name: str,
+    device: torch.device,
+    say: Say,
+    *,
+    recipe_name: str | None = None,
+    overrides: Sequence[str] = (),
+) -> LoadedModel:
+    """Load a run's folder, an exported model's folder, or any base model.
+
+    Args:
+        name: folder or hub id.
+        recipe_name: for a base model, the recipe whose text and embedding sections to use.
+        overrides: for a base model, `--set` assignments.
+
+    Raises:
+        ValueError: nothing of that name, or an unfinished run.
+    """
+    recipe, adapter = _find(name, recipe_name, overrides)
+    backbone = load_backbone(recipe.model, device, say)
+    model = backbone.model
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        model.eval()
+    encoder = Encoder(model, pooling=recipe.embedding.pooling, normalize=recipe.embedding.normalize)
+    return LoadedModel(encoder, backbone, recipe)

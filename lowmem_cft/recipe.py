@@ -1,0 +1,376 @@
+"""The recipe: one YAML file that says all of a run, checked before anything is loaded.
+
+Unknown keys, wrong types and impossible values are refused with the path, what was got and what
+is allowed. `extends: NAME` starts from another recipe, `--set a.b=c` overrides single values, and
+the resolved recipe is saved with the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = resources.files("lowmem_cft") / "recipes"
+TEXT_SLOT = "{text}"
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class RecipeError(ValueError):
+    """The recipe is wrong: the message names each path, what was got and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """The backbone, and how its frozen weights are held."""
+
+    id: str = "smollm2-135m"
+    """Hub id, local folder, GGUF file, or `smollm2-135m` for the embedded default."""
+    revision: str | None = None
+    quantization: Literal["none", "nf4"] = "nf4"
+    double_quantization: bool = True
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Compute dtype; auto takes bf16 where the device is fast in it."""
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    keep_layers: Count | None = None
+    """Keep this many of the lowest layers and drop the rest."""
+
+
+class LoraSection(_Section):
+    """The adapter (LoRA, arXiv 2106.09685): the only weights that are trained."""
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear", "attention", "mlp"] | list[str] = "all-linear"
+    rslora: bool = False
+    """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+
+
+class TextSection(_Section):
+    """How a text becomes tokens."""
+
+    template: str = TEXT_SLOT
+    """For anchors and for evaluation; `{text}` stands for the text."""
+    document_template: str | None = None
+    """For positives and negatives; the same as `template` if not given."""
+    append_eos: bool = True
+    max_tokens: Count = 128
+    """Tokens of the text itself; the template and special tokens come on top, so truncation
+    never cuts a template's tail."""
+
+    @model_validator(mode="after")
+    def _slots(self) -> TextSection:
+        for name in ("template", "document_template"):
+            template = getattr(self, name)
+            if template is not None and template.count(TEXT_SLOT) != 1:
+                raise ValueError(f"{name}: got {template!r}, wanted {TEXT_SLOT} in it exactly once")
+        return self
+
+
+class EmbeddingSection(_Section):
+    """How hidden states become one vector."""
+
+    pooling: Literal["last", "eos", "mean", "weighted-mean"] = "eos"
+    normalize: bool = True
+
+
+class DataSource(_Section):
+    """One set of training rows."""
+
+    path: str
+    """File, folder, saved data set, hub id, `demo` for the embedded triplets."""
+    columns: list[str] | None = None
+    split: str = "train"
+    where: dict[str, str] | None = None
+    """Keep the rows whose column equals this text."""
+    limit: Count | None = None
+    """Draw this many rows at random by `seed`."""
+    seed: int = 0
+    weight: Positive = 1.0
+    """How often an epoch goes through the rows: 0.5 takes half of them, 2 takes them twice."""
+
+
+class DataSection(_Section):
+    sources: Annotated[list[DataSource], Field(min_length=1)]
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+class LossSection(_Section):
+    """InfoNCE over the logical batch."""
+
+    temperature: Positive = 0.05
+    hard_negatives: Literal["batch", "own", "none"] = "batch"
+    """batch: every anchor sees every row's hard negatives; own: only its row's."""
+    symmetric: bool = False
+    mask_duplicates: bool = True
+    """A text equal to the anchor or to its positive is no negative of it."""
+
+
+class TrainSection(_Section):
+    logical_batch: Annotated[int, Field(ge=2)] = 256
+    """Rows whose texts are each other's negatives: it defines the loss. Chunks do not change it."""
+    epochs: Positive | None = None
+    steps: Count | None = None
+    learning_rate: Positive = 2e-4
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Positive | None = 1.0
+    seed: int = 42
+    save_every: Count | None = None
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainSection:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(
+                f"got epochs: {self.epochs} and steps: {self.steps}, wanted one of them "
+                "(set the other to null)"
+            )
+        return self
+
+    def num_steps(self, rows_per_epoch: int) -> int:
+        """Optimizer steps of the run; one epoch where the recipe gives neither length."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round((self.epochs or 1.0) * rows_per_epoch / self.logical_batch))
+
+
+class MemorySection(_Section):
+    token_budget: Literal["auto"] | Count = "auto"
+    """Padded tokens in a chunk that is back-propagated; auto measures what fits."""
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+
+
+class EvalSection(_Section):
+    sets: list[str] = ["STSBenchmark-dev"]
+    every: Count | None = None
+    """Evaluate the first set every so many steps; before and after are always evaluated."""
+    keep_best: bool = False
+    """Export the adapter that scored best on the first set instead of the last one."""
+    limit: Count | None = None
+    """Pairs per set, the first ones."""
+    token_budget: Count = 16384
+
+    @model_validator(mode="after")
+    def _best(self) -> EvalSection:
+        if self.keep_best and (self.every is None or not self.sets):
+            raise ValueError("keep_best: got true, but it needs `every` and at least one of `sets`")
+        return self
+
+
+class OutputSection(_Section):
+    folder: str = "runs"
+    name: str | None = None
+    """The run is written to folder/name; the recipe's file name if not given."""
+    export: Literal["adapter", "merged", "none"] = "adapter"
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    text: TextSection = TextSection()
+    embedding: EmbeddingSection = EmbeddingSection()
+    data: DataSection
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    memory: MemorySection = MemorySection()
+    eval: EvalSection = EvalSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _eos(self) -> Recipe:
+        if self.embedding.pooling == "eos" and not self.text.append_eos:
+            raise ValueError("embedding.pooling: got eos, which needs text.append_eos: true")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as the number it is (YAML 1.2), where YAML 1.1 sees a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not readable as YAML: {error}") from error
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    files = (entry.name for entry in PRESETS.iterdir())
+    return sorted(name[:-5] for name in files if name.endswith(".yaml") and name[0] != "_")
+
+
+def _read(name: str, relative_to: Path | None = None) -> tuple[dict[str, Any], str]:
+    path = Path(name) if relative_to is None else relative_to / name
+    if path.is_file():
+        text, where, folder = path.read_text(encoding="utf-8"), str(path), path.parent
+    elif "/" not in name and (PRESETS / f"{name}.yaml").is_file():
+        text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+        where, folder = f"preset {name}", None
+    else:
+        close = difflib.get_close_matches(name, preset_names(), n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise RecipeError(
+            f"{name}: no such recipe file, and no preset of that name{hint}; "
+            f"presets: {', '.join(preset_names())}"
+        )
+    values = _parse_yaml(text, where)
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: got {type(values).__name__}, wanted sections such as `model:`")
+    base = values.pop("extends", None)
+    if base is None:
+        return values, where
+    if not isinstance(base, str) or base == name:
+        raise RecipeError(f"{where}: extends: got {base!r}, wanted another recipe's name")
+    return merge(_read(base, folder)[0], values), where
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` put over it, mappings merged key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(typing.cast("Mapping[str, Any]", old), value) if both else value
+    return merged
+
+
+def apply_override(values: dict[str, Any], assignment: str) -> None:
+    """Set `a.b=c` in place; c is read as YAML, numbers index lists.
+
+    Raises:
+        RecipeError: no `=`, or the path runs through something that is no section or list.
+    """
+    path, sign, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not sign or not all(keys):
+        raise RecipeError(f"--set {assignment}: wanted SECTION.KEY=VALUE, as train.steps=100")
+    value = _parse_yaml(text, f"--set {assignment}")
+    here: Any = values
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list) and key.isdigit() and int(key) < len(here):
+            slot: int | str = int(key)
+        elif isinstance(here, dict):
+            slot = key
+        else:
+            got = ".".join(keys[:depth])
+            raise RecipeError(f"--set {assignment}: {got} has no {key!r} to set")
+        if last:
+            here[slot] = value
+        elif isinstance(here, list):
+            here = here[int(slot)]
+        else:
+            here = here.setdefault(slot, {})
+
+
+def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        known = isinstance(model, type) and issubclass(model, BaseModel)
+        field = model.model_fields.get(part) if known else None
+        if field is None:
+            return None
+        model = field.annotation
+        while typing.get_origin(model) in (list, typing.Union, types.UnionType, Annotated):
+            model = typing.get_args(model)[0]
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+def _explain(error: Any) -> str:
+    unknown = error["type"] == "extra_forbidden"
+    # pydantic puts the tried branch of a union into the path: 'list[str]', 'constrained-int'
+    location = [
+        part
+        for depth, part in enumerate(error["loc"])
+        if isinstance(part, int)
+        or part.isidentifier()
+        or (unknown and depth == len(error["loc"]) - 1)
+    ]
+    path = ".".join(str(part) for part in location) or "recipe"
+    if unknown:
+        section = _section_at(location[:-1])
+        allowed = list(section.model_fields) if section else []
+        close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"{path}: unknown key{hint}; allowed: {', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"{path}: missing, and it has no default"
+    if error["type"] == "value_error":
+        return f"{path}: {error['ctx']['error']}"
+    got = repr(error["input"])
+    got = got if len(got) < 80 else got[:77] + "..."
+    wanted = error["msg"][0].lower() + error["msg"][1:]
+    return f"{path}: got {got} ({type(error['input']).__name__}); {wanted}"
+
+
+def parse(values: Mapping[str, Any], where: str) -> Recipe:
+    """Check raw values. Raises RecipeError listing everything that is wrong, a line each."""
+    try:
+        return Recipe.model_validate(_tuples(values))
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML has no tuples, and strict checking takes no list for one."""
+    values = dict(values)
+    train = values.get("train")
+    if isinstance(train, Mapping) and isinstance(train.get("betas"), list):
+        values["train"] = {**train, "betas": tuple(train["betas"])}
+    return values
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file or preset, apply overrides, check it.
+
+    Raises:
+        RecipeError: nothing of that name, not YAML, or values that do not pass.
+    """
+    values, where = _read(name)
+    for assignment in overrides:
+        apply_override(values, assignment)
+    recipe = parse(values, where)
+    if recipe.output.name is None:
+        output = recipe.output.model_copy(update={"name": Path(name).name.removesuffix(".yaml")})
+        recipe = recipe.model_copy(update={"output": output})
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, readable by `load`."""
+    values = recipe.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

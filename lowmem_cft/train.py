@@ -1,0 +1,416 @@
+"""The training loop: wires the stages, and is the only module that knows all of them.
+
+    rows -> tokens -> pool of a step -> embeddings -> loss -> gradients -> adapter -> evaluation
+
+The loss is over the whole logical batch; chunks are how it is computed and change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowmem_cft import corpus, evaluate, memory, run
+from lowmem_cft.backbone import (
+    Backbone,
+    attach_adapter,
+    choose_device,
+    load_backbone,
+    set_checkpointing,
+    trainable_parameters,
+)
+from lowmem_cft.batches import RowOrder, StepTexts, step_texts
+from lowmem_cft.cache import cache_folder, whole_folder
+from lowmem_cft.dropout import DropoutClock
+from lowmem_cft.encoder import Encoder
+from lowmem_cft.gradcache import gradcache_step
+from lowmem_cft.optimizer import make_optimizer, make_scheduler
+from lowmem_cft.recipe import Recipe
+from lowmem_cft.tokens import chunk_by_tokens, pad
+from lowmem_cft_kernels import InfoNCEResult, info_nce
+
+
+class Observer(Protocol):
+    """Who is told how training goes."""
+
+    def say(self, text: str) -> None: ...
+
+    def begin(self, num_steps: int, done: int) -> None: ...
+
+    def step(self, line: dict[str, Any]) -> None: ...
+
+    def scored(self, step: int, scores: list[evaluate.SetScore]) -> None: ...
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C: the step in work was finished and all is saved."""
+
+
+@dataclass
+class Progress:
+    """What a resumed run carries on with besides weights."""
+
+    seconds: float = 0.0
+    texts: int = 0
+    best_score: float | None = None
+    best_step: int | None = None
+    before: list[dict[str, Any]] = field(default_factory=list)
+
+
+@contextmanager
+def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C (or SIGTERM) is noted and asked for; the second one stops at once."""
+    noted = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal noted
+        if noted:
+            raise KeyboardInterrupt
+        noted = True
+
+    try:
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, where signals do not arrive anyway
+        old = {}
+    try:
+        yield lambda: noted
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One run from its recipe to its scores.
+
+    Args:
+        recipe: what to do.
+        folder: the run's folder, open.
+        observer: told of progress.
+        resume: go on from the folder's checkpoint.
+        offline: data are looked for on this machine only.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: run.RunFolder,
+        observer: Observer,
+        *,
+        resume: bool = False,
+        offline: bool = False,
+    ) -> None:
+        self.recipe, self.folder, self.observer = recipe, folder, observer
+        self.device = choose_device()
+        rows, reports = corpus.read_sources(recipe.data, offline=offline)
+        for report in reports:
+            observer.say(
+                f"{report.source}: {report.num_read} rows, {sum(report.skipped.values())} skipped"
+            )
+        self.order = RowOrder(
+            [len(source) for source in rows],
+            [source.weight for source in recipe.data.sources],
+            recipe.train.logical_batch,
+            recipe.train.seed,
+        )
+        self.num_steps = recipe.train.num_steps(
+            self.order.steps_per_epoch * recipe.train.logical_batch
+        )
+        data_folder = evaluate.data_folder()
+        self.eval_sets = [
+            evaluate.load_set(name, data_folder, recipe.eval.limit, offline=offline)
+            for name in recipe.eval.sets
+        ]
+        self.backbone: Backbone = load_backbone(recipe.model, self.device, observer.say)
+        self.corpus = corpus.build_corpus(rows, recipe, self.backbone.tokenizer, cache_folder())
+        where = "read from the cache" if self.corpus.from_cache else "tokenised once"
+        observer.say(f"{len(self.corpus.store)} distinct texts, {where}")
+        self.encoder = self._make_encoder()
+        self.parameters = trainable_parameters(self.encoder.model)
+        self.optimizer = make_optimizer(self.parameters, recipe.train, self.device)
+        self.scheduler = make_scheduler(self.optimizer, recipe.train, self.num_steps)
+        scaled = self.backbone.dtype == torch.float16 and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.plan = self._plan_chunks()
+        set_checkpointing(self.encoder.model, self.plan.checkpointing)
+        self.step_index = 0
+        self.progress = Progress()
+        if resume:
+            self._restore(run.load_state(folder))
+
+    def _make_encoder(self) -> Encoder:
+        recipe, clock = self.recipe, DropoutClock(seed=self.recipe.train.seed)
+        model = attach_adapter(self.backbone.model, recipe.lora, clock, seed=recipe.train.seed)
+        return Encoder(
+            model,
+            pooling=recipe.embedding.pooling,
+            normalize=recipe.embedding.normalize,
+            autocast_dtype=None if self.backbone.dtype == torch.float32 else self.backbone.dtype,
+            clock=clock,
+        )
+
+    def _plan_chunks(self) -> memory.ChunkPlan:
+        section, store = self.recipe.memory, self.corpus.store
+        lengths = store.lengths
+        longest_text = int(lengths.argmax())
+        longest = int(lengths[longest_text])
+        layers = int(self.backbone.model.config.num_hidden_layers)
+        width = int(self.backbone.model.config.hidden_size)
+        texts = self.recipe.train.logical_batch * (2 + self.corpus.table.negative_NK.shape[1])
+        weights = sum(parameter.numel() for parameter in self.parameters)
+
+        def per_token(checkpointing: bool) -> float:
+            batch = pad(store, np.array([longest_text]), self.backbone.tokenizer.pad_token_id)
+            with self.encoder.training_mode(step=0):
+                kept = memory.graph_bytes(lambda: self.encoder(batch), self.encoder.model) / longest
+            # Checkpointed, the inputs of every layer stay, and one layer's graph is rebuilt.
+            return kept / layers + layers * width * 4 if checkpointing else kept
+
+        plan = memory.plan_chunks(
+            token_budget=None if section.token_budget == "auto" else section.token_budget,
+            checkpointing={"auto": None, "on": True, "off": False}[section.checkpointing],
+            longest=longest,
+            # embeddings and their gradient; Adam's two moments and the gradient
+            reserved_bytes=2 * 4 * texts * width + 3 * 4 * weights,
+            free=memory.free_bytes(self.device),
+            device_type=self.device.type,
+            graph_bytes_per_token=per_token,
+        )
+        checkpointed = ", layers checkpointed" if plan.checkpointing else ""
+        self.observer.say(
+            f"chunks of {plan.backward_tokens} tokens with a graph, {plan.forward_tokens} without"
+            f"{checkpointed}; {weights:,} weights to train"
+        )
+        return plan
+
+    # -- one step ---------------------------------------------------------------------------
+
+    def _loss(self, texts: StepTexts) -> Callable[[Tensor], tuple[Tensor, InfoNCEResult]]:
+        section = self.recipe.loss
+
+        def loss(emb_PD: Tensor) -> tuple[Tensor, InfoNCEResult]:
+            query_M, doc_N = texts.query_M.to(emb_PD.device), texts.doc_N.to(emb_PD.device)
+            result = info_nce(
+                emb_PD[query_M],
+                emb_PD[doc_N],
+                texts.candidates.to(emb_PD.device),
+                temperature=section.temperature,
+                symmetric=section.symmetric,
+            )
+            d_emb_PD = torch.zeros_like(emb_PD)
+            d_emb_PD.index_add_(0, query_M, result.d_query_MD.to(emb_PD.dtype))
+            d_emb_PD.index_add_(0, doc_N, result.d_doc_ND.to(emb_PD.dtype))
+            return d_emb_PD, result
+
+        return loss
+
+    def _chunks(self, lengths_P: np.ndarray[Any, Any], token_budget: int) -> list[Tensor]:
+        cost = memory.CHUNK_COST.get(self.device.type, memory.CHUNK_COST["cpu"])
+        return [torch.from_numpy(chunk) for chunk in chunk_by_tokens(lengths_P, token_budget, cost)]
+
+    def step(self) -> dict[str, Any]:
+        """Train on the next logical batch; gives its log line."""
+        started = time.perf_counter()
+        recipe, store = self.recipe, self.corpus.store
+        texts = step_texts(
+            self.corpus.table,
+            self.order.rows(self.step_index),
+            hard_negatives=recipe.loss.hard_negatives,
+            mask_duplicates=recipe.loss.mask_duplicates,
+            encode_twins_once=recipe.lora.dropout == 0,
+        )
+        lengths_P = store.lengths[texts.text_P]
+        pad_id = self.backbone.tokenizer.pad_token_id
+
+        def encode(place_B: Tensor) -> Tensor:
+            return self.encoder(pad(store, texts.text_P[place_B.numpy()], pad_id), place_B)
+
+        chunks = self._chunks(lengths_P, self.plan.backward_tokens)
+        with self.encoder.training_mode(self.step_index):
+            result = gradcache_step(
+                encode,
+                self._loss(texts),
+                forward_chunks=self._chunks(lengths_P, self.plan.forward_tokens),
+                backward_chunks=chunks,
+                num_texts=len(texts.text_P),
+                gradient_scale=self.scaler.get_scale(),
+            )
+        loss = float(result.loss)
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"the loss of step {self.step_index + 1} is {loss}; lower train.learning_rate or "
+                "raise loss.temperature; the last checkpoint is kept"
+            )
+        learning_rate = self.scheduler.get_last_lr()[0]
+        gradient_norm = self._update()
+        padded = sum(len(chunk) * int(lengths_P[chunk.numpy()].max()) for chunk in chunks)
+        seconds = time.perf_counter() - started
+        self.step_index += 1
+        self.progress.seconds += seconds
+        self.progress.texts += len(texts.text_P)
+        return {
+            "step": self.step_index,
+            "loss": loss,
+            "accuracy": float(result.accuracy),
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm,
+            "rows_per_s": recipe.train.logical_batch / seconds,
+            "tokens_per_s": int(lengths_P.sum()) / seconds,
+            "texts": len(texts.text_P),
+            "padding_share": 1 - int(lengths_P.sum()) / padded,
+            "step_ms": seconds * 1000,
+            "peak_bytes": memory.peak_bytes(self.device),
+        }
+
+    def _update(self) -> float:
+        self.scaler.unscale_(self.optimizer)
+        limit = self.recipe.train.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return norm
+
+    # -- state ------------------------------------------------------------------------------
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter's tensors under peft's names, on the CPU."""
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(self.encoder.model)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        from peft import set_peft_model_state_dict
+
+        outcome = set_peft_model_state_dict(self.encoder.model, state)
+        assert not outcome.unexpected_keys, f"adapter names: {outcome.unexpected_keys[:3]}"
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = run.TrainingState(
+            step=self.step_index,
+            adapter=self.adapter_state(),
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.scheduler.state_dict(),
+            scaler=self.scaler.state_dict(),
+            progress=dict(vars(self.progress)),
+        )
+        run.save_state(self.folder, state)
+
+    def _restore(self, state: run.TrainingState) -> None:
+        self.load_adapter_state(state.adapter)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.scheduler.load_state_dict(state.scheduler)
+        self.scaler.load_state_dict(state.scaler)
+        self.step_index = state.step
+        self.progress = Progress(**state.progress)
+        run.truncate_log(self.folder, state.step)
+        self.observer.say(f"going on after step {state.step}")
+
+    # -- evaluation ---------------------------------------------------------------------------
+
+    def scores(self, sets: list[evaluate.LoadedSet]) -> list[evaluate.SetScore]:
+        """Spearman on the sets, with the adapter as it is now."""
+        return [
+            evaluate.score_set(
+                self.encoder,
+                self.backbone.tokenizer,
+                loaded,
+                corpus.query_format(self.recipe),
+                self.recipe.eval.token_budget,
+            )
+            for loaded in sets
+        ]
+
+    def _score_now(self) -> dict[str, Any]:
+        scores = self.scores(self.eval_sets[:1])
+        self.observer.scored(self.step_index, scores)
+        best = self.progress.best_score
+        if self.recipe.eval.keep_best and (best is None or scores[0].spearman > best):
+            self.progress.best_score = scores[0].spearman
+            self.progress.best_step = self.step_index
+            with whole_folder(self.folder.best) as partial:
+                self.encoder.model.save_pretrained(partial)
+        return {"eval_set": scores[0].name, "spearman": scores[0].spearman}
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Run all steps left, evaluate, and give the metrics.
+
+        Raises:
+            Interrupted: Ctrl-C; the state is saved.
+            RuntimeError: the loss is not finite, memory ran out, or saving failed.
+        """
+        if not self.progress.before and self.eval_sets:
+            before = self.scores(self.eval_sets)
+            self.observer.scored(0, before)
+            self.progress.before = [vars(score) for score in before]
+        section = self.recipe.train
+        self.observer.begin(self.num_steps, self.step_index)
+        with finish_step_on_interrupt() as interrupted:
+            while self.step_index < self.num_steps:
+                line = self.step()
+                done = self.step_index == self.num_steps
+                every = self.recipe.eval.every
+                if self.eval_sets and every and (self.step_index % every == 0 or done):
+                    line |= self._score_now()
+                run.append_log(self.folder, line)
+                self.observer.step(line)
+                if interrupted() and not done:
+                    self.save()
+                    raise Interrupted(
+                        f"stopped after step {self.step_index} of {self.num_steps}; all is saved in "
+                        f"{self.folder.checkpoint}; go on with the same command and --resume"
+                    )
+                if done or (section.save_every and self.step_index % section.save_every == 0):
+                    self.save()
+        return self._finish()
+
+    def _finish(self) -> dict[str, Any]:
+        if self.recipe.eval.keep_best and self.folder.best.is_dir():
+            from safetensors.torch import load_file
+
+            best = load_file(str(self.folder.best / "adapter_model.safetensors"))
+            self.load_adapter_state(best)
+            self.observer.say(f"kept the adapter of step {self.progress.best_step}")
+        # Loaders hold an adapter in its base's dtype: what is scored and saved is that adapter.
+        for parameter in self.parameters:
+            parameter.data = parameter.data.to(self.backbone.dtype)
+        with whole_folder(self.folder.adapter) as partial:
+            self.encoder.model.save_pretrained(partial)
+        scores = self.scores(self.eval_sets)
+        self.observer.scored(self.step_index, scores)
+        rows = self.step_index * self.recipe.train.logical_batch
+        metrics = {
+            "before": self.progress.before,
+            "after": [vars(score) for score in scores],
+            "protocol": evaluate.PROTOCOL,
+            "steps": self.step_index,
+            "rows": rows,
+            "train_seconds": self.progress.seconds,
+            "rows_per_s": rows / self.progress.seconds if self.progress.seconds else None,
+            "peak_bytes": memory.peak_bytes(self.device),
+            "device": _device_name(self.device),
+            "versions": run.library_versions(),
+        }
+        if self.recipe.eval.keep_best:
+            metrics["best_step"] = self.progress.best_step
+        run.write_json(self.folder.metrics, metrics)
+        return metrics
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,299 @@
+"""The whole line on a tiny model: train, stop, go on, export, load again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import WORDS
+from lowmem_cft import evaluate, pipeline, recipe, run, train
+from lowmem_cft.export import MIN_COSINE
+from lowmem_cft.inference import embed_texts
+from lowmem_cft.loading import load_model
+
+CPU = torch.device("cpu")
+
+
+class Silent:
+    """An observer that keeps what it is told; `on_step` may act after a step."""
+
+    def __init__(self, on_step: Callable[[dict[str, Any]], None] = lambda line: None) -> None:
+        self.said: list[str] = []
+        self.lines: list[dict[str, Any]] = []
+        self.on_step = on_step
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def begin(self, num_steps: int, done: int) -> None:
+        self.said.append(f"begin {done}/{num_steps}")
+
+    def step(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        self.on_step(line)
+
+    def scored(self, step: int, scores: list[evaluate.SetScore]) -> None:
+        self.said.append(f"scored {step}")
+
+
+def sentences(seed: int, count: int) -> list[str]:
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(WORDS, generator.integers(3, 10))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def corpus_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = zip(sentences(1, 40), sentences(2, 40), sentences(3, 40), strict=True)
+    triplets = folder / "triplets.jsonl"
+    with triplets.open("w") as file:
+        for anchor, positive, negative in rows:
+            row = {"anchor": anchor, "positive": positive, "negative": negative}
+            file.write(json.dumps(row) + "\n")
+    pairs = folder / "pairs.tsv"
+    scores = np.random.default_rng(4).integers(0, 6, 30)
+    lines = [
+        f"{a}\t{b}\t{s}" for a, b, s in zip(sentences(5, 30), sentences(6, 30), scores, strict=True)
+    ]
+    pairs.write_text("sentence1\tsentence2\tscore\n" + "\n".join(lines) + "\n")
+    return triplets, pairs
+
+
+MakeRecipe = Callable[..., recipe.Recipe]
+
+
+@pytest.fixture
+def make_recipe(tiny_folder: Path, corpus_files: tuple[Path, Path], tmp_path: Path) -> MakeRecipe:
+    def make(**sections: dict[str, Any]) -> recipe.Recipe:
+        base = {
+            "model": {"id": str(tiny_folder), "dtype": "fp32"},
+            "lora": {"rank": 4, "dropout": 0.1},
+            "text": {"max_tokens": 16},
+            "data": {"sources": [{"path": str(corpus_files[0])}]},
+            "train": {"logical_batch": 16, "steps": 5, "learning_rate": 1e-2, "warmup_steps": 1},
+            "memory": {"token_budget": 64},
+            "eval": {"sets": [str(corpus_files[1])]},
+            "output": {"folder": str(tmp_path / "runs"), "name": "tiny"},
+        }
+        return recipe.parse(recipe.merge(base, sections), "test")
+
+    return make
+
+
+def start(made: recipe.Recipe, observer: Silent | None = None, **options: bool) -> train.Trainer:
+    folder = run.open_run(
+        made, resume=options.get("resume", False), overwrite=options.get("overwrite", False)
+    )
+    resume = options.get("resume", False)
+    return train.Trainer(made, folder, observer or Silent(), resume=resume)
+
+
+def strip_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timed = ("_per_s", "step_ms", "peak_bytes")
+    return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines]
+
+
+def test_loss_falls_and_all_files_are_there(make_recipe: MakeRecipe) -> None:
+    observer = Silent()
+    made = make_recipe(train={"steps": 30}, lora={"dropout": 0.0})
+    folder, metrics = pipeline.run_recipe(made, observer)
+    assert observer.lines[-1]["loss"] < 0.5 * observer.lines[0]["loss"]
+    assert [line["step"] for line in run.read_log(folder)] == list(range(1, 31))
+    assert metrics["export"]["checked"] is True
+    assert metrics["export"]["min_cosine"] >= MIN_COSINE["adapter"]
+    assert metrics == json.loads(folder.metrics.read_text())
+    for path in ("recipe.yaml", "README.md", "adapter/adapter_model.safetensors"):
+        assert (folder.path / path).is_file(), path
+    for path in ("modules.json", "README.md", "tokenizer.json", "lowmem_cft.json"):
+        assert (folder.model / path).is_file(), path
+    assert recipe.load(str(folder.recipe)) == made
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_resumed_run_is_the_same_bit_for_bit(make_recipe: MakeRecipe, optimizer: str) -> None:
+    made = make_recipe(train={"optimizer": optimizer, "save_every": 2}, eval={"every": 2})
+    whole = Silent()
+    trainer = start(made, whole)
+    trainer.train()
+    wanted = load_file(trainer.folder.adapter / "adapter_model.safetensors")
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    # The signal arrives while step 3 is reported: it is the last one before the stop, and its
+    # checkpoint is one that save_every would not have written.
+    with pytest.raises(train.Interrupted, match=r"after step [34] of 5.*--resume"):
+        start(made, Silent(stop), overwrite=True).train()
+    rest = Silent()
+    resumed = start(made, rest, resume=True)
+    assert resumed.step_index in (3, 4)
+    resumed.train()
+    got = load_file(resumed.folder.adapter / "adapter_model.safetensors")
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+    assert strip_times(run.read_log(resumed.folder)) == strip_times(whole.lines)
+    assert float(wanted[next(k for k in wanted if "lora_B" in k)].abs().max()) > 0
+
+
+def test_chunks_do_not_change_the_run(make_recipe: MakeRecipe) -> None:
+    adapters = []
+    for budget in (16, 4096):
+        trainer = start(make_recipe(memory={"token_budget": budget}), overwrite=True)
+        trainer.train()
+        adapters.append(load_file(trainer.folder.adapter / "adapter_model.safetensors"))
+    for key, wanted in adapters[0].items():
+        assert torch.allclose(adapters[1][key], wanted, atol=2e-4), key
+
+
+def test_resume_refuses_another_recipe(make_recipe: MakeRecipe) -> None:
+    start(make_recipe(train={"steps": 2})).train()
+    with pytest.raises(ValueError, match=r"train.learning_rate was 0.01 .* is 0.5 now"):
+        start(make_recipe(train={"steps": 2, "learning_rate": 0.5}), resume=True)
+    start(make_recipe(train={"steps": 2}, memory={"token_budget": 32}), resume=True)
+
+
+def test_existing_run_is_refused(make_recipe: MakeRecipe) -> None:
+    made = make_recipe(train={"steps": 1})
+    start(made).train()
+    with pytest.raises(ValueError, match=r"exists: go on with --resume, replace .*--overwrite"):
+        start(made)
+
+
+def test_overwrite_spares_a_folder_that_is_no_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    made = make_recipe()
+    precious = tmp_path / "runs" / "tiny" / "thesis.tex"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    with pytest.raises(ValueError, match="no run of ours"):
+        start(made, overwrite=True)
+    assert precious.read_text() == "years of work"
+
+
+def test_nothing_to_resume(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ValueError, match="no checkpoint to resume"):
+        start(make_recipe(), resume=True)
+
+
+def test_failed_save_keeps_the_last_checkpoint(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = start(make_recipe())
+    trainer.step()
+    trainer.save()
+    trainer.step()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RuntimeError, match=r"No space left.*the checkpoint before it is kept"):
+        trainer.save()
+    monkeypatch.undo()
+    assert run.load_state(trainer.folder).step == 1
+    assert not list(trainer.folder.path.glob("*.partial"))
+
+
+def test_damaged_checkpoint_is_noticed(make_recipe: MakeRecipe) -> None:
+    trainer = start(make_recipe())
+    trainer.step()
+    trainer.save()
+    file = trainer.folder.checkpoint / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(RuntimeError, match="checksum"):
+        start(make_recipe(), resume=True)
+
+
+def test_best_adapter_is_kept(make_recipe: MakeRecipe) -> None:
+    made = make_recipe(
+        train={"steps": 8, "learning_rate": 0.1}, eval={"every": 2, "keep_best": True}
+    )
+    folder, metrics = pipeline.run_recipe(made, Silent())
+    scored = {line["step"]: line["spearman"] for line in run.read_log(folder) if "spearman" in line}
+    assert list(scored) == [2, 4, 6, 8]
+    assert len(set(scored.values())) > 1
+    assert metrics["best_step"] == max(scored, key=lambda step: scored[step])
+    assert metrics["after"][0]["spearman"] == pytest.approx(max(scored.values()), abs=1e-12)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_exports_embed_alike_however_loaded(
+    make_recipe: MakeRecipe, kind: str, quantization: str
+) -> None:
+    made = make_recipe(
+        model={"quantization": quantization, "keep_layers": 2},
+        text={"template": "the man is {text} in two", "append_eos": False},
+        embedding={"pooling": "last"},
+        output={"export": kind},
+    )
+    folder, metrics = pipeline.run_recipe(made, Silent())
+    assert metrics["export"]["checked"] is True
+    texts = sentences(9, 12)
+    vectors = []
+    for name in (folder.path, folder.model):
+        loaded = load_model(str(name), CPU, print)
+        vectors.append(embed_texts(loaded.encoder, loaded.tokenizer, texts, loaded.text_format))
+    cosine = (vectors[0] * vectors[1]).sum(axis=1)
+    assert cosine.min() >= MIN_COSINE[kind]  # type: ignore[index]
+    assert np.abs(vectors[0][0] - vectors[0][1]).max() > 1e-2, "all texts embed alike"
+
+
+def test_export_check_fails_loudly(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layout that reads another token must not pass."""
+    from lowmem_cft import export
+
+    monkeypatch.setitem(export._POOLING_KEYS, "eos", "pooling_mode_mean_tokens")
+    with pytest.raises(RuntimeError, match=r"does not embed as the trained one: lowest cosine"):
+        pipeline.run_recipe(make_recipe(), Silent())
+    assert (Path(make_recipe().output.folder) / "tiny" / "adapter").is_dir()
+
+
+def test_templates_by_role_become_prompts(make_recipe: MakeRecipe) -> None:
+    text = {"template": "the man : {text}", "document_template": "the cat {text}"}
+    folder, metrics = pipeline.run_recipe(make_recipe(text=text), Silent())
+    assert metrics["export"]["checked"] is True
+    layout = json.loads((folder.model / "config_sentence_transformers.json").read_text())
+    assert layout["prompts"] == {"query": "the man : ", "document": "the cat "}
+
+
+def test_templates_that_prompts_cannot_say(make_recipe: MakeRecipe) -> None:
+    text = {"template": "{text} is", "document_template": "{text} was"}
+    with pytest.raises(ValueError, match=r"document_template: .*output.export: none"):
+        pipeline.run_recipe(make_recipe(text=text), Silent())
+
+
+def test_mistakes_leave_no_folder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    for sections in (
+        {"data": {"sources": [{"path": str(tmp_path / "missing.jsonl")}]}},
+        {"train": {"logical_batch": 41}},
+        {"model": {"id": "./nowhere"}},
+        {"lora": {"targets": ["no_such_layer"]}},
+        {"train": {"optimizer": "paged_adamw_8bit"}},
+        {"eval": {"sets": ["STS99"]}},
+    ):
+        with pytest.raises(ValueError, match=r"\w"):
+            pipeline.run_recipe(make_recipe(**sections), Silent())
+        assert not (tmp_path / "runs" / "tiny").exists(), sections
+
+
+def test_not_a_number_stops_with_the_checkpoint_kept(make_recipe: MakeRecipe) -> None:
+    trainer = start(make_recipe())
+    trainer.step()
+    trainer.save()
+    for parameter in trainer.parameters:
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(RuntimeError, match=r"loss of step 2 is nan; lower train.learning_rate"):
+        trainer.step()
+    assert run.load_state(trainer.folder).step == 1
