@@ -108,7 +108,7 @@ def _write_json(path: Path, values: Any) -> None:
 
 
 def _write_layout(
-    folder: Path, recipe: Recipe, backbone: Backbone, kind: Kind, dtype: torch.dtype
+    folder: Path, recipe: Recipe, backbone: Backbone, kind: Kind, dtype: torch.dtype, width: int
 ) -> None:
     text_format, prompts = _prompts(recipe)
     prepared_tokenizer(backbone.tokenizer, text_format).save_pretrained(folder)
@@ -129,7 +129,7 @@ def _write_layout(
     _write_json(
         folder / "1_Pooling" / "config.json",
         {
-            "word_embedding_dimension": backbone.model.config.hidden_size,
+            "word_embedding_dimension": width,
             "pooling_mode_cls_token": False,
             **dict.fromkeys(set(_POOLING_KEYS.values()), False),
             _POOLING_KEYS[recipe.embedding.pooling]: True,
@@ -221,6 +221,8 @@ def export_model(
     """
     if not hasattr(encoder.model, "peft_config"):
         raise ValueError("nothing to export: this is a base model without an adapter")
+    # not config.hidden_size: some models project their last hidden state (OPT-350m)
+    width = embed_texts(encoder, backbone.tokenizer, ["a"], query_format(recipe)).shape[1]
     dtype = torch.float16 if backbone.dtype == torch.float16 else torch.bfloat16
     with whole_folder(target) as folder:
         if kind == "adapter":
@@ -228,7 +230,7 @@ def export_model(
             (folder / "README.md").unlink(missing_ok=True)
         else:
             merged_model(encoder, dtype).save_pretrained(folder)
-        _write_layout(folder, recipe, backbone, kind, dtype)
+        _write_layout(folder, recipe, backbone, kind, dtype, width)
 
 
 @dataclass(frozen=True)

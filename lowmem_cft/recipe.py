@@ -119,7 +119,7 @@ class LossSection(_Section):
     """batch: every anchor sees every row's hard negatives; own: only its row's."""
     symmetric: bool = False
     mask_duplicates: bool = True
-    """A text equal to the anchor or to its positive is no negative of it."""
+    """A document with the same text as the anchor's positive is no negative of it."""
 
 
 class TrainSection(_Section):
@@ -210,17 +210,22 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as the number it is (YAML 1.2), where YAML 1.1 sees a text."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text such as 1e4, which _Loader would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise RecipeError(f"{where}: not readable as YAML: {error}") from error
 
 
@@ -230,19 +235,37 @@ def preset_names() -> list[str]:
     return sorted(name[:-5] for name in files if name.endswith(".yaml") and name[0] != "_")
 
 
-def _read(name: str, relative_to: Path | None = None) -> tuple[dict[str, Any], str]:
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as text: {error}") from error
+
+
+def _read(
+    name: str, relative_to: Path | None = None, chain: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], str]:
+    """The merged values of a recipe and where it lies; `chain` names those that extend it."""
     path = Path(name) if relative_to is None else relative_to / name
-    if path.is_file():
-        text, where, folder = path.read_text(encoding="utf-8"), str(path), path.parent
+    # a preset extends a preset, whatever lies in the working folder
+    if path.is_file() and (relative_to is not None or not chain):
+        text, where, folder = _read_text(path), str(path), path.parent
+        key = str(path.resolve())
     elif "/" not in name and (PRESETS / f"{name}.yaml").is_file():
         text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
         where, folder = f"preset {name}", None
+        key = where
     else:
         close = difflib.get_close_matches(name, preset_names(), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise RecipeError(
             f"{name}: no such recipe file, and no preset of that name{hint}; "
-            f"presets: {', '.join(preset_names())}"
+            f"presets: {', '.join(preset_names())}" + (f"; {chain[-1]} extends it" if chain else "")
+        )
+    if key in chain:
+        raise RecipeError(
+            f"{chain[-1]}: extends: got {name!r}, which leads back to itself "
+            f"({' -> '.join((*chain, key))}), wanted a chain that ends"
         )
     values = _parse_yaml(text, where)
     if not isinstance(values, dict):
@@ -250,9 +273,9 @@ def _read(name: str, relative_to: Path | None = None) -> tuple[dict[str, Any], s
     base = values.pop("extends", None)
     if base is None:
         return values, where
-    if not isinstance(base, str) or base == name:
+    if not isinstance(base, str):
         raise RecipeError(f"{where}: extends: got {base!r}, wanted another recipe's name")
-    return merge(_read(base, folder)[0], values), where
+    return merge(_read(base, folder, (*chain, key))[0], values), where
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,7 +302,7 @@ def apply_override(values: dict[str, Any], assignment: str) -> None:
     here: Any = values
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
-        if isinstance(here, list) and key.isdigit() and int(key) < len(here):
+        if isinstance(here, list) and key.isdecimal() and int(key) < len(here):
             slot: int | str = int(key)
         elif isinstance(here, dict):
             slot = key
@@ -373,4 +396,4 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, readable by `load`."""
     values = recipe.model_dump(mode="json")
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

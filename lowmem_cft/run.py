@@ -112,7 +112,9 @@ def open_run(recipe: recipes.Recipe, *, resume: bool, overwrite: bool) -> RunFol
 
 def _check_resumable(run: RunFolder, recipe: recipes.Recipe) -> None:
     if not run.checkpoint.is_dir():
-        raise ValueError(f"{run.path} holds no checkpoint to resume; start without --resume")
+        raise ValueError(
+            f"{run.path} holds no checkpoint to resume: start it anew (with --overwrite if it exists)"
+        )
     old = recipes.parse(yaml.safe_load(run.recipe.read_text(encoding="utf-8")), str(run.recipe))
     for section in type(recipe).model_fields:
         if section in _MAY_CHANGE or getattr(old, section) == getattr(recipe, section):

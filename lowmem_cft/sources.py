@@ -53,7 +53,7 @@ def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -
         return _translated(path) or str(path)
     if model_id[:1] in "./~" or model_id.count("/") > 1:
         raise ValueError(f"model.id: no such folder: {path}")
-    return _from_hub(model_id, revision)
+    return _from_hub(model_id, revision, say)
 
 
 def _sha256(path: Path) -> str:
@@ -147,7 +147,7 @@ def _translated(folder: Path) -> str | None:
     return str(target)
 
 
-def _from_hub(model_id: str, revision: str | None) -> str:
+def _from_hub(model_id: str, revision: str | None, say: Say) -> str:
     import json
 
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -158,6 +158,7 @@ def _from_hub(model_id: str, revision: str | None) -> str:
         RepositoryNotFoundError,
     )
 
+    say(f"looking for {model_id} on the hub")
     try:
         config_file = hf_hub_download(model_id, "config.json", revision=revision)
     except LocalEntryNotFoundError as error:

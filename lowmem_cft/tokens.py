@@ -195,8 +195,8 @@ def chunk_by_tokens(
     for i in range(num_texts - 1, -1, -1):
         end = min(i + int(most[i]), num_texts)
         costs = sizes[: end - i] * width[i] + least[i + 1 : end + 1]
-        best = int(costs.argmin())
-        size[i], least[i] = best + 1, costs[best] + chunk_cost
+        size[i] = len(costs) - int(costs[::-1].argmin())  # of equal costs the largest chunk
+        least[i] = costs[size[i] - 1] + chunk_cost
     chunks, i = [], 0
     while i < num_texts:
         chunks.append(order[i : i + size[i]])

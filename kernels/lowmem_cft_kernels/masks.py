@@ -53,8 +53,12 @@ class Candidates:
                 raise ValueError(
                     f"{name}: got {vector.dtype} {tuple(vector.shape)}, wanted int64 ({length},)"
                 )
-        if num_queries and not 0 <= int(self.target_M.min()) <= int(self.target_M.max()) < num_docs:
-            raise ValueError(f"target_M: every entry must lie in 0..{num_docs - 1}")
+        if num_queries:
+            low, high = int(self.target_M.min()), int(self.target_M.max())
+            if low < 0 or high >= num_docs:
+                raise ValueError(
+                    f"target_M: got entries in {low}..{high}, wanted 0..{num_docs - 1}"
+                )
 
     def hidden(self, rows: slice) -> Tensor | None:
         """bool (rows, N): True where the query does not see the document; None if it sees all."""

@@ -1,0 +1,280 @@
+"""The command line as a user meets it: results, and one clear message for each mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from test_train import corpus_files, make_recipe  # noqa: F401 (fixtures)
+
+from conftest import ROOT
+from lowmem_cft import __version__, cli, recipe
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the program in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["lowmem-cft", *arguments])
+        monkeypatch.setitem(cli._state, "debug", False)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return int(stopped.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def recipe_file(make_recipe: Any, tmp_path: Path) -> Path:  # noqa: F811
+    path = tmp_path / "tiny.yaml"
+    path.write_text(recipe.to_yaml(make_recipe(train={"steps": 2})))
+    return path
+
+
+@pytest.fixture
+def finished(command: Run, recipe_file: Path, tmp_path: Path) -> Path:
+    code, out, err = command("train", str(recipe_file))
+    assert code == 0, err
+    assert "Spearman x 100" in out
+    return tmp_path / "runs" / "tiny"
+
+
+def test_version_and_help(command: Run) -> None:
+    assert command("--version")[:2] == (0, f"{__version__}\n")
+    code, out, _ = command("--help")
+    assert code == 0
+    for name in ("train", "demo", "eval", "export", "embed", "doctor", "recipes"):
+        assert name in out
+
+
+def test_the_commands_are_frozen() -> None:
+    """A command that appears or goes is seen in review."""
+    names = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
+    assert names == {"train", "demo", "eval", "export", "embed", "doctor", "recipes"}
+
+
+def test_recipes_lists_presets(command: Run) -> None:
+    code, out, _ = command("recipes")
+    assert code == 0
+    assert "demo" in out.split()
+
+
+def test_print_config_is_a_recipe(command: Run, recipe_file: Path) -> None:
+    code, out, _ = command("train", str(recipe_file), "--print-config", "--set", "train.steps=7")
+    assert code == 0
+    assert yaml.safe_load(out)["train"]["steps"] == 7
+    assert recipe.parse(yaml.safe_load(out), "printed").train.steps == 7
+
+
+def test_train_eval_embed_export(command: Run, finished: Path, tmp_path: Path) -> None:
+    pairs = yaml.safe_load((finished / "recipe.yaml").read_text())["eval"]["sets"][0]
+    scores = tmp_path / "scores.json"
+    code, out, err = command("eval", str(finished), "-s", pairs, "--out", str(scores))
+    assert code == 0, err
+    assert "Spearman" in out
+    result = json.loads(scores.read_text())
+    metrics = json.loads((finished / "metrics.json").read_text())
+    wanted = metrics["after"][0]["spearman"]
+    assert result["sets"][0]["spearman"] == pytest.approx(wanted, abs=1e-6)
+    assert "all pairs" in result["protocol"]
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the cat sat\na dog ran\nthe cat sat\n")
+    code, _, err = command("embed", str(finished), str(texts))
+    assert code == 0, err
+    vectors = np.load(tmp_path / "texts.txt.npy")
+    assert vectors.shape == (3, 64)
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors[0], vectors[2])
+    assert not np.allclose(vectors[0], vectors[1])
+    table = tmp_path / "vectors.parquet"
+    code, _, err = command("embed", str(finished / "model"), str(texts), "--out", str(table))
+    assert code == 0, err
+    read = pq.read_table(table).to_pydict()
+    assert read["text"] == ["the cat sat", "a dog ran", "the cat sat"]
+    assert np.allclose(np.array(read["embedding"], dtype=np.float32), vectors, atol=1e-5)
+
+    target = tmp_path / "merged"
+    code, _, err = command("export", str(finished), "--merged", "--out", str(target))
+    assert code == 0, err
+    assert (target / "model.safetensors").is_file()
+    assert not (target / "adapter_config.json").exists()
+
+
+def test_base_model_is_evaluated_too(command: Run, tiny_folder: Path) -> None:
+    code, out, err = command(
+        "eval", str(tiny_folder), "-s", "demo", "--set", "embedding.pooling=mean"
+    )
+    assert code == 0, err
+    assert "demo" in out
+
+
+MISTAKES = (
+    "unknown key",
+    "missing data",
+    "empty data",
+    "batch larger than the data",
+    "unknown model",
+    "unknown set",
+    "paged optimizer without CUDA",
+)
+
+
+def broken_file(folder: Path, text: str) -> str:
+    path = folder / "bad.jsonl"
+    path.write_text(text)
+    return f"data.sources=[{{path: {path}}}]"
+
+
+def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """What is set wrong, and what the message must name."""
+    return {
+        "unknown key": (["train.lerning_rate=1"], "did you mean learning_rate?"),
+        "missing data": (["data.sources=[{path: ./gone.jsonl}]"], "gone.jsonl"),
+        "empty data": ([broken_file(folder, "")], "bad.jsonl"),
+        "batch larger than the data": (["train.logical_batch=1000"], "only 40 rows"),
+        "unknown model": (["model.id=nobody/nothing"], "nobody/nothing"),
+        "unknown set": (["eval.sets=[STS99]"], "STS99"),
+        "paged optimizer without CUDA": (["train.optimizer=paged_adamw_8bit"], "adamw"),
+    }
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_a_recipe(command: Run, recipe_file: Path, tmp_path: Path, name: str) -> None:
+    settings, named = mistakes(tmp_path)[name]
+    options = [part for setting in settings for part in ("--set", setting)]
+    code, _, err = command("train", str(recipe_file), *options)
+    assert code == 2, err
+    assert named in err.replace("\n", " ")
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_bad_row_names_file_line_and_column(
+    command: Run, recipe_file: Path, tmp_path: Path
+) -> None:
+    rows = '{"anchor": "a", "positive": "b"}\n{"anchor": "c", "positive": ""}\n'
+    code, _, err = command("train", str(recipe_file), "--set", broken_file(tmp_path, rows))
+    assert code == 2
+    for part in ("bad.jsonl", "line 2", "positive", "on_bad_row"):
+        assert part in err
+
+
+def test_existing_run(command: Run, finished: Path, recipe_file: Path) -> None:
+    before = (finished / "metrics.json").read_text()
+    code, _, err = command("train", str(recipe_file))
+    assert code == 2
+    assert "--resume" in err
+    assert "--overwrite" in err
+    assert (finished / "metrics.json").read_text() == before
+
+
+def test_unwritable_output(command: Run, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = command("train", str(recipe_file), "--set", f"output.folder={tmp_path / 'file'}")
+    assert code == 2
+    assert "output.folder" in err
+
+
+def test_model_without_a_tokenizer(
+    command: Run, recipe_file: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_folder / name, folder)
+    code, _, err = command("train", str(recipe_file), "--set", f"model.id={folder}")
+    assert code == 2
+    assert "tokenizer" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "no-such-recipe"], "presets"),
+        (["train", "demo", "--resume", "--overwrite"], "choose one"),
+        (["eval", "./no-such-model", "-s", "demo"], "no such folder"),
+        (["embed", "model", "no-such-file.txt"], "no such file"),
+        (["embed", "model", "Makefile", "--out", "x.csv"], ".npy or .parquet"),
+        (["export", "no-such-run"], "no run folder"),
+        (["frobnicate"], "frobnicate"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_on_the_command_line(
+    command: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert named in err
+
+
+def test_embed_names_the_empty_line(command: Run, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one\n\nthree\n")
+    code, _, err = command("embed", "anything", str(texts))
+    assert code == 2
+    assert "line 2" in err
+
+
+def test_the_machines_faults_exit_with_1(
+    command: Run, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lowmem_cft.export._write_layout", full)
+    code, _, err = command("export", str(finished))
+    assert code == 1
+    assert "No space left on device" in err
+    assert (finished / "model" / "modules.json").is_file(), "the export before it is gone"
+
+
+def test_unexpected_faults_point_to_debug(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("lowmem_cft.recipe.load", broken)
+    code, _, err = command("train", "demo")
+    assert code == 1
+    assert "--debug" in err
+
+
+def test_doctor(command: Run) -> None:
+    code, out, _ = command("doctor")
+    assert code == 0
+    for what in ("torch", "4-bit", "cache", "compute dtype"):
+        assert what in out
+
+
+def test_demo_ends_in_one_line_of_json(
+    command: Run,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a stand-in for the model; `make demo` runs it on the real one."""
+    monkeypatch.delenv("LOWMEM_CFT_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    options = [f"model.id={tiny_folder}", "model.keep_layers=2", "train.steps=3"]
+    arguments = [part for option in options for part in ("--set", option)]
+    code, out, err = command("demo", "--offline", *arguments)
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert set(summary) == {"before", "after", "seconds", "peak_bytes", "data", "model"}
+    assert -1 <= summary["before"] <= 1
+    assert summary["data"] == "the embedded triplets and pairs"
+    code, out, err = command("demo", "--offline", *arguments)
+    assert code == 0, "the demo runs again where it ran before"
