@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,6 +231,31 @@ def keep_weight_layout(model: nn.Module, keep: bool = True) -> None:
             setattr(module, "support_avx512bf16_for_cpu", not keep)  # noqa: B010 (not a Module's)
 
 
+@contextmanager
+def float32_arithmetic(model: nn.Module) -> Iterator[None]:
+    """Compute in float32 from the weights as they are stored, and put everything back after.
+
+    16-bit rounding differs with batch shapes and threads; in float32 two models that hold the
+    same weights agree to many digits, so that what remains is a real difference.
+    """
+    halves = (torch.bfloat16, torch.float16)
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in halves]
+    dtypes = [tensor.dtype for tensor in tensors]
+    layers: list[Any] = [m for m in model.modules() if getattr(m, "compute_dtype", None) in halves]
+    compute = [layer.compute_dtype for layer in layers]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        for layer in layers:
+            layer.compute_dtype = torch.float32
+        yield
+    finally:
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
+        for layer, dtype in zip(layers, compute, strict=True):
+            layer.compute_dtype = dtype
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Full names of the linear layers (4-bit ones too) an adapter can be put on."""
     kinds: tuple[type, ...] = (nn.Linear,)
@@ -243,6 +269,8 @@ def target_modules(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
         ValueError: a name fits no linear layer; the message lists those there are.
     """
     names = linear_names(model)
+    if not names:
+        raise ValueError(f"lora.targets: {type(model).__name__} has no linear layers to adapt")
     if targets == "all-linear":
         return names
     if isinstance(targets, str):
@@ -270,7 +298,14 @@ def _listing(names: list[str]) -> str:
     return f"the linear layers of this model are named {', '.join(last)}"
 
 
-def attach_adapter(model: Any, section: LoraSection, clock: DropoutClock, *, seed: int) -> Any:
+def attach_adapter(
+    model: Any,
+    section: LoraSection,
+    clock: DropoutClock,
+    *,
+    seed: int,
+    revision: str | None = None,
+) -> Any:
     """A PeftModel with a fresh LoRA adapter in float32 (float64 on a float64 model).
 
     Its dropout reads `clock`; see `IdentityDropout`.
@@ -288,7 +323,7 @@ def attach_adapter(model: Any, section: LoraSection, clock: DropoutClock, *, see
         task_type="FEATURE_EXTRACTION",
     )
     torch.manual_seed(seed)
-    peft_model = get_peft_model(model, config)
+    peft_model = get_peft_model(model, config, revision=revision)
     if model.dtype == torch.float64:
         peft_model.double()
     replace_dropout(peft_model, section.dropout, clock)

@@ -149,6 +149,8 @@ def evaluate_model(
 
     folder = evaluate.data_folder()
     names = sets or (sts.sets_in(folder) if folder else ["demo"])
+    if not names:
+        raise ValueError(f"LOWMEM_CFT_DATA: {folder} holds none of {', '.join(sts.SETS)}")
     loaded_sets = [evaluate.load_set(name, folder, offline=offline) for name in names]
     _check_writable(out)
     with _screen() as screen:
@@ -188,13 +190,16 @@ def export(
 ) -> None:
     """Write a finished run as a folder that SentenceTransformer(path) loads, and check it."""
     from lowmem_cft.backbone import choose_device
-    from lowmem_cft.export import check_export, export_model
-    from lowmem_cft.loading import load_model
-    from lowmem_cft.pipeline import check_texts
+    from lowmem_cft.export import export_model
+    from lowmem_cft.loading import RECORD, load_model
+    from lowmem_cft.pipeline import checked
 
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} is no run folder (no recipe.yaml in it)")
     target = out or run / "model"
+    ours = not target.exists() or (target / RECORD).is_file()
+    if not ours and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--out: {target} exists and is no export of ours; choose another folder")
     _check_writable(target)
     with _screen() as screen:
         loaded = load_model(str(run), choose_device(), screen.say)
@@ -202,11 +207,9 @@ def export(
         export_model(loaded.encoder, loaded.backbone, loaded.recipe, target, kind)
         card = run / "README.md"
         if card.is_file():
-            (target / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
-        check = check_export(
-            target, kind, loaded.encoder, loaded.tokenizer, loaded.recipe, check_texts([])
-        )
-        screen.say(f"checked on {check.num_texts} texts: cosine {check.min_cosine:.6f} or more")
+            text = card.read_text(encoding="utf-8").replace(str(run / "model"), str(target))
+            (target / "README.md").write_text(text, encoding="utf-8")
+        checked(target, kind, loaded.encoder, loaded.tokenizer, loaded.recipe, screen)
     typer.echo(str(target))
 
 
@@ -236,13 +239,14 @@ def embed(
         loaded = load_model(
             model, choose_device(), screen.say, recipe_name=recipe, overrides=overrides or []
         )
-        screen.begin(len(set(texts)), 0)
+        screen.begin(len(set(texts)), 0, what="texts")
         vectors = embed_texts(
             loaded.encoder,
             loaded.tokenizer,
             texts,
             loaded.text_format,
             token_budget=loaded.recipe.eval.token_budget,
+            on_progress=screen.advance,
         )
     _write_vectors(out, texts, vectors)
     typer.echo(f"{out}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers")
@@ -281,10 +285,12 @@ def _read_lines(file: Path) -> list[str]:
     if not file.is_file():
         raise ValueError(f"no such file: {file}")
     try:
-        texts = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from error
-    if not texts:
+    # not splitlines: it also cuts at separators that may stand inside a text
+    texts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    if not text.strip():
         raise ValueError(f"{file}: no lines, so nothing to embed")
     for number, text in enumerate(texts, 1):
         if not text.strip():

@@ -51,9 +51,14 @@ class Screen:
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
 
-    def begin(self, num_steps: int, done: int) -> None:
+    def begin(self, num_steps: int, done: int, what: str = "training") -> None:
         self._num_steps = num_steps
-        self._bar.update(self._task, total=num_steps, completed=done, visible=True)
+        self._bar.update(
+            self._task, description=what, total=num_steps, completed=done, visible=True
+        )
+
+    def advance(self, count: int) -> None:
+        self._bar.advance(self._task, count)
 
     def step(self, line: Mapping[str, Any]) -> None:
         note = f"loss {line['loss']:.4f}  {line['rows_per_s']:.1f} rows/s"

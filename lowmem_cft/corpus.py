@@ -23,7 +23,6 @@ class Corpus:
 
     table: RowTable
     store: TokenStore
-    source_sizes: list[int]
     from_cache: bool
 
 
@@ -97,5 +96,4 @@ def build_corpus(
         anchor_N, positive_N = new_number[anchor_N], new_number[positive_N]
         negative_NK = np.where(negative_NK == NO_TEXT, NO_TEXT, new_number[negative_NK])
     table = RowTable(anchor_N, positive_N, negative_NK)
-    sizes = [len(source) for source in sources]
-    return Corpus(table, store, sizes, all(cached for _, cached in parts))
+    return Corpus(table, store, all(cached for _, cached in parts))

@@ -14,6 +14,7 @@ from typing import Any
 from lowmem_cft import recipe as recipes
 from lowmem_cft.evaluate import SetScore, data_folder
 from lowmem_cft.pipeline import run_recipe
+from lowmem_cft.sts import sets_in
 from lowmem_cft.train import Observer
 
 _LOCAL_TRIPLETS = "nli/nli_triplets.tsv.gz"
@@ -38,10 +39,11 @@ def _hub_answers() -> bool:
 def choose_data(offline: bool) -> tuple[str, list[str]]:
     """Which data to take: a name to report, and the overrides that say so to the recipe."""
     folder = data_folder()
-    if folder is not None and (folder / _LOCAL_TRIPLETS).is_file():
+    has_set = folder is not None and _EVAL_SET in sets_in(folder)
+    if folder is not None and has_set and (folder / _LOCAL_TRIPLETS).is_file():
         source = {"path": str(folder / _LOCAL_TRIPLETS), "where": {"in_eval": "0"}}
         return f"NLI triplets and {_EVAL_SET} in {folder}", _overrides(source, _EVAL_SET)
-    if not offline and _hub_answers():
+    if not offline and (folder is None or has_set) and _hub_answers():
         hub = {"path": _HUB_TRIPLETS, "limit": 20000}
         return "NLI triplets and STS-B dev from the hub", _overrides(hub, _EVAL_SET)
     return "the embedded triplets and pairs", []

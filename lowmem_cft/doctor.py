@@ -8,6 +8,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 from lowmem_cft.cache import cache_folder
@@ -86,11 +87,11 @@ def _places() -> list[Finding]:
     data = os.environ.get("LOWMEM_CFT_DATA")
     findings.append(
         Finding("ok", "data", data)
-        if data
+        if data and Path(data).is_dir()
         else Finding(
             "note",
             "data",
-            "LOWMEM_CFT_DATA is not set: STS sets are not found",
+            f"LOWMEM_CFT_DATA is {data!r}, no folder: STS sets are not found",
             "export LOWMEM_CFT_DATA=FOLDER",
         )
     )
@@ -104,7 +105,6 @@ def examine() -> list[Finding]:
     findings += [_package(name, True, "needed", f"pip install {name}") for name in needed]
     findings += _device()
     findings += [_package("bitsandbytes", True, "no NF4", "pip install bitsandbytes"), _nf4()]
-    findings.append(_package("triton", False, "no fused GPU kernels", "pip install triton (Linux)"))
     findings.append(
         _package(
             "sentence-transformers", False, "exports go unchecked", "pip install lowmem-cft[check]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,19 +81,11 @@ def score_set(
     loaded: LoadedSet,
     text_format: TextFormat,
     token_budget: int,
-    on_progress: Callable[[int], None] = lambda texts: None,
 ) -> SetScore:
     """Spearman of the set's cosine similarities under the encoder."""
     pairs = loaded.pairs
     texts = [pair.sentence1 for pair in pairs] + [pair.sentence2 for pair in pairs]
-    vectors = embed_texts(
-        encoder,
-        tokenizer,
-        texts,
-        text_format,
-        token_budget=token_budget,
-        on_progress=on_progress,
-    )
+    vectors = embed_texts(encoder, tokenizer, texts, text_format, token_budget=token_budget)
     gold = np.array([pair.score for pair in pairs], dtype=np.float64)
     spearman = cosine_spearman(vectors[: len(pairs)], vectors[len(pairs) :], gold)
     return SetScore(loaded.name, spearman, len(pairs), loaded.set_pairs, loaded.source)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lowmem_cft.backbone import Backbone, keep_weight_layout
+from lowmem_cft.backbone import Backbone, float32_arithmetic, keep_weight_layout
 from lowmem_cft.cache import whole_folder
 from lowmem_cft.corpus import document_format, query_format
 from lowmem_cft.encoder import Encoder
@@ -94,12 +94,19 @@ def _prompts(recipe: Recipe) -> tuple[TextFormat, dict[str, str]]:
     return bare, {"query": query.head, "document": document.head}
 
 
-def _max_seq_length(tokenizer: Tokenizer, text_format: TextFormat, model: Any) -> int | None:
+def check_expressible(recipe: Recipe) -> None:
+    """Raise ValueError, before anything is trained, where the layout cannot say the recipe."""
+    _prompts(recipe)
+
+
+def _max_seq_length(tokenizer: Tokenizer, recipe: Recipe, model: Any) -> int | None:
     """Tokens to truncate at. Cutting a whole prompt would cut its tail, so with one it is not."""
-    if text_format.tail:
+    formats = (query_format(recipe), document_format(recipe))
+    if any(text_format.tail for text_format in formats):
         longest = getattr(model.config, "max_position_embeddings", None)
         return int(longest) if longest else None
-    return overhead(tokenizer, text_format) + text_format.max_tokens
+    most = max(overhead(tokenizer, text_format) for text_format in formats)
+    return most + recipe.text.max_tokens
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -141,7 +148,7 @@ def _write_layout(
     _write_json(
         folder / "sentence_bert_config.json",
         {
-            "max_seq_length": _max_seq_length(backbone.tokenizer, text_format, backbone.model),
+            "max_seq_length": _max_seq_length(backbone.tokenizer, recipe, backbone.model),
             "do_lower_case": False,
             "model_args": backbone.loader_kwargs if adapter else {"dtype": name},
             "config_args": backbone.config_kwargs if adapter else {},
@@ -226,7 +233,7 @@ def export_model(
     dtype = torch.float16 if backbone.dtype == torch.float16 else torch.bfloat16
     with whole_folder(target) as folder:
         if kind == "adapter":
-            encoder.model.save_pretrained(folder)
+            encoder.model.save_pretrained(folder, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)
         else:
             merged_model(encoder, dtype).save_pretrained(folder)
@@ -235,15 +242,16 @@ def export_model(
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """Cosines between our vectors and those of the re-loaded export.
+    """Lowest cosines between our vectors and those of the re-loaded export.
 
-    `min_cosine` is with the weights as stored; `min_cosine_repacked` after bitsandbytes has
-    repacked them for inference, which it does on some CPUs (None where it does not).
+    `min_cosine`: both computed in float32 from the weights as stored, which is what is judged.
+    `min_cosine_as_loaded`: each in its own 16-bit arithmetic, as a user runs it; on some CPUs
+    bitsandbytes also repacks 4-bit weights for inference and rounds their scales.
     """
 
     num_texts: int
     min_cosine: float
-    min_cosine_repacked: float | None
+    min_cosine_as_loaded: float
 
 
 def _min_cosine(ours: Vectors, theirs: torch.Tensor) -> float:
@@ -268,23 +276,21 @@ def check_export(
     from sentence_transformers import SentenceTransformer
 
     texts = list(texts[:NUM_CHECKED])
-    ours = embed_texts(encoder, tokenizer, texts, query_format(recipe))
     loaded = SentenceTransformer(str(folder), device=str(encoder.device))
     name = "query" if loaded.prompts.get("query") else None
 
-    def theirs() -> torch.Tensor:
-        vectors: torch.Tensor = loaded.encode(
+    def lowest() -> float:
+        ours = embed_texts(encoder, tokenizer, texts, query_format(recipe))
+        theirs = loaded.encode(
             texts, prompt_name=name, convert_to_tensor=True, show_progress_bar=False
         )
-        return vectors
+        return _min_cosine(ours, theirs)
 
-    repacks = any(getattr(m, "support_avx512bf16_for_cpu", False) for m in loaded.modules())
     keep_weight_layout(loaded)
-    lowest, repacked = _min_cosine(ours, theirs()), None
-    if repacks:
-        keep_weight_layout(loaded, keep=False)
-        repacked = _min_cosine(ours, theirs())
-    check = ExportCheck(len(texts), lowest, repacked)
+    with float32_arithmetic(encoder.model), float32_arithmetic(loaded):
+        exact = lowest()
+    keep_weight_layout(loaded, keep=False)
+    check = ExportCheck(len(texts), exact, lowest())
     if not check.min_cosine >= MIN_COSINE[kind]:
         raise RuntimeError(
             f"the exported model in {folder} does not embed as the trained one: lowest cosine of "

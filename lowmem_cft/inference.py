@@ -45,10 +45,10 @@ def embed_texts(
     def encode(place_B: torch.Tensor) -> torch.Tensor:
         emb_BD = encoder(pad(store, place_B.numpy(), tokenizer.pad_token_id))
         on_progress(len(place_B))
-        return emb_BD
+        return emb_BD.float().cpu()
 
     encoder.model.eval()
     chunks = [torch.from_numpy(chunk) for chunk in chunk_by_tokens(store.lengths, token_budget)]
-    vectors = embed(encode, chunks, len(place)).float().cpu().numpy()
+    vectors = embed(encode, chunks, len(place)).numpy()
     result: Vectors = vectors[[place[text] for text in texts]]
     return result

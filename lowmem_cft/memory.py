@@ -30,8 +30,6 @@ class ChunkPlan:
     backward_tokens: int
     forward_tokens: int
     checkpointing: bool
-    graph_bytes_per_token: float | None
-    """Measured; None where the recipe gave the budget."""
 
 
 def free_bytes(device: torch.device) -> int:
@@ -104,7 +102,7 @@ def plan_chunks(
     """
     if token_budget is not None:
         on = bool(checkpointing)
-        return ChunkPlan(token_budget, token_budget * FORWARD_FACTOR, on, None)
+        return ChunkPlan(token_budget, token_budget * FORWARD_FACTOR, on)
     usable = free * HEADROOM - reserved_bytes
     needed = max(longest, _MIN_TOKENS)
     for on in (False, True) if checkpointing is None else (checkpointing,):
@@ -120,4 +118,4 @@ def plan_chunks(
         )
     tokens = min(fits, _MAX_TOKENS.get(device_type, _MAX_TOKENS["cpu"]))
     tokens = max(tokens, longest)
-    return ChunkPlan(tokens, tokens * FORWARD_FACTOR, on, per_token)
+    return ChunkPlan(tokens, tokens * FORWARD_FACTOR, on)

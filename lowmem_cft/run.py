@@ -77,6 +77,22 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
+    @property
+    def replaced(self) -> Path:
+        """Where the run that `overwrite` replaces waits until the new one has begun."""
+        return self.path.with_name(f"{self.path.name}.replaced")
+
+    def begun(self) -> None:
+        """The new run can do its work: the one it replaces goes."""
+        shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def withdraw(self) -> None:
+        """Take the folder back if it holds nothing but the recipe, and put the old run back."""
+        if [entry.name for entry in self.path.iterdir()] == [self.recipe.name]:
+            shutil.rmtree(self.path)
+            if self.replaced.is_dir():
+                self.replaced.rename(self.path)
+
 
 def open_run(recipe: recipes.Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     """Make, continue or replace the run's folder.
@@ -99,7 +115,8 @@ def open_run(recipe: recipes.Recipe, *, resume: bool, overwrite: bool) -> RunFol
         if run.path.exists():
             if not run.recipe.is_file() and any(run.path.iterdir()):
                 raise ValueError(f"{run.path} is no run of ours, so --overwrite does not touch it")
-            shutil.rmtree(run.path)
+            shutil.rmtree(run.replaced, ignore_errors=True)
+            run.path.rename(run.replaced)
         run.path.mkdir(parents=True)
         run.recipe.write_text(recipes.to_yaml(recipe), encoding="utf-8")
     except OSError as error:
@@ -111,6 +128,9 @@ def open_run(recipe: recipes.Recipe, *, resume: bool, overwrite: bool) -> RunFol
 
 
 def _check_resumable(run: RunFolder, recipe: recipes.Recipe) -> None:
+    before = run.checkpoint.with_name("checkpoint.old")
+    if before.is_dir() and not run.checkpoint.is_dir():
+        before.rename(run.checkpoint)  # killed between the two renames of a save
     if not run.checkpoint.is_dir():
         raise ValueError(
             f"{run.path} holds no checkpoint to resume: start it anew (with --overwrite if it exists)"
@@ -135,13 +155,21 @@ def append_log(run: RunFolder, line: Mapping[str, Any]) -> None:
 def read_log(run: RunFolder) -> list[dict[str, Any]]:
     if not run.log.is_file():
         return []
-    return [json.loads(line) for line in run.log.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for line in run.log.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # the half line of a run that was killed while writing it
+            continue
+    return lines
 
 
 def truncate_log(run: RunFolder, step: int) -> None:
     """Drop the lines after `step`: a resumed run writes them again."""
     kept = [line for line in read_log(run) if line.get("step", 0) <= step]
-    run.log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    partial = run.log.with_name(run.log.name + ".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    partial.replace(run.log)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

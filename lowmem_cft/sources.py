@@ -51,7 +51,7 @@ def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model.id: {path} holds no config.json, so it is no model folder")
-        return _translated(path) or str(path)
+        return _translated(path) or str(path.resolve())  # an export names it from anywhere
     if model_id[:1] in "./~" or model_id.count("/") > 1:
         raise ValueError(f"model.id: no such folder: {path}")
     return _from_hub(model_id, revision, say)

@@ -53,8 +53,6 @@ SETS = {
         _mteb("BIOSSES", 100),
     )
 }
-NINE = tuple(name for name in SETS if name != "STSBenchmark-dev")
-"""The nine test sets of arXiv 2408.00690."""
 
 
 def find_set(name: str, folder: Path | None) -> tuple[Path, int | None]:

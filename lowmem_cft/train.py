@@ -78,7 +78,10 @@ def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
         noted = True
 
     try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP"):
+            numbers.append(signal.SIGHUP)  # the terminal was closed
+        old = {number: signal.signal(number, note) for number in numbers}
     except ValueError:  # not the main thread, where signals do not arrive anyway
         old = {}
     try:
@@ -142,13 +145,20 @@ class Trainer:
         self.plan = self._plan_chunks()
         set_checkpointing(self.encoder.model, self.plan.checkpointing)
         self.step_index = 0
+        self._updating = False
         self.progress = Progress()
         if resume:
             self._restore(run.load_state(folder))
 
     def _make_encoder(self) -> Encoder:
         recipe, clock = self.recipe, DropoutClock(seed=self.recipe.train.seed)
-        model = attach_adapter(self.backbone.model, recipe.lora, clock, seed=recipe.train.seed)
+        model = attach_adapter(
+            self.backbone.model,
+            recipe.lora,
+            clock,
+            seed=recipe.train.seed,
+            revision=recipe.model.revision,
+        )
         return Encoder(
             model,
             pooling=recipe.embedding.pooling,
@@ -168,9 +178,15 @@ class Trainer:
         weights = sum(parameter.numel() for parameter in self.parameters)
 
         def per_token(checkpointing: bool) -> float:
-            batch = pad(store, np.array([longest_text]), self.backbone.tokenizer.pad_token_id)
-            with self.encoder.training_mode(step=0):
-                kept = memory.graph_bytes(lambda: self.encoder(batch), self.encoder.model) / longest
+            pad_id = self.backbone.tokenizer.pad_token_id
+
+            def graph(num_texts: int) -> int:
+                batch = pad(store, np.full(num_texts, longest_text), pad_id)
+                with self.encoder.training_mode(step=0):
+                    return memory.graph_bytes(lambda: self.encoder(batch), self.encoder.model)
+
+            # The difference: what does not grow with tokens (16-bit copies of weights) drops out.
+            kept = (graph(2) - graph(1)) / longest
             # Checkpointed, the inputs of every layer stay, and one layer's graph is rebuilt.
             return kept / layers + layers * width * 4 if checkpointing else kept
 
@@ -178,8 +194,8 @@ class Trainer:
             token_budget=None if section.token_budget == "auto" else section.token_budget,
             checkpointing={"auto": None, "on": True, "off": False}[section.checkpointing],
             longest=longest,
-            # embeddings and their gradient; Adam's two moments and the gradient
-            reserved_bytes=2 * 4 * texts * width + 3 * 4 * weights,
+            # embeddings and their gradient; Adam's two moments, the gradient, a 16-bit copy
+            reserved_bytes=2 * 4 * texts * width + (3 * 4 + 2) * weights,
             free=memory.free_bytes(self.device),
             device_type=self.device.type,
             graph_bytes_per_token=per_token,
@@ -247,10 +263,12 @@ class Trainer:
         if not math.isfinite(loss):
             raise RuntimeError(
                 f"the loss of step {self.step_index + 1} is {loss}; lower train.learning_rate or "
-                "raise loss.temperature; the last checkpoint is kept"
+                "raise loss.temperature; what was reached before it is kept"
             )
         learning_rate = self.scheduler.get_last_lr()[0]
+        self._updating = True
         gradient_norm = self._update()
+        self._updating = False
         padded = sum(len(chunk) * int(lengths_P[chunk.numpy()].max()) for chunk in chunks)
         seconds = time.perf_counter() - started
         self.step_index += 1
@@ -270,6 +288,17 @@ class Trainer:
             "peak_bytes": memory.peak_bytes(self.device),
         }
 
+    def _step_or_save(self) -> dict[str, Any]:
+        """One step; if it fails before the weights changed, what was reached is saved first."""
+        before = self.step_index
+        try:
+            return self.step()
+        except RuntimeError:  # out of memory, or a loss that is no number
+            self.optimizer.zero_grad(set_to_none=True)
+            if before and self.step_index == before and not self._updating:
+                self.save()
+            raise
+
     def _update(self) -> float:
         self.scaler.unscale_(self.optimizer)
         limit = self.recipe.train.max_grad_norm or math.inf
@@ -286,7 +315,7 @@ class Trainer:
         """The adapter's tensors under peft's names, on the CPU."""
         from peft import get_peft_model_state_dict
 
-        state = get_peft_model_state_dict(self.encoder.model)
+        state = get_peft_model_state_dict(self.encoder.model, save_embedding_layers=False)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
@@ -332,6 +361,21 @@ class Trainer:
             for loaded in sets
         ]
 
+    def _score_before(self) -> None:
+        """Score the base model on the sets that were not scored when the run began."""
+        known = {score["name"]: score for score in self.progress.before}
+        new = [
+            loaded
+            for loaded in self.eval_sets
+            if known.get(loaded.name, {}).get("num_pairs") != len(loaded.pairs)
+        ]
+        if new:
+            with self.encoder.model.disable_adapter():
+                scores = self.scores(new)
+            self.observer.scored(0, scores)
+            known |= {score.name: vars(score) for score in scores}
+        self.progress.before = [known[loaded.name] for loaded in self.eval_sets]
+
     def _score_now(self) -> dict[str, Any]:
         scores = self.scores(self.eval_sets[:1])
         self.observer.scored(self.step_index, scores)
@@ -340,7 +384,7 @@ class Trainer:
             self.progress.best_score = scores[0].spearman
             self.progress.best_step = self.step_index
             with whole_folder(self.folder.best) as partial:
-                self.encoder.model.save_pretrained(partial)
+                self.encoder.model.save_pretrained(partial, save_embedding_layers=False)
         return {"eval_set": scores[0].name, "spearman": scores[0].spearman}
 
     # -- the loop -----------------------------------------------------------------------------
@@ -352,15 +396,12 @@ class Trainer:
             Interrupted: Ctrl-C; the state is saved.
             RuntimeError: the loss is not finite, memory ran out, or saving failed.
         """
-        if not self.progress.before and self.eval_sets:
-            before = self.scores(self.eval_sets)
-            self.observer.scored(0, before)
-            self.progress.before = [vars(score) for score in before]
+        self._score_before()
         section = self.recipe.train
         self.observer.begin(self.num_steps, self.step_index)
         with finish_step_on_interrupt() as interrupted:
             while self.step_index < self.num_steps:
-                line = self.step()
+                line = self._step_or_save()
                 done = self.step_index == self.num_steps
                 every = self.recipe.eval.every
                 if self.eval_sets and every and (self.step_index % every == 0 or done):
@@ -388,7 +429,7 @@ class Trainer:
         for parameter in self.parameters:
             parameter.data = parameter.data.to(self.backbone.dtype)
         with whole_folder(self.folder.adapter) as partial:
-            self.encoder.model.save_pretrained(partial)
+            self.encoder.model.save_pretrained(partial, save_embedding_layers=False)
         scores = self.scores(self.eval_sets)
         self.observer.scored(self.step_index, scores)
         rows = self.step_index * self.recipe.train.logical_batch

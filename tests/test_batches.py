@@ -320,7 +320,6 @@ def test_one_template_stores_a_text_once(tmp_path: Path) -> None:
     assert DISTINCT_QUERIES & DISTINCT_DOCUMENTS
     assert len(corpus.store) == len(DISTINCT_QUERIES | DISTINCT_DOCUMENTS) == 8
     assert corpus.table.anchor_N[0] == corpus.table.positive_N[1] == corpus.table.negative_NK[2, 0]
-    assert corpus.source_sizes == [3, 2]
 
 
 def test_two_templates_map_to_the_right_rows(tmp_path: Path) -> None:

@@ -278,3 +278,35 @@ def test_demo_ends_in_one_line_of_json(
     assert summary["data"] == "the embedded triplets and pairs"
     code, out, err = command("demo", "--offline", *arguments)
     assert code == 0, "the demo runs again where it ran before"
+
+
+def test_export_does_not_touch_a_folder_of_something_else(
+    command: Run, finished: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "papers"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    for target in (precious, finished):
+        code, _, err = command("export", str(finished), "--out", str(target))
+        assert code == 2
+        assert "no export of ours" in err
+    assert (precious / "thesis.tex").is_file()
+    assert (finished / "adapter").is_dir()
+
+
+def test_embed_cuts_at_line_ends_only(command: Run, finished: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_bytes("\ufeffthe cat\u2028sat\r\na dog\n".encode())
+    code, _, err = command("embed", str(finished), str(texts))
+    assert code == 0, err
+    assert np.load(tmp_path / "texts.txt.npy").shape[0] == 2
+
+
+def test_data_folder_without_sets(
+    command: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("LOWMEM_CFT_DATA", str(tmp_path / "empty"))
+    code, _, err = command("eval", str(finished))
+    assert code == 2
+    assert "holds none of" in err

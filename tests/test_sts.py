@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import pearsonr, rankdata, spearmanr
 
-from lowmem_cft.sts import DEMO_PAIRS, NINE, SETS, cosine_spearman, find_set, sets_in
+from lowmem_cft.sts import DEMO_PAIRS, SETS, cosine_spearman, find_set, sets_in
 
 Vectors = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -145,9 +145,8 @@ def test_every_set_is_found_in_each_of_its_files(name: str, tmp_path: Path) -> N
 
 
 def test_numbers_of_pairs() -> None:
-    assert len(NINE) == 9
-    assert set(NINE) == set(SETS) - {"STSBenchmark-dev"}
-    assert {name: SETS[name].num_pairs for name in NINE} == {
+    test_sets = [name for name in SETS if name != "STSBenchmark-dev"]
+    assert {name: SETS[name].num_pairs for name in test_sets} == {
         "STS12": 3108,
         "STS13": 1500,
         "STS14": 3750,

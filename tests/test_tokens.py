@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -368,13 +369,14 @@ def test_whole_folder_keeps_the_target_when_renaming_fails(
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(OSError, match="no"):
         fill(tmp_path / "target", a="2")
-    assert refused == ["target.partial"]
+    assert refused == [f"target.{os.getpid()}.partial"]
     assert contents(tmp_path) == {"target/a": "1"}
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_whole_folder_clears_what_a_killed_process_left(tmp_path: Path) -> None:
-    for name in ("target.partial", "target.old"):
+    nobody = 2**22 + 1  # above the greatest process number Linux gives
+    for name in (f"target.{nobody}.partial", "target.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "stale").write_text("x", encoding="utf-8")
     fill(tmp_path / "target", a="1")

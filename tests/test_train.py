@@ -297,3 +297,98 @@ def test_not_a_number_stops_with_the_checkpoint_kept(make_recipe: MakeRecipe) ->
     with pytest.raises(RuntimeError, match=r"loss of step 2 is nan; lower train.learning_rate"):
         trainer.step()
     assert run.load_state(trainer.folder).step == 1
+
+
+def test_overwrite_with_a_mistake_keeps_the_old_run(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    folder, _ = pipeline.run_recipe(make_recipe(train={"steps": 1}), Silent())
+    before = folder.metrics.read_text()
+    wrong = make_recipe(data={"sources": [{"path": str(tmp_path / "gone.jsonl")}]})
+    with pytest.raises(ValueError, match=r"gone.jsonl"):
+        pipeline.run_recipe(wrong, Silent(), overwrite=True)
+    assert folder.metrics.read_text() == before
+    pipeline.run_recipe(make_recipe(train={"steps": 1}), Silent(), overwrite=True)
+    assert [entry.name for entry in folder.path.parent.iterdir()] == ["tiny"]
+
+
+def test_failing_step_saves_what_was_reached(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_recipe()
+    whole = start(made)
+    whole.train()
+    wanted = load_file(whole.folder.adapter / "adapter_model.safetensors")
+    trainer = start(made, overwrite=True)
+
+    def no_memory(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.observer = Silent(
+        lambda line: (
+            monkeypatch.setattr(train, "gradcache_step", no_memory) if line["step"] == 2 else None
+        )
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = start(made, resume=True)
+    assert resumed.step_index == 2
+    resumed.train()
+    got = load_file(resumed.folder.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+def test_half_a_log_line_does_not_stop_a_resume(make_recipe: MakeRecipe) -> None:
+    made = make_recipe(train={"steps": 2})
+    trainer = start(made)
+    trainer.train()
+    with trainer.folder.log.open("a") as file:
+        file.write('{"step": 3, "lo')
+    resumed = start(made, resume=True)
+    assert [line["step"] for line in run.read_log(resumed.folder)] == [1, 2]
+
+
+def test_resume_may_evaluate_other_sets(make_recipe: MakeRecipe) -> None:
+    """Scores from before training are of the base, also for a set that is added later."""
+    none = make_recipe(train={"steps": 3}, eval={"sets": []})
+    pipeline.run_recipe(none, Silent())
+    wanted, _ = pipeline.run_recipe(
+        make_recipe(train={"steps": 3}, output={"name": "other"}), Silent()
+    )
+    _, metrics = pipeline.run_recipe(make_recipe(train={"steps": 3}), Silent(), resume=True)
+    other = json.loads(wanted.metrics.read_text())
+    assert metrics["before"] == other["before"]
+    assert metrics["after"] == other["after"]
+    assert metrics["before"] != metrics["after"]
+
+
+def test_long_texts_do_not_fail_the_check_of_a_template_with_a_tail(
+    make_recipe: MakeRecipe,
+) -> None:
+    made = make_recipe(
+        text={"template": "the man is {text} in two", "append_eos": False, "max_tokens": 5},
+        embedding={"pooling": "last"},
+    )
+    _, metrics = pipeline.run_recipe(made, Silent())
+    assert metrics["export"]["checked"] is True
+
+
+def test_mistakes_of_the_layout_are_found_before_training(make_recipe: MakeRecipe) -> None:
+    observer = Silent()
+    text = {"template": "{text} is", "document_template": "{text} was"}
+    with pytest.raises(ValueError, match=r"document_template"):
+        pipeline.run_recipe(make_recipe(text=text), observer)
+    assert not observer.said
+
+
+def test_base_is_named_by_its_whole_path(
+    make_recipe: MakeRecipe, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export must load from another working folder."""
+    monkeypatch.chdir(tiny_folder.parent)
+    folder, _ = pipeline.run_recipe(
+        make_recipe(model={"id": f"./{tiny_folder.name}"}, train={"steps": 1}), Silent()
+    )
+    config = json.loads((folder.model / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_folder)
