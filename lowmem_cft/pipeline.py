@@ -131,7 +131,7 @@ def checked(
         observer.say(f"NOT CHECKED: the export was not compared with the trained model: {reason}")
         return {"checked": False}
     observer.say(
-        f"export checked on {check.num_texts} texts: cosine {check.min_cosine:.6f} or more "
+        f"export checked on {check.num_texts} texts: lowest cosine {check.min_cosine:.6f} "
         f"({check.min_cosine_as_loaded:.4f} in 16-bit arithmetic)"
     )
     return {"checked": True, **vars(check)}
