@@ -219,7 +219,10 @@ def save_state(run: RunFolder, state: TrainingState) -> None:
             )
     except (OSError, RuntimeError) as error:
         kept = "the checkpoint before it is kept" if run.checkpoint.is_dir() else "none was kept"
-        raise RuntimeError(f"could not save {run.checkpoint} ({error}); {kept}") from error
+        free = shutil.disk_usage(run.path).free / 2**20
+        raise RuntimeError(
+            f"could not save {run.checkpoint} ({error}; {free:.1f} MiB free on that disk); {kept}"
+        ) from error
 
 
 def load_state(run: RunFolder) -> TrainingState:
