@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import zlib
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem_cft.batch import token_positions
-from lowmem_cft.dropout import DropoutClock, IdentityDropout, _mix64
+from lowmem_cft.dropout import DropoutClock, IdentityDropout, _derive, _mix64
 
 RATES = pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
 NUM_TEXTS, NUM_POSITIONS, NUM_FEATURES = 64, 32, 512  # 2^20 elements
@@ -234,6 +235,42 @@ def test_gradient_passes_through_the_same_mask(dtype: torch.dtype) -> None:
     assert torch.equal(gradient, torch.full_like(gradient, 3) / 0.75 * keep_BTF)
 
 
+def test_gradient_of_gradient() -> None:
+    dropout = ready(0.4)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert 0 < int(dropout.keep_mask(5).sum()) < 30
+    assert torch.autograd.gradcheck(dropout, x)
+    assert torch.autograd.gradgradcheck(dropout, x)
+
+
+@pytest.mark.parametrize("layout", ["BTF", "flat", "transposed"])
+def test_graph_holds_keys_and_no_mask(layout: str) -> None:
+    x = torch.randn(2, 3, 64)
+    x = {"BTF": x, "flat": x.flatten(0, 1), "transposed": x.mT.contiguous().mT}[layout]
+    dropout, saved = ready(0.3), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = dropout(x.requires_grad_())
+    assert [tuple(tensor.shape) for tensor in saved] == [(6,), (64,)]
+    assert all(tensor.dtype == torch.int32 for tensor in saved)
+    assert torch.equal(out != 0, dropout.keep_mask(64).view(x.shape))
+
+
+def test_gradient_uses_the_chunk_of_its_forward() -> None:
+    dropout = ready(0.5)
+    x = torch.ones(2, 3, 64, requires_grad=True)
+    out = dropout(x)
+    dropout.clock.set_chunk(torch.arange(2) + 5, torch.arange(3).repeat(2, 1))
+    other = dropout(x)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient, out)
+    assert not torch.equal(gradient, other)
+
+
 def test_a_higher_rate_drops_more_of_the_same() -> None:
     rates = [0.0, 0.1, 0.3, 0.5, 0.7, 0.99]
     masks = [keep(rate, num_texts=4) for rate in rates]
@@ -261,6 +298,80 @@ def test_clock_set_to_another_chunk() -> None:
 
 def test_repr_shows_the_rate() -> None:
     assert repr(ready(0.25)) == "IdentityDropout(p=0.25)"
+
+
+# --- keys -------------------------------------------------------------------------------------
+
+
+def reference_keys(clock: DropoutClock, name: str, num_features: int) -> tuple[list[int], ...]:
+    """The keys of a module in unsigned integers of any size, as int32."""
+    key = zlib.crc32(name.encode())
+    assert clock.token_key_L is not None
+    words = (
+        [absorb(token & MASK_64, key) for token in clock.token_key_L.tolist()],
+        [absorb(feature, key + 1) for feature in range(num_features)],
+    )
+    return tuple([((word + 2**31) & MASK_32) - 2**31 for word in vector] for vector in words)
+
+
+def assert_keys(dropout: IdentityDropout, name: str, num_features: int = 7) -> None:
+    keys = dropout.keys(num_features)
+    assert [key.dtype for key in keys] == [torch.int32, torch.int32]
+    assert tuple(key.tolist() for key in keys) == reference_keys(dropout.clock, name, num_features)
+
+
+@pytest.mark.parametrize("words_at_once", [1, 13, 2**20])
+def test_keys_of_many_modules(words_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All modules of a clock share one derivation; each gets the keys it would get alone."""
+    monkeypatch.setattr("lowmem_cft.dropout._WORDS_AT_ONCE", words_at_once)
+    clock = DropoutClock(seed=3, step=1)
+    names = [f"layers.{i}" for i in range(5)]
+    modules = {name: IdentityDropout(0.1, name, clock) for name in [*names, "layers.0"]}
+    for place in (0, 4):
+        clock.set_chunk(torch.arange(2) + place, torch.arange(3).repeat(2, 1))
+        for name, module in modules.items():
+            assert_keys(module, name)
+    late = IdentityDropout(0.1, "late", clock)  # after the chunk's keys were derived
+    assert_keys(late, "late")
+    assert_keys(modules["layers.3"], "layers.3", num_features=4)
+    assert_keys(modules["layers.3"], "layers.3")
+
+
+def test_keys_are_derived_once_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def derive(token_key_L: Tensor, module_keys: list[int]) -> Tensor:
+        calls.append(len(module_keys))
+        return _derive(token_key_L, module_keys)
+
+    monkeypatch.setattr("lowmem_cft.dropout._derive", derive)
+    clock = DropoutClock()
+    modules = [IdentityDropout(0.1, f"layers.{i}", clock) for i in range(5)]
+    for _ in range(3):
+        clock.set_chunk(torch.arange(2), torch.arange(3).repeat(2, 1))
+        for module in [*modules, *modules]:
+            module(torch.ones(2, 3, 4))
+    assert calls == [5, 5, 5]
+    assert modules[0].keys(4)[1] is modules[0].keys(4)[1], "feature keys are derived once"
+
+
+def test_keys_of_inference_mode_serve_training() -> None:
+    dropout, x = ready(0.5), torch.ones(2, 3, 8, requires_grad=True)
+    with torch.inference_mode():
+        wanted = dropout(x)
+    out = dropout(x)
+    assert torch.equal(out, wanted)
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], wanted)
+
+
+def test_copies_of_a_model_keep_their_clock() -> None:
+    model = torch.nn.Sequential(ready(0.5))
+    model.append(IdentityDropout(0.5, "other", model[0].clock))
+    wanted = model(torch.ones(2, 3, 8))
+    twin = copy.deepcopy(model)
+    assert twin[0].clock is twin[1].clock is not model[0].clock
+    assert torch.equal(twin(torch.ones(2, 3, 8)), wanted)
+    assert not model.state_dict()
 
 
 # --- arithmetic -------------------------------------------------------------------------------
