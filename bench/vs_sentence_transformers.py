@@ -208,7 +208,7 @@ def measured(
 
 def described(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
     """The settings, for the JSON line."""
-    dtype = encoder.autocast_dtype
+    dtype = encoder.model.dtype
     evaluated = recipe.eval.sets[0]
     pairs = "" if recipe.eval.limit is None else f", first {recipe.eval.limit} pairs"
     return {
@@ -265,12 +265,8 @@ def run_ours(options: argparse.Namespace, folder: Path) -> SideResult:
             say(f"ours: step {line['step']}: loss {line['loss']:.4f}, {seconds[-1]:.2f} s")
         return seconds, losses
 
-    plan = trainer.plan
-    chunks = (
-        f"{plan.backward_tokens} padded tokens with a graph, {plan.forward_tokens} without"
-        f"{', layers checkpointed' if plan.checkpointing else ''}"
-    )
-    return measured(train, trainer.encoder, trainer.backbone.tokenizer, recipe, chunks)
+    plan = trainer.plan.describe()
+    return measured(train, trainer.encoder, trainer.backbone.tokenizer, recipe, plan)
 
 
 # -- sentence-transformers' side -------------------------------------------------------------
@@ -291,7 +287,7 @@ def load_st(recipe: Recipe, device: torch.device, folder: Path) -> tuple[Sentenc
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BitsAndBytesConfig
 
-    from lowmem_cft import backbone, sources
+    from lowmem_cft import backbone, configs, sources
     from lowmem_cft.corpus import query_format
     from lowmem_cft.export import prepared_tokenizer
     from lowmem_cft.tokens import overhead
@@ -303,7 +299,7 @@ def load_st(recipe: Recipe, device: torch.device, folder: Path) -> tuple[Sentenc
     dtype = backbone.choose_dtype(section.dtype, device)
     quantization = backbone.quantization_kwargs(section, dtype)
     quantization.pop("quant_method")
-    config = backbone.load_config(section, name)
+    config = configs.load_config(section, name)
     cut = ("num_hidden_layers", "layer_types", "scale_depth")
     model_kwargs = {"dtype": dtype, "quantization_config": BitsAndBytesConfig(**quantization)}
     if device.type == "cuda":
@@ -453,7 +449,6 @@ def st_loss(model: SentenceTransformer, recipe: Recipe, options: argparse.Namesp
 
 def run_st(options: argparse.Namespace, folder: Path) -> SideResult:
     """The same through sentence-transformers' trainer and cached loss."""
-    import torch
     from sentence_transformers import SentenceTransformerTrainer
 
     from lowmem_cft.backbone import choose_device, choose_dtype
@@ -486,7 +481,6 @@ def run_st(options: argparse.Namespace, folder: Path) -> SideResult:
         model[0].auto_model,
         pooling=recipe.embedding.pooling,
         normalize=recipe.embedding.normalize,
-        autocast_dtype=None if dtype == torch.float32 else dtype,
     )
     return measured(train, encoder, tokenizer, recipe, st_chunks(options))
 

@@ -7,7 +7,6 @@ keep their dtype (nothing is upcast), and only the adapter's float32 weights are
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,27 +17,14 @@ import torch
 from torch import nn
 
 from lowmem_cft import sources
+from lowmem_cft.configs import first_line, load_config
 from lowmem_cft.dropout import DropoutClock, IdentityDropout
+from lowmem_cft.lora import use_lean_layers
 from lowmem_cft.recipe import LoraSection, ModelSection
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, which ships no types
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_DROPOUT_KEYS = [
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "hidden_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "classifier_dropout",
-    "layerdrop",
-    "residual_dropout",
-    "resid_dropout",
-    "embedding_dropout",
-]
 
 
 @dataclass(frozen=True)
@@ -104,7 +90,7 @@ def load_tokenizer(name: str, revision: str | None) -> Tokenizer:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"model.id: {name} has no tokenizer that transformers can load ({_first_line(error)}); "
+            f"model.id: {name} has no tokenizer that transformers can load ({first_line(error)}); "
             "put its tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
     if not len(tokenizer):
@@ -112,56 +98,6 @@ def load_tokenizer(name: str, revision: str | None) -> Tokenizer:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def load_config(section: ModelSection, name: str) -> Any:
-    """The base model's configuration: dropout off, top layers dropped as the recipe says."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            name, revision=section.revision, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.id: {section.id}: this transformers ({transformers.__version__}) cannot load "
-            f"its configuration without remote code: {_first_line(error)}"
-        ) from error
-    disable_base_dropout(config)
-    if section.keep_layers is not None:
-        if section.keep_layers > config.num_hidden_layers:
-            raise ValueError(
-                f"model.keep_layers: got {section.keep_layers}, but {section.id} has "
-                f"{config.num_hidden_layers} layers"
-            )
-        for key, value in _kept(config, section.keep_layers).items():
-            setattr(config, key, value)
-    return config
-
-
-def disable_base_dropout(config: Any) -> None:
-    """Set every dropout rate of a base model's configuration to 0.
-
-    A frozen base gains nothing from its own dropout, and its masks would depend on the chunking.
-    """
-    for key in _DROPOUT_KEYS:
-        if getattr(config, key, None):
-            setattr(config, key, 0.0)
-
-
-def _kept(config: Any, layers: int) -> dict[str, Any]:
-    """What changes in a configuration that keeps only its lowest layers."""
-    changed: dict[str, Any] = {"num_hidden_layers": layers}
-    if getattr(config, "layer_types", None):
-        changed["layer_types"] = list(config.layer_types[:layers])
-    if (scale := getattr(config, "scale_depth", None)) is not None:
-        # MiniCPM scales residuals by scale_depth / sqrt(layers); the kept ones keep their scale.
-        changed["scale_depth"] = scale * math.sqrt(layers / config.num_hidden_layers)
-    return changed
 
 
 def quantization_kwargs(section: ModelSection, dtype: torch.dtype) -> dict[str, Any]:
@@ -177,10 +113,42 @@ def quantization_kwargs(section: ModelSection, dtype: torch.dtype) -> dict[str, 
     }
 
 
+@dataclass(frozen=True)
+class BackboneSource:
+    """A base model found, with all of it that is small.
+
+    `name`: see `Backbone`. `revision`: of a hub id, None for a folder.
+    """
+
+    name: str
+    revision: str | None
+    tokenizer: Tokenizer
+    config: Any
+
+
+def find_backbone(section: ModelSection, say: sources.Say = lambda text: None) -> BackboneSource:
+    """The recipe's base model without its weights.
+
+    Raises:
+        ValueError: the model or its tokenizer does not exist, or `keep_layers` does not fit it.
+    """
+    name = sources.resolve(section.id, section.revision, say)
+    revision = section.revision if name == section.id else None
+    return BackboneSource(
+        name, revision, load_tokenizer(name, revision), load_config(section, name)
+    )
+
+
 def load_backbone(
-    section: ModelSection, device: torch.device, say: sources.Say = lambda text: None
+    section: ModelSection,
+    device: torch.device,
+    say: sources.Say = lambda text: None,
+    source: BackboneSource | None = None,
 ) -> Backbone:
     """Load the recipe's base model, frozen and in evaluation mode.
+
+    Args:
+        source: what `find_backbone` gave, if it was asked before.
 
     Raises:
         ValueError: the model, its tokenizer or an option does not exist.
@@ -188,10 +156,8 @@ def load_backbone(
     """
     from transformers import AutoModel, BitsAndBytesConfig
 
-    name = sources.resolve(section.id, section.revision, say)
-    revision = section.revision if name == section.id else None
-    tokenizer = load_tokenizer(name, revision)
-    config = load_config(section, name)
+    source = source or find_backbone(section, say)
+    name, revision, config = source.name, source.revision, source.config
     dtype = choose_dtype(section.dtype, device)
     loader_kwargs: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
     if section.attention != "auto":
@@ -217,7 +183,7 @@ def load_backbone(
     keys = ("num_hidden_layers", "layer_types", "scale_depth")
     cut = section.keep_layers is not None
     config_kwargs = {key: getattr(config, key) for key in keys if cut and hasattr(config, key)}
-    return Backbone(model, tokenizer, name, dtype, loader_kwargs, config_kwargs)
+    return Backbone(model, source.tokenizer, name, dtype, loader_kwargs, config_kwargs)
 
 
 def keep_weight_layout(model: nn.Module, keep: bool = True) -> None:
@@ -327,6 +293,7 @@ def attach_adapter(
     if model.dtype == torch.float64:
         peft_model.double()
     replace_dropout(peft_model, section.dropout, clock)
+    use_lean_layers(peft_model)
     peft_model.eval()
     return peft_model
 
@@ -348,21 +315,26 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def set_checkpointing(model: Any, enabled: bool) -> None:
-    """Gradient checkpointing of every layer, non-reentrant, or none.
+def set_checkpointing(model: Any, every: int) -> None:
+    """Non-reentrant gradient checkpointing of every k-th layer; 0 is none, 1 all.
 
     Raises:
         ValueError: the architecture does not support it.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if enabled and not base.supports_gradient_checkpointing:
+    if every and not base.supports_gradient_checkpointing:
         raise ValueError(
             f"memory.checkpointing: got on, but {type(base).__name__} does not support it; "
             "set it to off and lower memory.token_budget"
         )
     # transformers 5.23 renamed the methods; the older names warn there.
     kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
-    if enabled:
-        getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    else:
+    if not every:
         getattr(base, f"{kind}_checkpointing_disable")()
+        return
+    getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i % every == 0

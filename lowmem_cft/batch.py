@@ -13,14 +13,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """`ids_BT` int64 and `mask_BT` bool (True at real tokens), both (B, T)."""
+    """`ids_BT` int64 and `mask_BT` bool (True at real tokens), both (B, T).
+
+    `right_padded` promises that every row's real tokens come first.
+    """
 
     ids_BT: Tensor
     mask_BT: Tensor
+    right_padded: bool = False
 
     def to(self, device: torch.device) -> TokenBatch:
         return TokenBatch(
-            self.ids_BT.to(device, non_blocking=True), self.mask_BT.to(device, non_blocking=True)
+            self.ids_BT.to(device, non_blocking=True),
+            self.mask_BT.to(device, non_blocking=True),
+            self.right_padded,
         )
 
 

@@ -86,13 +86,14 @@ class RowOrder:
 class StepTexts:
     """The texts of one step as one pool of P, and where each role's lie in it.
 
-    `text_P` names each pool entry's text. Queries are M places, documents N: first every row's
-    positive, then the hard negatives. All int64.
+    `text_P` names each pool entry's text. `place_S` gives each slot of the loss its place in the
+    pool: M queries, then N documents, which are every row's positive and then the hard negatives.
+    All int64.
     """
 
     text_P: Indices
-    query_M: Tensor
-    doc_N: Tensor
+    place_S: Tensor
+    num_queries: int
     candidates: Candidates
 
 
@@ -130,5 +131,4 @@ def step_texts(
         query_key_M=torch.from_numpy(positive_M) if keys else None,
         doc_key_N=torch.from_numpy(document_N) if keys else None,
     )
-    query_M, doc_N = np.split(place, [len(rows)])
-    return StepTexts(text_P, torch.from_numpy(query_M), torch.from_numpy(doc_N), candidates)
+    return StepTexts(text_P, torch.from_numpy(place), len(rows), candidates)

@@ -113,6 +113,43 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a preset.")],
+    memory: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Limit of it all, such as 12GiB; a graphics card's unless --device says."
+        ),
+    ] = None,
+    device: Annotated[
+        Optional[str], typer.Option(help="cuda or cpu; need not be on this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Predict memory and cost of a recipe's steps, from the model's configuration alone."""
+    from lowmem_cft import recipe as recipes
+
+    resolved = recipes.load(recipe, overrides or [])
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device: got {device}, wanted cuda or cpu")
+    from lowmem_cft.console import plan_tables
+    from lowmem_cft.planning import plan_limit, plan_recipe
+
+    with _screen() as screen:
+        device_type, limit = plan_limit(resolved, memory, device)
+        found = plan_recipe(resolved, device_type, limit)
+        for note in found.notes:
+            screen.say(note)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    for table in plan_tables(found):
+        _print(table)
+    typer.echo(found.prediction.plan.describe())
+
+
+@app.command()
 def demo(overrides: Overrides = None, offline: Offline = False) -> None:
     """Train the embedded small model on the data at hand; ends in one line of JSON."""
     _go_offline(offline)

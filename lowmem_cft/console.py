@@ -18,6 +18,8 @@ from rich.progress import (
 from rich.table import Table
 
 from lowmem_cft.evaluate import SetScore
+from lowmem_cft.planner import GIB
+from lowmem_cft.planning import RecipePlan
 
 _LINES = 20
 """Progress lines of a run whose output is no terminal."""
@@ -73,6 +75,36 @@ class Screen:
         listed = ", ".join(f"{score.name} {100 * score.spearman:.2f}" for score in scores)
         if listed:
             self.say(f"after {step} steps: {listed}")
+
+
+def plan_tables(found: RecipePlan) -> list[Table]:
+    """What is held at the peak of a step, its cost, and the largest batches."""
+    prediction, shape = found.prediction, found.shape
+    parts = Table(title=f"Predicted peak, in the {prediction.moment} ({found.device_type})")
+    parts.add_column("part")
+    parts.add_column("GiB", justify="right")
+    for name, size in prediction.parts.items():
+        parts.add_row(name.replace("_", " "), f"{size / GIB:.3f}")
+    parts.add_row("total", f"{prediction.peak_bytes / GIB:.3f}", style="bold")
+    parts.add_row("limit", f"{found.limit_bytes / GIB:.3f}")
+    cost = Table(title="A step")
+    cost.add_column("what")
+    cost.add_column("how much", justify="right")
+    padding = prediction.padded_tokens / prediction.tokens - 1
+    for what, value in (
+        ("logical batch", f"{shape.rows:,} rows, {shape.slots:,} texts"),
+        ("tokens", f"{prediction.tokens:,} and {padding:.1%} padding"),
+        ("longest text", f"{shape.longest} tokens"),
+        ("arithmetic", f"{prediction.flops / 1e12:,.1f} TFLOP in {found.dtype}"),
+        ("cost", f"{prediction.relative_cost:.2f} x the plain step"),
+    ):
+        cost.add_row(what, value)
+    largest = Table(title="Largest logical batch")
+    largest.add_column("memory")
+    largest.add_column("rows", justify="right")
+    for limit, rows in found.max_logical_batch.items():
+        largest.add_row(f"{limit / GIB:g} GiB", f"{rows:,}" if rows else "does not fit")
+    return [parts, cost, largest]
 
 
 def before_after_table(before: Sequence[SetScore], after: Sequence[SetScore]) -> Table:

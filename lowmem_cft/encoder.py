@@ -48,8 +48,6 @@ class Encoder:
         model: a transformers base model (no head), adapter attached; called for its last hidden
             state after the final norm.
         pooling, normalize: how hidden states become one vector.
-        autocast_dtype: 16-bit dtype of autocast in `training_mode`; None computes in the
-            weights' own dtype.
         clock: the one its dropout modules read.
     """
 
@@ -59,15 +57,12 @@ class Encoder:
         *,
         pooling: Pooling,
         normalize: bool,
-        autocast_dtype: torch.dtype | None = None,
         clock: DropoutClock | None = None,
     ) -> None:
         self.model = model
         self.pooling: Pooling = pooling
         self.normalize = normalize
-        self.autocast_dtype = autocast_dtype
         self.clock = clock or DropoutClock()
-        self._autocast = False
 
     @property
     def device(self) -> torch.device:
@@ -76,14 +71,12 @@ class Encoder:
 
     @contextmanager
     def training_mode(self, step: int) -> Iterator[None]:
-        """Dropout on, with the masks of this step; 16-bit autocast where the recipe asks for it."""
+        """Dropout on, with the masks of this step."""
         self.clock.step = step
-        self._autocast = True
         self.model.train()
         try:
             yield
         finally:
-            self._autocast = False
             self.model.eval()
 
     def __call__(self, batch: TokenBatch, place_B: Tensor | None = None) -> Tensor:
@@ -95,21 +88,25 @@ class Encoder:
         """
         batch = batch.to(self.device)
         position_BT = token_positions(batch.mask_BT)
+        keys_L = None
         if self.model.training:
             if place_B is None:
                 place_B = torch.arange(batch.ids_BT.shape[0])
             self.clock.set_chunk(place_B.to(self.device), position_BT)
-        autocast = torch.autocast(
-            self.device.type,
-            dtype=self.autocast_dtype,
-            enabled=self._autocast and self.autocast_dtype is not None,
-        )
-        with autocast:
-            hidden_BTH = self.model(
-                input_ids=batch.ids_BT,
-                attention_mask=batch.mask_BT.long(),
-                position_ids=position_BT,
-                use_cache=False,
-            ).last_hidden_state
+            keys_L = self.clock.token_key_L
+        if batch.right_padded:
+            # A causal model's real tokens never see what is padded behind them, and the padding
+            # gets no gradient: without a mask attention takes its fastest way and copies nothing.
+            where: dict[str, Tensor] = {}
+        else:
+            where = {"attention_mask": batch.mask_BT.long(), "position_ids": position_BT}
+        hidden_BTH = self.model(input_ids=batch.ids_BT, use_cache=False, **where).last_hidden_state
         emb_BD = pool(hidden_BTH, batch.mask_BT, self.pooling)
-        return F.normalize(emb_BD, dim=-1) if self.normalize else emb_BD
+        emb_BD = F.normalize(emb_BD, dim=-1) if self.normalize else emb_BD
+        if keys_L is not None and emb_BD.requires_grad:
+            # Checkpointed layers run again in the backward, maybe after other chunks.
+            emb_BD.register_hook(lambda _: self._resume(keys_L))  # type: ignore[no-untyped-call]
+        return emb_BD
+
+    def _resume(self, token_key_L: Tensor) -> None:
+        self.clock.token_key_L = token_key_L

@@ -7,14 +7,15 @@ exported model computes the same, so what is evaluated here is what users get.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from lowmem_cft.encoder import Encoder
-from lowmem_cft.gradcache import embed
-from lowmem_cft.tokens import TextFormat, Tokenizer, chunk_by_tokens, pad, tokenize
+from lowmem_cft.oom import Chunk, work_off
+from lowmem_cft.tokens import TextFormat, Tokenizer, cut_by_length, pad, tokenize
 
 Vectors = npt.NDArray[np.float32]
 
@@ -31,7 +32,7 @@ def embed_texts(
     """float32 (texts, D), row i for text i.
 
     Args:
-        token_budget: padded tokens per chunk.
+        token_budget: padded tokens per chunk; halved where memory runs out.
         on_progress: told how many more distinct texts are done, after each chunk.
 
     Raises:
@@ -42,13 +43,20 @@ def embed_texts(
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     store = tokenize(tokenizer, list(place), text_format)
 
-    def encode(place_B: torch.Tensor) -> torch.Tensor:
-        emb_BD = encoder(pad(store, place_B.numpy(), tokenizer.pad_token_id))
-        on_progress(len(place_B))
-        return emb_BD.float().cpu()
+    vectors_PD = torch.empty(0)
+
+    def embed(chunk: Chunk) -> None:
+        nonlocal vectors_PD
+        batch = pad(store, chunk.place_B.numpy(), tokenizer.pad_token_id)
+        with torch.no_grad():
+            emb_BD = encoder(batch).float().cpu()
+        if not len(vectors_PD):
+            vectors_PD = torch.empty((len(place), emb_BD.shape[1]))
+        vectors_PD[chunk.place_B] = emb_BD
+        on_progress(len(chunk.place_B))
 
     encoder.model.eval()
-    chunks = [torch.from_numpy(chunk) for chunk in chunk_by_tokens(store.lengths, token_budget)]
-    vectors = embed(encode, chunks, len(place)).numpy()
-    result: Vectors = vectors[[place[text] for text in texts]]
+    everything = torch.arange(len(place))
+    work_off(everything, token_budget, partial(cut_by_length, store.lengths), embed, "embedding")
+    result: Vectors = vectors_PD.numpy()[[place[text] for text in texts]]
     return result

@@ -62,7 +62,7 @@ def run_recipe(
 
     Raises:
         ValueError: the user's mistake: recipe, data, model or folder.
-        train.Interrupted: Ctrl-C; resumable.
+        interrupt.Interrupted: Ctrl-C; resumable.
         RuntimeError: the machine's limits, or an export that does not embed as trained.
     """
     if recipe.output.export != "none":

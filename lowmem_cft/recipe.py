@@ -27,6 +27,23 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
+_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """12GiB (1024s), 12GB (1000s) or plain bytes.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"got {text!r}, wanted an amount of memory such as 12GiB or 800MiB")
+    prefix = found[2].upper()
+    power = _UNITS[prefix] if prefix else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 class RecipeError(ValueError):
     """The recipe is wrong: the message names each path, what was got and what is allowed."""
 
@@ -136,6 +153,9 @@ class TrainSection(_Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     max_grad_norm: Positive | None = 1.0
     seed: int = 42
+    duplicates: Literal["auto", "once", "each"] = "auto"
+    """Encode a text that occurs several times in a step once, or each time. Without dropout the
+    result is the same; with it, copies encoded once share a mask. auto: once where the same."""
     save_every: Count | None = None
     """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
 
@@ -156,9 +176,30 @@ class TrainSection(_Section):
 
 
 class MemorySection(_Section):
+    """How much memory to use, and how. None of it changes the result, only time and memory."""
+
+    limit: str = "auto"
+    """For all of it, weights and libraries included: 12GiB, 11.5GB, 800MiB; auto takes what is
+    free on the device."""
     token_budget: Literal["auto"] | Count = "auto"
-    """Padded tokens in a chunk that is back-propagated; auto measures what fits."""
-    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Padded tokens in a chunk that is back-propagated."""
+    keep_graphs: Literal["auto", "on", "off"] = "auto"
+    """Keep the first phase's graphs: of all chunks, of none, or of as many as fit."""
+    checkpointing: Literal["auto", "on", "off"] | Count = "auto"
+    """Of all layers, of none, or of every k-th layer."""
+    embedding_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """How the batch's embeddings wait for the loss; 16 bits round them."""
+    offload_embeddings: Literal["auto", "on", "off"] = "auto"
+    """Hold them and their gradient in host memory while chunks are computed."""
+
+    @model_validator(mode="after")
+    def _limit(self) -> MemorySection:
+        if self.limit != "auto":
+            try:
+                parse_bytes(self.limit)
+            except ValueError as error:
+                raise ValueError(f"limit: {error}") from None
+        return self
 
 
 class EvalSection(_Section):

@@ -190,6 +190,8 @@ class TrainingState:
     scaler: dict[str, Any]
     progress: dict[str, Any]
     """Plain values: scores so far, seconds spent, the best score and its step."""
+    plan: dict[str, Any]
+    """The step plan as it was: the same plan rounds the same way."""
 
 
 def save_state(run: RunFolder, state: TrainingState) -> None:
@@ -213,6 +215,7 @@ def save_state(run: RunFolder, state: TrainingState) -> None:
                 {
                     "step": state.step,
                     "progress": state.progress,
+                    "plan": state.plan,
                     "versions": library_versions(),
                     "sha256": sums,
                 },
@@ -240,9 +243,8 @@ def load_state(run: RunFolder) -> TrainingState:
             raise RuntimeError(f"{folder / name} is damaged (its checksum differs); start anew")
     tensors = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     adapter = load_file(str(folder / "adapter.safetensors"))
-    return TrainingState(
-        step=record["step"], adapter=adapter, progress=record["progress"], **tensors
-    )
+    values = {key: record[key] for key in ("step", "progress", "plan")}
+    return TrainingState(adapter=adapter, **values, **tensors)
 
 
 def _sha256(path: Path) -> str:

@@ -57,6 +57,22 @@ def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -
     return _from_hub(model_id, revision, say)
 
 
+def at_hand(model_id: str, revision: str | None) -> str | None:
+    """What `resolve` gives, if it can without a network and without converting anything."""
+    if model_id == EMBEDDED:
+        folder = cache_folder() / "models" / f"{EMBEDDED}-{_GGUF_SHA256[:16]}"
+        return str(folder) if folder.is_dir() else None
+    path = Path(model_id).expanduser()
+    if (path / "tokenizer.json").is_file():
+        return str(path)
+    if path.exists() or model_id.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model_id, "tokenizer.json", revision=revision)
+    return str(Path(found).parent) if isinstance(found, str) else None
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         if sys.version_info >= (3, 11):

@@ -21,6 +21,7 @@ import torch
 
 from lowmem_cft.batch import TokenBatch
 from lowmem_cft.cache import whole_folder
+from lowmem_cft.oom import Chunk
 from lowmem_cft.recipe import TEXT_SLOT
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, which ships no types
@@ -204,6 +205,17 @@ def chunk_by_tokens(
     return chunks
 
 
+def cut_by_length(
+    lengths_P: npt.NDArray[np.int64], place_B: torch.Tensor, budget: int, chunk_cost: int = 32
+) -> list[Chunk]:
+    """`chunk_by_tokens` of the texts at int64 (B,) places, as chunks of places."""
+    lengths_B = lengths_P[place_B.numpy()]
+    return [
+        Chunk(place_B[torch.from_numpy(rows)], len(rows) * int(lengths_B[rows].max()))
+        for rows in chunk_by_tokens(lengths_B, budget, chunk_cost)
+    ]
+
+
 def pad(
     store: TokenStore,
     indices: npt.NDArray[np.int64],
@@ -219,4 +231,4 @@ def pad(
         place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids_BT[i, place] = row
         mask_BT[i, place] = True
-    return TokenBatch(torch.from_numpy(ids_BT), torch.from_numpy(mask_BT))
+    return TokenBatch(torch.from_numpy(ids_BT), torch.from_numpy(mask_BT), side == "right")

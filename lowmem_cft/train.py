@@ -8,35 +8,53 @@ The loss is over the whole logical batch; chunks are how it is computed and chan
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lowmem_cft import corpus, evaluate, memory, run
 from lowmem_cft.backbone import (
     Backbone,
+    BackboneSource,
     attach_adapter,
     choose_device,
+    choose_dtype,
+    find_backbone,
     load_backbone,
     set_checkpointing,
     trainable_parameters,
 )
-from lowmem_cft.batches import RowOrder, StepTexts, step_texts
+from lowmem_cft.batches import RowOrder, step_texts
 from lowmem_cft.cache import cache_folder, whole_folder
 from lowmem_cft.dropout import DropoutClock
 from lowmem_cft.encoder import Encoder
-from lowmem_cft.gradcache import gradcache_step
+from lowmem_cft.interrupt import Interrupted, finish_step_on_interrupt
 from lowmem_cft.optimizer import make_optimizer, make_scheduler
-from lowmem_cft.recipe import Recipe
-from lowmem_cft.tokens import chunk_by_tokens, pad
-from lowmem_cft_kernels import InfoNCEResult, info_nce
+from lowmem_cft.plan import StepPlan
+from lowmem_cft.planner import GIB, MARGINS, Planner
+from lowmem_cft.planning import planner_for, shape_of
+from lowmem_cft.recipe import Recipe, parse_bytes
+from lowmem_cft.step import ContrastiveStep
+
+
+def memory_limit(recipe: Recipe, device: torch.device) -> int:
+    """Bytes that the whole run may take: the recipe's limit, and no more than is free.
+
+    On a GPU the recipe's limit is also set as the allocator's, so that it holds.
+    """
+    margin = MARGINS[device.type]  # what is free now is so beside libraries and context
+    free = int(memory.HEADROOM * memory.free_bytes(device)) + margin
+    if recipe.memory.limit == "auto":
+        return free
+    limit = parse_bytes(recipe.memory.limit)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = min(1.0, max(0, limit - margin) / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)
+    return min(limit, free)
 
 
 class Observer(Protocol):
@@ -51,44 +69,17 @@ class Observer(Protocol):
     def scored(self, step: int, scores: list[evaluate.SetScore]) -> None: ...
 
 
-class Interrupted(RuntimeError):
-    """Ctrl-C: the step in work was finished and all is saved."""
-
-
 @dataclass
 class Progress:
     """What a resumed run carries on with besides weights."""
 
     seconds: float = 0.0
     texts: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
     best_score: float | None = None
     best_step: int | None = None
     before: list[dict[str, Any]] = field(default_factory=list)
-
-
-@contextmanager
-def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM) is noted and asked for; the second one stops at once."""
-    noted = False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal noted
-        if noted:
-            raise KeyboardInterrupt
-        noted = True
-
-    try:
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP"):
-            numbers.append(signal.SIGHUP)  # the terminal was closed
-        old = {number: signal.signal(number, note) for number in numbers}
-    except ValueError:  # not the main thread, where signals do not arrive anyway
-        old = {}
-    try:
-        yield lambda: noted
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -132,23 +123,34 @@ class Trainer:
             evaluate.load_set(name, data_folder, recipe.eval.limit, offline=offline)
             for name in recipe.eval.sets
         ]
-        self.backbone: Backbone = load_backbone(recipe.model, self.device, observer.say)
-        self.corpus = corpus.build_corpus(rows, recipe, self.backbone.tokenizer, cache_folder())
+        source = find_backbone(recipe.model, observer.say)
+        self.corpus = corpus.build_corpus(rows, recipe, source.tokenizer, cache_folder())
         where = "read from the cache" if self.corpus.from_cache else "tokenised once"
         observer.say(f"{len(self.corpus.store)} distinct texts, {where}")
+        state = run.load_state(folder) if resume else None
+        self.planner, self.plan = self._plan(source, state)
+        memory.keep_freed_memory()
+        self.backbone: Backbone = load_backbone(recipe.model, self.device, observer.say, source)
         self.encoder = self._make_encoder()
         self.parameters = trainable_parameters(self.encoder.model)
         self.optimizer = make_optimizer(self.parameters, recipe.train, self.device)
         self.scheduler = make_scheduler(self.optimizer, recipe.train, self.num_steps)
         scaled = self.backbone.dtype == torch.float16 and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        self.plan = self._plan_chunks()
-        set_checkpointing(self.encoder.model, self.plan.checkpointing)
+        set_checkpointing(self.encoder.model, self.plan.checkpoint_every)
+        self.compute = ContrastiveStep(
+            self.encoder,
+            self.corpus.store,
+            self.backbone.tokenizer.pad_token_id,
+            recipe.loss,
+            self.parameters,
+            self.planner.chunk_cost,
+        )
         self.step_index = 0
         self._updating = False
         self.progress = Progress()
-        if resume:
-            self._restore(run.load_state(folder))
+        if state is not None:
+            self._restore(state)
 
     def _make_encoder(self) -> Encoder:
         recipe, clock = self.recipe, DropoutClock(seed=self.recipe.train.seed)
@@ -163,103 +165,49 @@ class Trainer:
             model,
             pooling=recipe.embedding.pooling,
             normalize=recipe.embedding.normalize,
-            autocast_dtype=None if self.backbone.dtype == torch.float32 else self.backbone.dtype,
             clock=clock,
         )
 
-    def _plan_chunks(self) -> memory.ChunkPlan:
-        section, store = self.recipe.memory, self.corpus.store
-        lengths = store.lengths
-        longest_text = int(lengths.argmax())
-        longest = int(lengths[longest_text])
-        layers = int(self.backbone.model.config.num_hidden_layers)
-        width = int(self.backbone.model.config.hidden_size)
-        texts = self.recipe.train.logical_batch * (2 + self.corpus.table.negative_NK.shape[1])
-        weights = sum(parameter.numel() for parameter in self.parameters)
-
-        def per_token(checkpointing: bool) -> float:
-            pad_id = self.backbone.tokenizer.pad_token_id
-
-            def graph(num_texts: int) -> int:
-                batch = pad(store, np.full(num_texts, longest_text), pad_id)
-                with self.encoder.training_mode(step=0):
-                    return memory.graph_bytes(lambda: self.encoder(batch), self.encoder.model)
-
-            # The difference: what does not grow with tokens (16-bit copies of weights) drops out.
-            kept = (graph(2) - graph(1)) / longest
-            # Checkpointed, the inputs of every layer stay, and one layer's graph is rebuilt.
-            return kept / layers + layers * width * 4 if checkpointing else kept
-
-        plan = memory.plan_chunks(
-            token_budget=None if section.token_budget == "auto" else section.token_budget,
-            checkpointing={"auto": None, "on": True, "off": False}[section.checkpointing],
-            longest=longest,
-            # embeddings and their gradient; Adam's two moments, the gradient, a 16-bit copy
-            reserved_bytes=2 * 4 * texts * width + (3 * 4 + 2) * weights,
-            free=memory.free_bytes(self.device),
-            device_type=self.device.type,
-            graph_bytes_per_token=per_token,
-        )
-        checkpointed = ", layers checkpointed" if plan.checkpointing else ""
+    def _plan(
+        self, source: BackboneSource, state: run.TrainingState | None
+    ) -> tuple[Planner, StepPlan]:
+        """Plan the steps before weights are loaded; a resumed run keeps its plan if it can."""
+        recipe = self.recipe
+        limit = memory_limit(recipe, self.device)
+        shape = shape_of(recipe, self.corpus)
+        dtype = choose_dtype(recipe.model.dtype, self.device)
+        planner = planner_for(recipe, self.device.type, dtype, shape.longest, source.config)
+        found = planner.choose(recipe.memory, shape, limit)
+        if state is not None:
+            kept = planner.predict(StepPlan(**state.plan), shape)
+            found = kept if kept.peak_bytes <= limit else found
         self.observer.say(
-            f"chunks of {plan.backward_tokens} tokens with a graph, {plan.forward_tokens} without"
-            f"{checkpointed}; {weights:,} weights to train"
+            f"plan: {found.plan.describe()}; about {found.peak_bytes / GIB:.2f} of "
+            f"{limit / GIB:.2f} GiB, {found.relative_cost:.2f} times the cost of the plain step; "
+            f"{planner.footprint.weights.num_trained:,} weights to train"
         )
-        return plan
+        return planner, found.plan
 
     # -- one step ---------------------------------------------------------------------------
-
-    def _loss(self, texts: StepTexts) -> Callable[[Tensor], tuple[Tensor, InfoNCEResult]]:
-        section = self.recipe.loss
-
-        def loss(emb_PD: Tensor) -> tuple[Tensor, InfoNCEResult]:
-            query_M, doc_N = texts.query_M.to(emb_PD.device), texts.doc_N.to(emb_PD.device)
-            result = info_nce(
-                emb_PD[query_M],
-                emb_PD[doc_N],
-                texts.candidates.to(emb_PD.device),
-                temperature=section.temperature,
-                symmetric=section.symmetric,
-            )
-            d_emb_PD = torch.zeros_like(emb_PD)
-            d_emb_PD.index_add_(0, query_M, result.d_query_MD.to(emb_PD.dtype))
-            d_emb_PD.index_add_(0, doc_N, result.d_doc_ND.to(emb_PD.dtype))
-            return d_emb_PD, result
-
-        return loss
-
-    def _chunks(self, lengths_P: np.ndarray[Any, Any], token_budget: int) -> list[Tensor]:
-        cost = memory.CHUNK_COST.get(self.device.type, memory.CHUNK_COST["cpu"])
-        return [torch.from_numpy(chunk) for chunk in chunk_by_tokens(lengths_P, token_budget, cost)]
 
     def step(self) -> dict[str, Any]:
         """Train on the next logical batch; gives its log line."""
         started = time.perf_counter()
-        recipe, store = self.recipe, self.corpus.store
+        recipe = self.recipe
+        once = {"auto": recipe.lora.dropout == 0, "once": True, "each": False}
         texts = step_texts(
             self.corpus.table,
             self.order.rows(self.step_index),
             hard_negatives=recipe.loss.hard_negatives,
             mask_duplicates=recipe.loss.mask_duplicates,
-            encode_twins_once=recipe.lora.dropout == 0,
+            encode_twins_once=once[recipe.train.duplicates],
         )
-        lengths_P = store.lengths[texts.text_P]
-        pad_id = self.backbone.tokenizer.pad_token_id
-
-        def encode(place_B: Tensor) -> Tensor:
-            return self.encoder(pad(store, texts.text_P[place_B.numpy()], pad_id), place_B)
-
-        chunks = self._chunks(lengths_P, self.plan.backward_tokens)
         with self.encoder.training_mode(self.step_index):
-            result = gradcache_step(
-                encode,
-                self._loss(texts),
-                forward_chunks=self._chunks(lengths_P, self.plan.forward_tokens),
-                backward_chunks=chunks,
-                num_texts=len(texts.text_P),
-                gradient_scale=self.scaler.get_scale(),
-            )
-        loss = float(result.loss)
+            report = self.compute(texts, self.plan, gradient_scale=self.scaler.get_scale())
+        if report.plan != self.plan:
+            self.plan = report.plan
+            self.observer.say(f"memory ran out; from now on: {self.plan.describe()}")
+        loss = float(report.loss)
         if not math.isfinite(loss):
             raise RuntimeError(
                 f"the loss of step {self.step_index + 1} is {loss}; lower train.learning_rate or "
@@ -269,21 +217,25 @@ class Trainer:
         self._updating = True
         gradient_norm = self._update()
         self._updating = False
-        padded = sum(len(chunk) * int(lengths_P[chunk.numpy()].max()) for chunk in chunks)
         seconds = time.perf_counter() - started
         self.step_index += 1
         self.progress.seconds += seconds
-        self.progress.texts += len(texts.text_P)
+        self.progress.texts += report.texts
+        self.progress.tokens += report.tokens
+        self.progress.padded_tokens += report.padded_tokens
         return {
             "step": self.step_index,
             "loss": loss,
-            "accuracy": float(result.accuracy),
+            "accuracy": float(report.accuracy),
             "learning_rate": learning_rate,
             "gradient_norm": gradient_norm,
             "rows_per_s": recipe.train.logical_batch / seconds,
-            "tokens_per_s": int(lengths_P.sum()) / seconds,
-            "texts": len(texts.text_P),
-            "padding_share": 1 - int(lengths_P.sum()) / padded,
+            "tokens_per_s": report.tokens / seconds,
+            "texts": report.texts,
+            "padding_share": report.padding_share,
+            "backward_tokens": self.plan.backward_tokens,
+            "forward_tokens": self.plan.forward_tokens,
+            "kept_tokens": self.plan.kept_tokens,
             "step_ms": seconds * 1000,
             "peak_bytes": memory.peak_bytes(self.device),
         }
@@ -333,6 +285,7 @@ class Trainer:
             scheduler=self.scheduler.state_dict(),
             scaler=self.scaler.state_dict(),
             progress=dict(vars(self.progress)),
+            plan=self.plan.to_json(),
         )
         run.save_state(self.folder, state)
 
@@ -433,14 +386,18 @@ class Trainer:
         scores = self.scores(self.eval_sets)
         self.observer.scored(self.step_index, scores)
         rows = self.step_index * self.recipe.train.logical_batch
+        progress = self.progress
         metrics = {
             "before": self.progress.before,
             "after": [vars(score) for score in scores],
             "protocol": evaluate.PROTOCOL,
             "steps": self.step_index,
             "rows": rows,
-            "train_seconds": self.progress.seconds,
-            "rows_per_s": rows / self.progress.seconds if self.progress.seconds else None,
+            "train_seconds": progress.seconds,
+            "rows_per_s": rows / progress.seconds if progress.seconds else None,
+            "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else None,
+            "padding_share": progress.padded_tokens / max(1, progress.tokens) - 1,
+            "plan": self.plan.to_json(),
             "peak_bytes": memory.peak_bytes(self.device),
             "device": _device_name(self.device),
             "versions": run.library_versions(),

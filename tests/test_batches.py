@@ -145,8 +145,10 @@ TWINS = pytest.mark.parametrize("twins", [False, True], ids=["each text", "twins
 def test_places_and_roles(hard_negatives: str, mask: bool, twins: bool) -> None:
     found = gather(hard_negatives, mask, twins)
     negatives = [] if hard_negatives == "none" else NEGATIVES
-    assert found.text_P[found.query_M.numpy()].tolist() == QUERIES
-    assert found.text_P[found.doc_N.numpy()].tolist() == POSITIVES + negatives
+    assert found.text_P[found.place_S[: found.num_queries].numpy()].tolist() == QUERIES
+    assert (
+        found.text_P[found.place_S[found.num_queries :].numpy()].tolist() == POSITIVES + negatives
+    )
     candidates = found.candidates
     assert candidates.target_M.tolist() == [0, 1, 2, 3, 4]
     candidates.validate(5, 5 + len(negatives))
@@ -170,21 +172,21 @@ def test_twins_are_encoded_once_or_each(hard_negatives: str) -> None:
     everything = QUERIES + POSITIVES + negatives
     each, once = gather(hard_negatives), gather(hard_negatives, encode_twins_once=True)
     assert each.text_P.tolist() == everything
-    assert torch.cat([each.query_M, each.doc_N]).tolist() == list(range(len(everything)))
+    assert each.place_S.tolist() == list(range(len(everything)))
     assert sorted(once.text_P.tolist()) == sorted(set(everything))
     assert len(once.text_P) < len(everything)
     for found in (each, once):
         assert found.text_P.dtype == np.int64
-        assert found.query_M.dtype == found.doc_N.dtype == torch.int64
-        used = torch.cat([found.query_M, found.doc_N]).tolist()
+        assert found.place_S.dtype == torch.int64
+        used = found.place_S.tolist()
         assert set(used) == set(range(len(found.text_P)))
 
 
 def hidden_pairs(found: StepTexts) -> set[tuple[int, int]]:
     """(query, document text) where the query does not see the document."""
-    hidden_MN = found.candidates.hidden(slice(0, len(found.query_M)))
+    hidden_MN = found.candidates.hidden(slice(0, found.num_queries))
     assert hidden_MN is not None
-    docs = found.text_P[found.doc_N.numpy()]
+    docs = found.text_P[found.place_S[found.num_queries :].numpy()]
     return {(i, int(docs[j])) for i, j in hidden_MN.nonzero().tolist()}
 
 
@@ -217,11 +219,16 @@ def test_without_negatives_in_the_table() -> None:
 def loss_of(found: StepTexts, embedding_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient for every text of the table."""
     emb_PD = embedding_TD[torch.from_numpy(found.text_P)]
-    result = info_nce(emb_PD[found.query_M], emb_PD[found.doc_N], found.candidates, temperature=0.5)
+    result = info_nce(
+        emb_PD[found.place_S[: found.num_queries]],
+        emb_PD[found.place_S[found.num_queries :]],
+        found.candidates,
+        temperature=0.5,
+    )
     gradient_TD = torch.zeros_like(embedding_TD)
     text_P = torch.from_numpy(found.text_P)
-    gradient_TD.index_add_(0, text_P[found.query_M], result.d_query_MD)
-    gradient_TD.index_add_(0, text_P[found.doc_N], result.d_doc_ND)
+    gradient_TD.index_add_(0, text_P[found.place_S[: found.num_queries]], result.d_query_MD)
+    gradient_TD.index_add_(0, text_P[found.place_S[found.num_queries :]], result.d_doc_ND)
     return result.loss, gradient_TD
 
 

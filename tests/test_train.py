@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import WORDS
-from lowmem_cft import evaluate, pipeline, recipe, run, train
+from lowmem_cft import evaluate, interrupt, pipeline, recipe, run, step, train
 from lowmem_cft.export import MIN_COSINE
 from lowmem_cft.inference import embed_texts
 from lowmem_cft.loading import load_model
@@ -132,7 +132,7 @@ def test_resumed_run_is_the_same_bit_for_bit(make_recipe: MakeRecipe, optimizer:
 
     # The signal arrives while step 3 is reported: it is the last one before the stop, and its
     # checkpoint is one that save_every would not have written.
-    with pytest.raises(train.Interrupted, match=r"after step [34] of 5.*--resume"):
+    with pytest.raises(interrupt.Interrupted, match=r"after step [34] of 5.*--resume"):
         start(made, Silent(stop), overwrite=True).train()
     rest = Silent()
     resumed = start(made, rest, resume=True)
@@ -326,7 +326,7 @@ def test_failing_step_saves_what_was_reached(
 
     trainer.observer = Silent(
         lambda line: (
-            monkeypatch.setattr(train, "gradcache_step", no_memory) if line["step"] == 2 else None
+            monkeypatch.setattr(step, "gradcache_step", no_memory) if line["step"] == 2 else None
         )
     )
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -57,6 +57,16 @@ def _validate(query_MD: Tensor, doc_ND: Tensor, candidates: Candidates, temperat
     candidates.validate(query_MD.shape[0], doc_ND.shape[0])
 
 
+def _validate_out(query_MD: Tensor, doc_ND: Tensor, out: tuple[Tensor, Tensor] | None) -> None:
+    wanted = torch.promote_types(query_MD.dtype, torch.float32)
+    for given, like in zip(out or (), (query_MD, doc_ND), strict=False):
+        if given.shape != like.shape or given.dtype != wanted or given.device != like.device:
+            raise ValueError(
+                f"out: got {given.dtype} {tuple(given.shape)} on {given.device}, "
+                f"wanted {wanted} {tuple(like.shape)} on {like.device}"
+            )
+
+
 def info_nce(
     query_MD: Tensor,
     doc_ND: Tensor,
@@ -65,6 +75,8 @@ def info_nce(
     temperature: float,
     symmetric: bool = False,
     path: Path = Path.CHUNKED,
+    workspace_bytes: int = chunked.WORKSPACE_BYTES,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> InfoNCEResult:
     """InfoNCE loss and its gradients in one call; nothing is kept for a backward pass.
 
@@ -75,19 +87,26 @@ def info_nce(
         temperature: > 0; similarities are divided by it.
         symmetric: mean of query -> document and document -> query.
         path: how to compute it.
+        workspace_bytes: bound on what the chunked path holds besides inputs and gradients, as
+            far as one query's row of logits allows.
+        out: (M, D) and (N, D) to write the gradients to, in the dtype they would have, so that
+            views of one buffer can be filled without a copy.
 
     Raises:
         ValueError: shapes, dtypes, indices or the temperature do not fit.
     """
     _validate(query_MD, doc_ND, candidates, temperature)
+    _validate_out(query_MD, doc_ND, out)
     if path is Path.REFERENCE:
-        return _by_autograd(query_MD, doc_ND, candidates, temperature, symmetric)
+        return _by_autograd(query_MD, doc_ND, candidates, temperature, symmetric, out)
     loss, d_query_MD, d_doc_ND, d_temperature, num_first = chunked.info_nce_value_and_grad(
         query_MD.detach(),
         doc_ND.detach(),
         candidates,
         temperature=temperature,
         symmetric=symmetric,
+        workspace_bytes=workspace_bytes,
+        out=out,
     )
     return InfoNCEResult(
         loss=loss,
@@ -105,6 +124,7 @@ def _by_autograd(
     candidates: Candidates,
     temperature: float,
     symmetric: bool,
+    out: tuple[Tensor, Tensor] | None,
 ) -> InfoNCEResult:
     compute = torch.float64 if query_MD.dtype == torch.float64 else torch.float32
     query_MD = query_MD.detach().to(compute).requires_grad_()
@@ -115,6 +135,8 @@ def _by_autograd(
             query_MD, doc_ND, candidates, temperature=scale, symmetric=symmetric
         )
         d_query_MD, d_doc_ND, d_temperature = torch.autograd.grad(loss, (query_MD, doc_ND, scale))
+    if out is not None:
+        d_query_MD, d_doc_ND = out[0].copy_(d_query_MD), out[1].copy_(d_doc_ND)
     with torch.no_grad():
         sim_MN = query_MD @ doc_ND.T
         hidden_MN = candidates.hidden(slice(0, query_MD.shape[0]))

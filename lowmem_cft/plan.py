@@ -1,0 +1,64 @@
+"""How a step is computed: the dials that change its time and memory and never its result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+WORKSPACE_BYTES = 32 * 2**20
+MIN_WORKSPACE_BYTES = 2**20
+"""Below this the loss is not split further: what is short then is not its workspace."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The plan of a step. Tokens are padded tokens.
+
+    Args:
+        backward_tokens: most tokens of a chunk that is encoded with a graph.
+        forward_tokens: most tokens of a chunk that is encoded without one.
+        kept_tokens: chunks of up to this many tokens in all keep their graph from the first
+            phase, so that the second does not encode them again; None keeps all.
+        checkpoint_every: gradient checkpointing of every k-th layer; 1 is every layer, 0 none.
+        embedding_dtype: how the cache holds embeddings: fp32, bf16 or fp16; their gradient is
+            float32. fp32 on a float64 model is float64.
+        offload_embeddings: the cache and its gradient are in (pinned) host memory except
+            while the loss is computed.
+        workspace_bytes: bound on what the loss holds besides inputs and gradients.
+    """
+
+    backward_tokens: int
+    forward_tokens: int
+    kept_tokens: int | None = 0
+    checkpoint_every: int = 0
+    embedding_dtype: str = "fp32"
+    offload_embeddings: bool = False
+    workspace_bytes: int = WORKSPACE_BYTES
+
+    def __post_init__(self) -> None:
+        assert self.backward_tokens > 0
+        assert self.forward_tokens > 0
+        assert self.kept_tokens is None or self.kept_tokens >= 0
+        assert self.checkpoint_every >= 0
+
+    def keeps(self, tokens: int) -> bool:
+        """Whether `tokens` tokens of kept graphs are within the plan."""
+        return self.kept_tokens is None or tokens <= self.kept_tokens
+
+    def describe(self) -> str:
+        """One line for people."""
+        kept = {None: "all graphs kept", 0: "no graph kept"}.get(
+            self.kept_tokens, f"graphs of {self.kept_tokens} tokens kept"
+        )
+        layers = {0: "", 1: ", all layers checkpointed"}.get(
+            self.checkpoint_every, f", every {self.checkpoint_every}th layer checkpointed"
+        )
+        where = ", embeddings in host memory" if self.offload_embeddings else ""
+        where += f", embeddings in {self.embedding_dtype}" if self.embedding_dtype != "fp32" else ""
+        return (
+            f"chunks of {self.backward_tokens} tokens with a graph and {self.forward_tokens} "
+            f"without, {kept}{layers}{where}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

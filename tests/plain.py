@@ -1,0 +1,135 @@
+"""The plain full-batch step: what every plan has to equal. And batches and encoders to try it on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conftest import tiny_config
+from lowmem_cft.backbone import attach_adapter, trainable_parameters
+from lowmem_cft.batches import NO_TEXT, RowTable, StepTexts, step_texts
+from lowmem_cft.configs import disable_base_dropout
+from lowmem_cft.dropout import DropoutClock
+from lowmem_cft.encoder import Encoder
+from lowmem_cft.plan import StepPlan
+from lowmem_cft.recipe import LoraSection, LossSection
+from lowmem_cft.step import ContrastiveStep, StepReport
+from lowmem_cft.tokens import TokenStore, pad
+from lowmem_cft_kernels.reference import info_nce_loss
+from numerics import compute_norms_in_float64, gradients
+
+STEP = 7
+PAD = 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and rows that point into them."""
+
+    store: TokenStore
+    table: RowTable
+
+    def texts(self, *, twins_once: bool, hard_negatives: str = "batch") -> StepTexts:
+        return step_texts(
+            self.table,
+            np.arange(len(self.table)),
+            hard_negatives=hard_negatives,
+            mask_duplicates=True,
+            encode_twins_once=twins_once,
+        )
+
+
+def make_batch(
+    rows: int, negatives: int, *, texts: int = 9, longest: int = 12, seed: int = 0
+) -> Batch:
+    """Random rows over few texts, so that many occur several times; ragged negatives."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(1, longest + 1, size=texts)
+    store = TokenStore.from_lists([draw.integers(4, 40, size=n).tolist() for n in lengths])
+    negative_NK = draw.integers(0, texts, size=(rows, negatives))
+    negative_NK[draw.random((rows, negatives)) < 0.2] = NO_TEXT
+    anchor_N, positive_N = draw.integers(0, texts, size=(2, rows))
+    return Batch(store, RowTable(anchor_N, positive_N, negative_NK))
+
+
+def make_encoder(
+    family: str = "llama",
+    dropout: float = 0.0,
+    *,
+    pooling: Any = "eos",
+    dtype: torch.dtype = torch.float64,
+    base: Any = None,
+) -> Encoder:
+    """A tiny random encoder with an adapter that is not zero anywhere."""
+    from transformers import AutoModel
+
+    torch.manual_seed(1)
+    if base is None:
+        config = tiny_config(family)
+        disable_base_dropout(config)
+        base = AutoModel.from_config(config).to(dtype)
+    base.requires_grad_(False)
+    if dtype == torch.float64:
+        compute_norms_in_float64(base)
+    clock = DropoutClock(seed=5)
+    model = attach_adapter(base, LoraSection(rank=4, dropout=dropout), clock, seed=2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would hide errors in the gradient of A
+            torch.nn.init.normal_(parameter, std=0.05)
+    return Encoder(model, pooling=pooling, normalize=True, clock=clock)
+
+
+def _use_peft_layers(model: Any) -> None:
+    """Take our training forward out, so that peft's own arithmetic is the standard."""
+    taken = 0
+    for module in model.modules():
+        if "lora_A" in module._modules:
+            taken += module.__dict__.pop("forward", None) is not None
+    assert taken, "LoRA layers had no forward of ours"
+
+
+def plain_gradients(
+    encoder: Encoder, batch: Batch, texts: StepTexts, temperature: float = 0.1
+) -> dict[str, Tensor]:
+    """Of one forward over all texts at once and one backward. Spends the encoder's lean layers."""
+    _use_peft_layers(encoder.model)
+    encoder.model.zero_grad()
+    with encoder.training_mode(STEP):
+        padded = pad(batch.store, texts.text_P, PAD, "left")
+        emb_SD = encoder(padded)[texts.place_S]
+        query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
+        info_nce_loss(query_MD, doc_ND, texts.candidates, temperature=temperature).backward()
+    return gradients(encoder.model)
+
+
+def planned_gradients(
+    encoder: Encoder,
+    batch: Batch,
+    texts: StepTexts,
+    plan: StepPlan,
+    *,
+    temperature: float = 0.1,
+    gradient_scale: float = 1.0,
+    during: AbstractContextManager[Any] | None = None,
+) -> tuple[dict[str, Tensor], StepReport]:
+    """The same by the plan; `during` is entered for the step and nothing else."""
+    from lowmem_cft.backbone import set_checkpointing
+
+    step = ContrastiveStep(
+        encoder,
+        batch.store,
+        PAD,
+        LossSection(temperature=temperature),
+        trainable_parameters(encoder.model),
+        chunk_cost=2,
+    )
+    encoder.model.zero_grad()
+    set_checkpointing(encoder.model, plan.checkpoint_every)
+    with encoder.training_mode(STEP), during or nullcontext():
+        report = step(texts, plan, gradient_scale=gradient_scale)
+    return gradients(encoder.model), report
