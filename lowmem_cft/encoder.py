@@ -18,8 +18,16 @@ from torch import Tensor
 
 from lowmem_cft.batch import TokenBatch, token_positions
 from lowmem_cft.dropout import DropoutClock
+from lowmem_cft.last_layer import ReadRows, read_only
 
 Pooling = Literal["last", "eos", "mean", "weighted-mean"]
+
+
+def last_rows(mask_BT: Tensor) -> Tensor:
+    """int64 (B,): where each text's last real token is among the B * T of the chunk."""
+    num_texts, width = mask_BT.shape
+    last_B = (mask_BT * torch.arange(width, device=mask_BT.device)).argmax(dim=1)
+    return last_B + width * torch.arange(num_texts, device=mask_BT.device)
 
 
 def pool(hidden_BTH: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
@@ -30,10 +38,7 @@ def pool(hidden_BTH: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
     """
     wide = torch.promote_types(hidden_BTH.dtype, torch.float32)
     if pooling in ("last", "eos"):
-        index_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
-        last_B = (mask_BT * index_T).argmax(dim=1)
-        rows_B = torch.arange(mask_BT.shape[0], device=mask_BT.device)
-        return hidden_BTH[rows_B, last_B].to(wide)
+        return hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[last_rows(mask_BT)].to(wide)
     weight_BT = mask_BT.to(wide)
     if pooling == "weighted-mean":
         weight_BT = weight_BT * (token_positions(mask_BT) + 1)
@@ -63,6 +68,10 @@ class Encoder:
         self.pooling: Pooling = pooling
         self.normalize = normalize
         self.clock = clock or DropoutClock()
+        self._read = ReadRows()
+        if pooling in ("last", "eos"):
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            read_only(base, self._read, self.clock)
 
     @property
     def device(self) -> torch.device:
@@ -88,12 +97,11 @@ class Encoder:
         """
         batch = batch.to(self.device)
         position_BT = token_positions(batch.mask_BT)
-        keys_L = None
+        state = None
         if self.model.training:
             if place_B is None:
                 place_B = torch.arange(batch.ids_BT.shape[0])
-            self.clock.set_chunk(place_B.to(self.device), position_BT)
-            keys_L = self.clock.token_key_L
+            state = self._enter(batch, place_B.to(self.device), position_BT)
         if batch.right_padded:
             # A causal model's real tokens never see what is padded behind them, and the padding
             # gets no gradient: without a mask attention takes its fastest way and copies nothing.
@@ -103,10 +111,25 @@ class Encoder:
         hidden_BTH = self.model(input_ids=batch.ids_BT, use_cache=False, **where).last_hidden_state
         emb_BD = pool(hidden_BTH, batch.mask_BT, self.pooling)
         emb_BD = F.normalize(emb_BD, dim=-1) if self.normalize else emb_BD
-        if keys_L is not None and emb_BD.requires_grad:
+        if state is not None and emb_BD.requires_grad:
             # Checkpointed layers run again in the backward, maybe after other chunks.
-            emb_BD.register_hook(lambda _: self._resume(keys_L))  # type: ignore[no-untyped-call]
+            emb_BD.register_hook(lambda _: self._resume(*state))  # type: ignore[no-untyped-call]
         return emb_BD
 
-    def _resume(self, token_key_L: Tensor) -> None:
+    def _enter(
+        self, batch: TokenBatch, place_B: Tensor, position_BT: Tensor
+    ) -> tuple[Tensor, ReadRows]:
+        """Set what layers ask about the chunk; what `_resume` needs to set it again."""
+        self.clock.set_chunk(place_B, position_BT)
+        token_key_L = self.clock.token_key_L
+        assert token_key_L is not None
+        read = ReadRows()
+        if self.pooling in ("last", "eos"):
+            row_B = last_rows(batch.mask_BT)
+            read = ReadRows(row_B, token_key_L[row_B])
+        self._resume(token_key_L, read)
+        return token_key_L, read
+
+    def _resume(self, token_key_L: Tensor, read: ReadRows) -> None:
         self.clock.token_key_L = token_key_L
+        self._read.row_B, self._read.token_key_B = read.row_B, read.token_key_B

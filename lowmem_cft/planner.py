@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -162,17 +162,43 @@ class Planner:
     def chunk(self, tokens: int, every: int) -> ChunkCost:
         """Cost of a chunk of so many tokens in texts of the greatest length."""
         width = min(self.footprint.longest, tokens)
-        num_texts = tokens / width
-        none = self.footprint.chunk_costs("none")(num_texts, width)
-        if every:
-            whole = self.footprint.chunk_costs("all")(num_texts, width)
-            none = _mixed(none, whole, every, self.footprint.num_layers)
+        cost = self._mixed(tokens / width, width, every)
         dequantized = self.footprint.weights.dequantized_bytes
         return replace(
-            none,
-            forward_bytes=none.forward_bytes + dequantized,
-            keep_bytes=none.keep_bytes + dequantized,
-            backward_bytes=none.backward_bytes + dequantized,
+            cost,
+            forward_bytes=cost.forward_bytes + dequantized,
+            keep_bytes=cost.keep_bytes + dequantized,
+            backward_bytes=cost.backward_bytes + dequantized,
+        )
+
+    def _mixed(self, num_texts: float, width: int, every: int) -> ChunkCost:
+        """Cost with every k-th layer checkpointed, from those with none and with all."""
+        none = self.footprint.chunk_costs("none")
+        if not every:
+            return none(num_texts, width)
+        whole = self.footprint.chunk_costs("all")
+        if every == 1:
+            return whole(num_texts, width)
+        depth = self.footprint.num_layers
+        saved = none.per_layer(num_texts, width) - whole.per_layer(num_texts, width)
+        plain, all_ = none(num_texts, width), whole(num_texts, width)
+        above = (depth - 1) % every  # layers above the topmost checkpointed one
+        checkpointed = math.ceil(depth / every)
+        # From the side whose last layer is as this one's: it is lighter than the others.
+        start, steps = (plain, -checkpointed) if above else (all_, depth - checkpointed)
+        graph = start.graph_bytes + steps * saved
+        # While one layer goes backward its own graph is there, whichever kind of layer it is; what
+        # is above the topmost checkpointed one is gone when its turn comes.
+        gone = max(0, above - 1) * none.per_layer(num_texts, width)
+        rise = max(
+            plain.backward_bytes - plain.graph_bytes,
+            all_.backward_bytes - all_.graph_bytes - gone,
+        )
+        return replace(
+            plain,
+            graph_bytes=graph,
+            keep_bytes=start.keep_bytes + steps * saved,
+            backward_bytes=graph + rise,
         )
 
     def predict(self, plan: StepPlan, shape: BatchShape) -> Prediction:
@@ -393,20 +419,6 @@ class Planner:
 def _share(every: int, num_layers: int) -> float:
     """Share of layers that are checkpointed."""
     return math.ceil(num_layers / every) / num_layers if every else 0.0
-
-
-def _mixed(none: ChunkCost, whole: ChunkCost, every: int, num_layers: int) -> ChunkCost:
-    """Cost with every k-th layer checkpointed, from those with none and with all."""
-    share = _share(every, num_layers)
-    sizes = zip(asdict(none).items(), asdict(whole).values(), strict=True)
-    mixed = ChunkCost(**{name: (1 - share) * a + share * b for (name, a), b in sizes})
-    # While one layer goes backward its own graph is there, whichever kind of layer it is; the
-    # graphs of the layers above the topmost checkpointed one are gone when its turn comes.
-    above = (num_layers - 1) % every * none.graph_bytes / num_layers
-    rise = whole.backward_bytes - whole.graph_bytes - above
-    if share < 1:
-        rise = max(rise, none.backward_bytes - none.graph_bytes)
-    return replace(mixed, backward_bytes=mixed.graph_bytes + rise)
 
 
 def _kept_bytes(planner: Planner, plan: StepPlan, kept: int, num_chunks: float) -> float:

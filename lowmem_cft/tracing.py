@@ -221,16 +221,24 @@ class CostModel:
 
     def __call__(self, num_texts: float, width: int) -> ChunkCost:
         """The cost of a chunk of B texts of T tokens; B may be a mean."""
-        tokens = num_texts * width
-        basis = np.array([1, tokens, tokens * width])
-        high = ChunkCost(*(basis @ self._high))
-        slope = ChunkCost(*(basis @ (self._high - self._low)))
+        high, slope = self._at(num_texts, width)
         # The peak is at the backward of the top layer, where all graphs are alive, or of the
         # bottom one, where all gradients are: which of them may change with depth.
         steepest = max(slope.backward_bytes, slope.graph_bytes, self._gradient_bytes)
         slope = replace(slope, backward_bytes=steepest)
         pairs = zip(astuple(high), astuple(slope), strict=True)
         return ChunkCost(*(float(at + self._depth * more) for at, more in pairs))
+
+    def per_layer(self, num_texts: float, width: int) -> float:
+        """Graph bytes of one layer that is not the last."""
+        _, slope = self._at(num_texts, width)
+        return slope.graph_bytes / (_LAYERS[1] - _LAYERS[0])
+
+    def _at(self, num_texts: float, width: int) -> tuple[ChunkCost, ChunkCost]:
+        """Costs at the greater depth traced, and what the way there from the lesser one added."""
+        tokens = num_texts * width
+        basis = np.array([1, tokens, tokens * width])
+        return ChunkCost(*(basis @ self._high)), ChunkCost(*(basis @ (self._high - self._low)))
 
 
 def cost_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,20 +85,22 @@ def make_encoder(
     return Encoder(model, pooling=pooling, normalize=True, clock=clock)
 
 
-def _use_peft_layers(model: Any) -> None:
-    """Take our training forward out, so that peft's own arithmetic is the standard."""
-    taken = 0
+def use_plain_layers(model: Any) -> None:
+    """Take our training forwards out, so that transformers' and peft's arithmetic is the standard."""
+    names = {"lora": 0, "last": 0}
     for module in model.modules():
-        if "lora_A" in module._modules:
-            taken += module.__dict__.pop("forward", None) is not None
-    assert taken, "LoRA layers had no forward of ours"
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, partial):
+            names["last" if forward.func.__module__.endswith("last_layer") else "lora"] += 1
+            del module.__dict__["forward"]
+    assert names["lora"], "LoRA layers had no forward of ours"
 
 
 def plain_gradients(
     encoder: Encoder, batch: Batch, texts: StepTexts, temperature: float = 0.1
 ) -> dict[str, Tensor]:
     """Of one forward over all texts at once and one backward. Spends the encoder's lean layers."""
-    _use_peft_layers(encoder.model)
+    use_plain_layers(encoder.model)
     encoder.model.zero_grad()
     with encoder.training_mode(STEP):
         padded = pad(batch.store, texts.text_P, PAD, "left")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import itertools
 import os
+import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -544,3 +548,16 @@ def test_positions_start_at_the_first_real_token() -> None:
             row[real].tolist() for row, real in zip(token_positions(mask_BT), mask_BT, strict=True)
         ]
         assert found == [[0, 1, 2], [0, 1], [0]]
+
+
+@pytest.mark.parametrize("chunk_cost", [32, 512])  # a CPU's, a GPU's
+def test_padding_of_real_text_is_small(data_folder: Path, chunk_cost: int) -> None:
+    """Logical batch 1024, budget 2048, words and marks for tokens: at most 5 % padding."""
+    with gzip.open(data_folder / "nli" / "nli_triplets.tsv.gz", "rt", encoding="utf-8") as file:
+        rows = list(islice(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1024))
+    texts = [row[key] for row in rows for key in ("anchor", "positive", "negative")]
+    lengths = np.array([len(re.findall(r"\w+|[^\w\s]", text)) + 1 for text in texts])
+    assert len(lengths) == 3072
+    chunks = chunk_by_tokens(lengths, 2048, chunk_cost)
+    padded = sum(len(chunk) * lengths[chunk].max() for chunk in chunks)
+    assert padded <= 1.05 * lengths.sum()

@@ -392,3 +392,50 @@ def test_base_is_named_by_its_whole_path(
     )
     config = json.loads((folder.model / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_folder)
+
+
+def test_memory_that_runs_out_costs_a_line_in_the_log_and_no_result(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_recipe(train={"steps": 3}, memory={"token_budget": 64, "keep_graphs": "off"})
+    whole = start(made)
+    whole.train()
+    wanted = load_file(whole.folder.adapter / "adapter_model.safetensors")
+    observer = Silent()
+    trainer = start(made, observer, overwrite=True)
+    encode = type(trainer.encoder).__call__
+    failed = []
+
+    def once_without_memory(self: Any, batch: Any, place_B: Any = None) -> Any:
+        if not failed and trainer.step_index == 1 and torch.is_grad_enabled():
+            failed.append(batch.ids_BT.numel())
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, batch, place_B)
+
+    monkeypatch.setattr(type(trainer.encoder), "__call__", once_without_memory)
+    trainer.train()
+    assert failed
+    budgets = [line["backward_tokens"] for line in observer.lines]
+    assert budgets == [64, failed[0] // 2, failed[0] // 2]
+    assert sum("memory ran out" in said for said in observer.said) == 1
+    got = load_file(trainer.folder.adapter / "adapter_model.safetensors")
+    for key, value in wanted.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_that_never_fits_stops_before_weights_are_loaded(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "load_backbone", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ValueError, match=r"texts of up to \d+ tokens.*what helps"):
+        start(make_recipe(memory={"limit": "750MiB"}))
+
+
+def test_padding_and_plan_are_in_log_and_report(make_recipe: MakeRecipe) -> None:
+    observer = Silent()
+    _, metrics = pipeline.run_recipe(make_recipe(train={"steps": 2}), observer)
+    assert metrics["plan"]["backward_tokens"] == 64
+    assert metrics["plan"]["kept_tokens"] is None, "a tiny model's graphs fit"
+    shares = [line["padding_share"] for line in observer.lines]
+    assert min(shares) <= metrics["padding_share"] <= max(shares)
+    assert 0 <= max(shares) < 0.5
