@@ -41,7 +41,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OUT_OF_MEMORY)
 
 
-def fits(work: Callable[[], None]) -> bool:
+def fits(work: Callable[[], object]) -> bool:
     """Do the work; False if memory ran out, with all that it held given back."""
     try:
         work()

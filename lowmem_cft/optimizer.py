@@ -26,7 +26,8 @@ def make_optimizer(
         "weight_decay": section.weight_decay,
     }
     if section.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **common)
+        # fused: after the first step an update allocates nothing, so it cannot run out of memory
+        return torch.optim.AdamW(parameters, fused=True, **common)
     if section.optimizer.startswith("paged") and device.type != "cuda":
         raise ValueError(
             f"train.optimizer: got {section.optimizer}, which needs a CUDA device; "

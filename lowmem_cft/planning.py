@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lowmem_cft import corpus, memory
@@ -71,8 +72,12 @@ def shape_of(recipe: Recipe, found: corpus.Corpus) -> BatchShape:
         rows=recipe.train.logical_batch,
         slots_per_row=2 + float(negatives.mean()),
         longest=int(lengths.max()),
-        lengths=lengths[np.concatenate(texts)],
+        lengths=_shuffled(lengths[np.concatenate(texts)]),
     )
+
+
+def _shuffled(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(1).permutation(lengths)
 
 
 def _assumed_shape(recipe: Recipe, longest: int) -> BatchShape:
@@ -124,7 +129,7 @@ def _sampled_shape(recipe: Recipe, tokenizer: Any) -> BatchShape:
         rows=recipe.train.logical_batch,
         slots_per_row=len(lengths) / len(queries),
         longest=recipe.text.max_tokens + extra,
-        lengths=lengths,
+        lengths=_shuffled(lengths),
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 from unittest import mock
@@ -43,7 +43,8 @@ class ChunkCost:
     """Of one chunk: bytes besides weights, floating-point operations.
 
     `graph_bytes`: what stays alive between its forward and its backward.
-    `forward_bytes`: most alive in a forward without a graph.
+    `forward_bytes`: most alive in a forward without a graph, which is never checkpointed: with
+    checkpointing it is not traced, 0.
     `keep_bytes`: most alive in a forward with a graph.
     `backward_bytes`: most alive in forward and backward together, adapter gradients included.
     `forward_flops`, `backward_flops`: without checkpointing; with it they are not traced, 0.
@@ -155,18 +156,23 @@ class Tracer:
 
     def trace(self, num_texts: int, width: int) -> ChunkCost:
         """The cost of a chunk of B texts of T tokens."""
+        from torch.utils.flop_counter import FlopCounterMode
+
         shape = (num_texts, width)
         with self._mode, _traceable(), self._encoder.training_mode(step=0):
             ids_BT, mask_BT = torch.zeros(shape, dtype=torch.int64), torch.ones(shape).bool()
             batch = TokenBatch(ids_BT, mask_BT, right_padded=True)
-            forward_flops, backward_flops = (0, 0) if self._checkpointed else self._flops(batch)
             known = [*self._encoder.model.parameters(), *self._encoder.model.buffers()]
             with torch.no_grad(), LiveBytes(known) as bare:
-                self._encoder(batch)
-            with LiveBytes(known) as live:
+                if not self._checkpointed:
+                    self._encoder(batch)
+            # Under the counter checkpointing's tensors live longer; its FLOPs are the others'.
+            flops = nullcontext() if self._checkpointed else FlopCounterMode(display=False)
+            with LiveBytes(known) as live, flops as counter:
                 emb_BD = self._encoder(batch)
                 self.dim = int(emb_BD.shape[1])
                 keep_bytes, graph_bytes = live.peak, live.now
+                forward_flops = counter.get_total_flops() if counter else 0
                 self._backward(emb_BD)
         return ChunkCost(
             graph_bytes=graph_bytes,
@@ -174,18 +180,8 @@ class Tracer:
             keep_bytes=keep_bytes,
             backward_bytes=live.peak,
             forward_flops=forward_flops,
-            backward_flops=backward_flops,
+            backward_flops=counter.get_total_flops() - forward_flops if counter else 0,
         )
-
-    def _flops(self, batch: TokenBatch) -> tuple[int, int]:
-        """In a pass of its own: under the counter checkpointing's tensors live longer."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with FlopCounterMode(display=False) as flops:
-            emb_BD = self._encoder(batch)
-            forward_flops = int(flops.get_total_flops())
-            self._backward(emb_BD)
-        return forward_flops, int(flops.get_total_flops()) - forward_flops
 
     def _backward(self, emb_BD: Tensor) -> None:
         torch.autograd.grad(emb_BD, self._parameters, torch.ones_like(emb_BD), allow_unused=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,7 @@ from lowmem_cft.cache import cache_folder, whole_folder
 from lowmem_cft.dropout import DropoutClock
 from lowmem_cft.encoder import Encoder
 from lowmem_cft.interrupt import Interrupted, finish_step_on_interrupt
+from lowmem_cft.oom import fits
 from lowmem_cft.optimizer import make_optimizer, make_scheduler
 from lowmem_cft.plan import StepPlan
 from lowmem_cft.planner import GIB, MARGINS, Planner
@@ -255,7 +257,9 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         limit = self.recipe.train.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        self.scaler.step(self.optimizer)
+        # What the first update allocates comes before it changes a weight, so it can be repeated.
+        if not fits(partial(self.scaler.step, self.optimizer)):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lowmem_cft_kernels import Candidates, InfoNCEResult, Path, info_nce
+from lowmem_cft_kernels import chunked as chunked_module
 from lowmem_cft_kernels.chunked import WORKSPACE_BYTES, info_nce_value_and_grad, rows_per_block
 from lowmem_cft_kernels.masks import SHARED
 from lowmem_cft_kernels.reference import info_nce_loss
@@ -517,6 +518,32 @@ def test_chunked_stays_within_its_workspace(symmetric: bool, owner: str, keys: s
     got = peak_bytes(lambda: chunked(case, 0.05, symmetric, workspace))
     assert gradients < got <= gradients + workspace
     assert got < num_queries * num_docs * 4 / 32
+
+
+@OPTIONS
+def test_16_bit_inputs_are_widened_tile_by_tile(
+    monkeypatch: pytest.MonkeyPatch, symmetric: bool, owner: str, keys: str
+) -> None:
+    case = make_case((300, 700, 64), owner, keys, torch.bfloat16)
+    widened = chunked((case[0].float(), case[1].float(), case[2]), 0.05, symmetric)
+    monkeypatch.setattr(chunked_module, "_TILE_BYTES", 10_000)  # 39 documents
+    assert_close(chunked(case, 0.05, symmetric), widened, 1e-5)
+    gradients = 4 * 1000 * 64
+    got = peak_bytes(lambda: chunked(case, 0.05, symmetric, 2**16))
+    assert got < gradients + 2**16 + 2 * 10_000 + 300 * 64 * 4
+
+
+@pytest.mark.parametrize("path", list(Path))
+def test_gradients_can_be_written_into_one_buffer(path: Path) -> None:
+    case = make_case((37, 53, 40), "own", "keys", torch.float32)
+    wanted = info_nce(*case, temperature=0.05, path=path)
+    whole = torch.full((37 + 53, 40), torch.nan)
+    out = (whole[:37], whole[37:])
+    got = info_nce(*case, temperature=0.05, path=path, out=out)
+    assert got.d_query_MD.data_ptr() == whole.data_ptr()
+    assert torch.equal(whole, torch.cat([wanted.d_query_MD, wanted.d_doc_ND]))
+    with pytest.raises(ValueError, match=r"out: got torch.float16 \(37, 40\)"):
+        info_nce(*case, temperature=0.05, path=path, out=(whole[:37].half(), out[1]))
 
 
 def test_the_measure_sees_a_whole_matrix() -> None:
