@@ -34,7 +34,8 @@ lint: $(VENV)/.dev
 
 lowest: $(VENV)/.lowest
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest -n auto tests/test_gradcache.py \
-	  tests/test_backbone.py tests/test_train.py tests/test_minicpm.py tests/test_imports.py
+	  tests/test_backbone.py tests/test_train.py tests/test_minicpm.py tests/test_imports.py \
+	  tests/test_oom.py tests/test_planner.py tests/test_last_layer.py
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 10); \

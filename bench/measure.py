@@ -113,3 +113,31 @@ def run_fresh(script: Path, arguments: Sequence[str]) -> dict[str, Any]:
 def print_line(values: Mapping[str, Any]) -> None:
     """One line of JSON on standard output."""
     print(json.dumps(values), flush=True)
+
+
+def run_limited(script: Path, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
+    """`run_fresh` for a script that may fail: what it had written by its end, and an `error`.
+
+    The script overwrites `--result FILE` as it goes, by `write_whole`. It is killed after `seconds`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, str(script), *arguments, "--result", str(result)]
+        error = None
+        try:
+            code = subprocess.run(command, stdout=sys.stderr, check=False, timeout=seconds)
+            if code.returncode:
+                error = f"its process ended with {code.returncode}"
+        except subprocess.TimeoutExpired:
+            error = f"killed after {seconds:.0f} s"
+        values: dict[str, Any] = {}
+        if result.is_file():
+            values = json.loads(result.read_text(encoding="utf-8"))
+        return values if error is None else {"error": error, **values}
+
+
+def write_whole(path: Path, values: Mapping[str, Any]) -> None:
+    """Values as JSON, never half of them."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -520,7 +520,8 @@ def measure_side(task: Task, side: Side, gradient_file: Path | None) -> dict[str
     trim()
     reset_peak(device)
     base = memory.peak_bytes(device)  # a peak just reset is what is held now
-    side.prepare(task.rows(steps)[:_WARM_UP_ROWS]).run()
+    # A whole step: a heap is grown and its pages are zeroed once in a run.
+    side.prepare(task.rows(steps)[: _WARM_UP_ROWS if task.options.quick else None]).run()
     gradient(side.model)
     seconds, losses = [], []
     for index in range(steps):

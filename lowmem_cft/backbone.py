@@ -46,7 +46,9 @@ class Backbone:
 
 def choose_device() -> torch.device:
     """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -316,7 +318,9 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def set_checkpointing(model: Any, every: int) -> None:
-    """Non-reentrant gradient checkpointing of every k-th layer; 0 is none, 1 all.
+    """Non-reentrant gradient checkpointing of every k-th layer from the k-th on; 0 is none, 1 all.
+
+    Not from the first on: where nothing is trained before it, the first layer keeps little.
 
     Raises:
         ValueError: the architecture does not support it.
@@ -337,4 +341,4 @@ def set_checkpointing(model: Any, every: int) -> None:
     getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
     for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = i % every == 0
+        layer.gradient_checkpointing = i % every == every - 1

@@ -48,6 +48,9 @@ CHUNK_COST = {"cpu": 32, "cuda": 512}
 INDEX_BYTES = 96
 """Per slot: places, keys and owners as int64, and the temporaries of gathering them."""
 
+LEAST_GAIN = 0.005
+"""Of the plain step's cost: for less no graphs are kept, since they would fill all memory."""
+
 _EVERY = (0, 4, 2, 1)
 _EMBEDDING_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _SAMPLE = 4096
@@ -180,25 +183,27 @@ class Planner:
         if every == 1:
             return whole(num_texts, width)
         depth = self.footprint.num_layers
-        saved = none.per_layer(num_texts, width) - whole.per_layer(num_texts, width)
+        layer = none.per_layer(num_texts, width)
+        saved = layer - whole.per_layer(num_texts, width)
         plain, all_ = none(num_texts, width), whole(num_texts, width)
-        above = (depth - 1) % every  # layers above the topmost checkpointed one
-        checkpointed = math.ceil(depth / every)
+        checkpointed, above = divmod(depth, every)  # and layers above the topmost of them
         # From the side whose last layer is as this one's: it is lighter than the others.
         start, steps = (plain, -checkpointed) if above else (all_, depth - checkpointed)
         graph = start.graph_bytes + steps * saved
         # While one layer goes backward its own graph is there, whichever kind of layer it is; what
-        # is above the topmost checkpointed one is gone when its turn comes.
-        gone = max(0, above - 1) * none.per_layer(num_texts, width)
-        rise = max(
-            plain.backward_bytes - plain.graph_bytes,
-            all_.backward_bytes - all_.graph_bytes - gone,
-        )
+        # is above it is gone when its turn comes.
+        full_rise = all_.backward_bytes - all_.graph_bytes
+        rises = [plain.backward_bytes - plain.graph_bytes]
+        if above:
+            rises.append(full_rise - (above - 1) * layer if checkpointed else 0.0)
+        else:
+            last_saved = plain.graph_bytes - all_.graph_bytes - (depth - 1) * saved
+            rises += [full_rise - (every - 1) * layer, rises[0] + layer + min(0.0, last_saved)]
         return replace(
             plain,
             graph_bytes=graph,
             keep_bytes=start.keep_bytes + steps * saved,
-            backward_bytes=graph + rise,
+            backward_bytes=graph + max(rises),
         )
 
     def predict(self, plan: StepPlan, shape: BatchShape) -> Prediction:
@@ -354,7 +359,10 @@ class Planner:
         while high - low > max(1, plan.backward_tokens // 8):
             middle = (low + high) // 2
             low, high = (middle, high) if predicted(middle) else (low, middle)
-        return predicted(low)
+        kept = predicted(low)
+        if kept is None or without.relative_cost - kept.relative_cost < LEAST_GAIN:
+            return without
+        return kept
 
     # -- limits ---------------------------------------------------------------------------------
 
@@ -418,7 +426,7 @@ class Planner:
 
 def _share(every: int, num_layers: int) -> float:
     """Share of layers that are checkpointed."""
-    return math.ceil(num_layers / every) / num_layers if every else 0.0
+    return num_layers // every / num_layers if every else 0.0
 
 
 def _kept_bytes(planner: Planner, plan: StepPlan, kept: int, num_chunks: float) -> float:

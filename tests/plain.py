@@ -65,6 +65,7 @@ def make_encoder(
     pooling: Any = "eos",
     dtype: torch.dtype = torch.float64,
     base: Any = None,
+    targets: Any = "all-linear",
 ) -> Encoder:
     """A tiny random encoder with an adapter that is not zero anywhere."""
     from transformers import AutoModel
@@ -78,10 +79,16 @@ def make_encoder(
     if dtype == torch.float64:
         compute_norms_in_float64(base)
     clock = DropoutClock(seed=5)
-    model = attach_adapter(base, LoraSection(rank=4, dropout=dropout), clock, seed=2)
+    model = attach_adapter(
+        base, LoraSection(rank=4, dropout=dropout, targets=targets), clock, seed=2
+    )
+    generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at the start, which would hide errors in the gradient of A
-            torch.nn.init.normal_(parameter, std=0.05)
+        if "lora" in name:
+            # B is zero at the start, which would hide errors in the gradient of A. Drawn in
+            # float32 whatever the dtype, so that models of two dtypes have one adapter.
+            drawn = 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(drawn)
     return Encoder(model, pooling=pooling, normalize=True, clock=clock)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conftest import FAMILIES, save_tiny, tiny_config
 from lowmem_cft.backbone import load_backbone
+from lowmem_cft.configs import disable_base_dropout
 from lowmem_cft.plan import StepPlan
 from lowmem_cft.recipe import ModelSection
 from numerics import assert_same
@@ -115,7 +116,9 @@ def test_bfloat16_is_as_near_to_the_truth_as_plain_torch(family: str) -> None:
 
     def base(dtype: torch.dtype) -> Any:
         torch.manual_seed(1)
-        return AutoModel.from_config(tiny_config(family)).bfloat16().to(dtype)
+        config = tiny_config(family)
+        disable_base_dropout(config)
+        return AutoModel.from_config(config).bfloat16().to(dtype)
 
     def make(dtype: torch.dtype) -> Any:
         return make_encoder(family, dtype=dtype, base=base(dtype))
@@ -126,8 +129,10 @@ def test_bfloat16_is_as_near_to_the_truth_as_plain_torch(family: str) -> None:
     ours, _ = planned_gradients(make(torch.bfloat16), batch, texts, SIMPLE)
 
     def error(found: dict[str, Tensor]) -> float:
-        return sum(float((found[n].double() - g).norm() / g.norm()) for n, g in true.items())
+        errors = [float((found[n].double() - g).norm() / g.norm()) for n, g in true.items()]
+        return sum(errors) / len(errors)
 
+    assert 0 < error(plain) < 1, "plain torch is far off: the models differ"
     assert 0 < error(ours) <= 1.5 * error(plain)
 
 
@@ -158,7 +163,7 @@ def test_kept_chunks_are_encoded_once() -> None:
 
 def test_checkpointing_computes_the_chosen_layers_again() -> None:
     batch = make_batch(6, 2)
-    for every, wanted in ((0, [1, 1, 1]), (1, [2, 2, 2]), (2, [2, 1, 2])):
+    for every, wanted in ((0, [1, 1, 1]), (1, [2, 2, 2]), (2, [1, 2, 1])):
         encoder = make_encoder()
         chunks = count_encodes(encoder)
         counts = [0, 0, 0]

@@ -83,10 +83,12 @@ CONFIGURATIONS = [
     ("opt", torch.float32, 0.1, "none", {"kept_tokens": None}),
     ("opt", torch.bfloat16, 0.0, "none", {"checkpoint_every": 1}),
     ("gemma", torch.float32, 0.0, "none", {"kept_tokens": 600}),
-    ("gemma", torch.float32, 0.1, "none", {"checkpoint_every": 3}),
+    ("gemma", torch.float32, 0.1, "none", {"checkpoint_every": 4}),
     ("phi-2", torch.float32, 0.0, "none", {"kept_tokens": 0}),
     ("phi-2", torch.bfloat16, 0.1, "none", {"kept_tokens": None}),
     ("phi-2", torch.float32, 0.0, "nf4", {"checkpoint_every": 1}),
+    ("minicpm", torch.float32, 0.0, "none", {"checkpoint_every": 4, "targets": ["q_proj"]}),
+    ("minicpm", torch.bfloat16, 0.1, "none", {"checkpoint_every": 4, "targets": ["q_proj"]}),
 ]
 
 
@@ -106,9 +108,11 @@ def make_base(config: Any, dtype: torch.dtype, quantization: str, folder: Path) 
     return load_backbone(section, torch.device("cpu")).model
 
 
-def measured_bytes(batch: Batch, base: Any, dropout: float, plan: StepPlan) -> int:
+def measured_bytes(
+    batch: Batch, base: Any, dropout: float, plan: StepPlan, targets: Any = "all-linear"
+) -> int:
     """Most bytes of live tensors that a real step makes, gradients included."""
-    encoder = make_encoder(dropout=dropout, dtype=base.dtype, base=base)
+    encoder = make_encoder(dropout=dropout, dtype=base.dtype, base=base, targets=targets)
     live = LiveBytes([*encoder.model.parameters(), *encoder.model.buffers()])
     planned_gradients(encoder, batch, batch.texts(twins_once=True), plan, during=live)
     return live.peak
@@ -140,9 +144,11 @@ def test_predicted_is_measured(
     """What a step makes besides what the model always holds, which would hide errors."""
     batch = make_batch()
     config = wide_config(family)
+    dials = dict(dials)
+    targets = dials.pop("targets", "all-linear")
     plan = StepPlan(**{"backward_tokens": 200, "forward_tokens": 400, **dials})
     sections = {
-        "lora": {"rank": 4, "dropout": dropout},
+        "lora": {"rank": 4, "dropout": dropout, "targets": targets},
         "model": {"quantization": quantization},
     }
     shape = shape_of(batch)
@@ -150,9 +156,8 @@ def test_predicted_is_measured(
     parts = predicted.parts
     total = sum(parts.get(name, 0) for name in STEP_PARTS)
     total += parts["gradients"] if "backward" in predicted.moment else 0
-    measured = measured_bytes(
-        batch, make_base(config, dtype, quantization, tmp_path), dropout, plan
-    )
+    base = make_base(config, dtype, quantization, tmp_path)
+    measured = measured_bytes(batch, base, dropout, plan, targets)
     print(f"{predicted.moment}: {total / measured:.3f}")
     assert 0.95 <= total / measured <= 1.10, (predicted.moment, total / measured, parts)
 
