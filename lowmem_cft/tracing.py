@@ -96,17 +96,20 @@ def _give_fake_storage(model: nn.Module) -> None:
 def _traceable() -> Iterator[None]:
     """Skip what fake tensors cannot do, or do in too many steps.
 
-    Transformers looks through the positions for packed sequences; where it cannot read values it
-    makes a mask instead, which real chunks do without. Of dropout what counts is its output.
+    Transformers looks through the positions for packed sequences, and through a mask for padding;
+    where it cannot read values it makes a mask instead, which real chunks do without. Of dropout
+    what counts is its output.
     """
     from transformers import masking_utils
 
     from lowmem_cft import lora
 
-    name = "find_packed_sequence_indices"
-    assert hasattr(masking_utils, name), "transformers has moved its search for packed sequences"
+    packed, ignored = "find_packed_sequence_indices", "_ignore_causal_mask_sdpa"
+    for name in (packed, ignored):
+        assert hasattr(masking_utils, name), f"transformers has moved {name}"
     with (
-        mock.patch.object(masking_utils, name, return_value=None),
+        mock.patch.object(masking_utils, packed, return_value=None),
+        mock.patch.object(masking_utils, ignored, return_value=True),
         mock.patch.object(lora, "identity_dropout", lambda x_LF, **keys: x_LF.clone()),
     ):
         yield
@@ -160,6 +163,9 @@ class Tracer:
 
         shape = (num_texts, width)
         with self._mode, _traceable(), self._encoder.training_mode(step=0):
+            for module in self._encoder.model.modules():
+                if hasattr(module, "layerdrop"):  # its rate is 0, but the draw has no value here
+                    module.training = False
             ids_BT, mask_BT = torch.zeros(shape, dtype=torch.int64), torch.ones(shape).bool()
             batch = TokenBatch(ids_BT, mask_BT, right_padded=True)
             known = [*self._encoder.model.parameters(), *self._encoder.model.buffers()]
