@@ -785,7 +785,8 @@ def no_nf4(options: Options) -> str | None:
     try:
         import bitsandbytes as bnb
 
-        layer = four_bit(nn.Linear(64, 64, device="meta"), torch.float32, True, options.device)
+        bare = nn.Linear(64, 64, bias=False, device="meta")
+        layer = four_bit(bare, torch.float32, True, options.device)
         x = torch.ones(2, 64, device=options.device, requires_grad=True)
         out = layer(x)
         torch.autograd.backward(out.sum())

@@ -65,7 +65,7 @@ def test_memory_and_speed(check: Any, capfd: pytest.CaptureFixture[str], tmp_pat
     memory = found["parts"]["memory"]
     assert set(memory["models"]) == {"MiniCPM-2B"}
     for model in memory["models"].values():
-        assert model["quantization"] == "nf4"
+        assert model["quantization"] == "nf4", memory
         for measured, predicted in model["weights"].values():
             assert measured == predicted
         for step in model["steps"]:
