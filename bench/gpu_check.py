@@ -94,7 +94,7 @@ from lowmem_cft.tokens import TokenStore, pad
 from lowmem_cft.tracing import skeleton, with_layers
 from lowmem_cft_kernels import Candidates, info_nce
 from lowmem_cft_kernels.dropout import identity_dropout, reference_dropout
-from lowmem_cft_kernels.reference import info_nce_loss
+from lowmem_cft_kernels.reference import reference_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("lowmem-cft", "torch", "triton", "transformers", "peft", "bitsandbytes", "numpy")
@@ -448,7 +448,7 @@ def plain_gradients(
         emb_SD = encoder(padded)[texts.place_S.to(encoder.device)]
         query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
         candidates = texts.candidates.to(encoder.device)
-        torch.autograd.backward(info_nce_loss(query_MD, doc_ND, candidates, temperature=0.1))
+        torch.autograd.backward(reference_loss(query_MD, doc_ND, candidates, temperature=0.1)[0])
     return taken_gradients(encoder.model)
 
 
@@ -1159,7 +1159,7 @@ def measure_loss(options: Options, rows: int, dim: int, workspace_bytes: int) ->
         emb_SD /= emb_SD.norm(dim=1, keepdim=True)
         d_emb_SD = torch.empty_like(emb_SD)
         key_N = torch.arange(2 * rows, device=device)
-        candidates = Candidates(target_M=key_N[:rows], query_key_M=key_N[:rows], doc_key_N=key_N)
+        candidates = Candidates(target=key_N[:rows], query_keys=key_N[:rows], doc_keys=key_N)
         synchronize(device)
         start = time.perf_counter()
         result = info_nce(

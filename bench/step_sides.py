@@ -48,7 +48,7 @@ from lowmem_cft.step import ContrastiveStep
 from lowmem_cft.tokens import cut_by_length, pad
 from lowmem_cft.train import memory_limit
 from lowmem_cft_kernels import Candidates, info_nce
-from lowmem_cft_kernels.reference import info_nce_loss
+from lowmem_cft_kernels.reference import reference_loss
 
 Indices = npt.NDArray[np.int64]
 
@@ -215,7 +215,7 @@ def full_loss(recipe: Recipe, texts: StepTexts, emb_PD: Tensor) -> Tensor:
     emb_SD = emb_PD[texts.place_S.to(emb_PD.device)]
     query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
     candidates = texts.candidates.to(emb_PD.device)
-    return info_nce_loss(query_MD, doc_ND, candidates, temperature=recipe.loss.temperature)
+    return reference_loss(query_MD, doc_ND, candidates, temperature=recipe.loss.temperature)[0]
 
 
 class Ours:
@@ -593,7 +593,7 @@ def loss_sides(
     emb_SD: Tensor, rows: int, criterion: Any, temperature: float
 ) -> dict[str, Callable[[], Tensor]]:
     """The loss and its gradient by us, by them and by its formula; queries are the first rows."""
-    candidates = Candidates(target_M=torch.arange(rows, device=emb_SD.device))
+    candidates = Candidates(target=torch.arange(rows, device=emb_SD.device))
 
     def ours() -> Tensor:
         d_emb_SD = torch.empty_like(emb_SD)
@@ -611,7 +611,9 @@ def loss_sides(
 
     def formula() -> Tensor:
         leaf_SD = emb_SD.detach().requires_grad_()
-        loss = info_nce_loss(leaf_SD[:rows], leaf_SD[rows:], candidates, temperature=temperature)
+        loss, _ = reference_loss(
+            leaf_SD[:rows], leaf_SD[rows:], candidates, temperature=temperature
+        )
         torch.autograd.backward(loss)
         return loss.detach()
 

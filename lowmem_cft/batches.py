@@ -126,9 +126,10 @@ def step_texts(
         text_P, place = np.unique(text_P, return_inverse=True)
     keys = mask_duplicates
     candidates = Candidates(
-        target_M=torch.arange(len(rows)),
-        owner_N=torch.from_numpy(owner_N) if hard_negatives == "own" else None,
-        query_key_M=torch.from_numpy(positive_M) if keys else None,
-        doc_key_N=torch.from_numpy(document_N) if keys else None,
+        target=torch.arange(len(rows)),
+        owner_N=torch.from_numpy(owner_N),
+        own_only=hard_negatives == "own",
+        query_keys=torch.from_numpy(np.stack([positive_M, anchor_M], axis=1)) if keys else None,
+        doc_keys=torch.from_numpy(document_N) if keys else None,
     )
     return StepTexts(text_P, torch.from_numpy(place), len(rows), candidates)

@@ -16,7 +16,7 @@ from lowmem_cft.gradcache import gradcache_step
 from lowmem_cft.plan import StepPlan
 from lowmem_cft.recipe import LossSection
 from lowmem_cft.tokens import TokenStore, cut_by_length, pad
-from lowmem_cft_kernels import info_nce
+from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, info_nce
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _info_nce(
         emb_SD[doc],
         texts.candidates.to(emb_SD.device),
         temperature=section.temperature,
-        symmetric=section.symmetric,
+        softmaxes=SYMMETRIC if section.symmetric else ONE_WAY,
         workspace_bytes=workspace_bytes,
         out=(d_emb_SD[query], d_emb_SD[doc]),
     )

@@ -21,7 +21,7 @@ from lowmem_cft.plan import StepPlan
 from lowmem_cft.recipe import LoraSection, LossSection
 from lowmem_cft.step import ContrastiveStep, StepReport
 from lowmem_cft.tokens import TokenStore, pad
-from lowmem_cft_kernels.reference import info_nce_loss
+from lowmem_cft_kernels.reference import reference_loss
 from numerics import compute_norms_in_float64, gradients
 
 STEP = 7
@@ -113,7 +113,7 @@ def plain_gradients(
         padded = pad(batch.store, texts.text_P, PAD, "left")
         emb_SD = encoder(padded)[texts.place_S]
         query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
-        info_nce_loss(query_MD, doc_ND, texts.candidates, temperature=temperature).backward()
+        reference_loss(query_MD, doc_ND, texts.candidates, temperature=temperature)[0].backward()
     return gradients(encoder.model)
 
 

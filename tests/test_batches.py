@@ -150,7 +150,7 @@ def test_places_and_roles(hard_negatives: str, mask: bool, twins: bool) -> None:
         found.text_P[found.place_S[found.num_queries :].numpy()].tolist() == POSITIVES + negatives
     )
     candidates = found.candidates
-    assert candidates.target_M.tolist() == [0, 1, 2, 3, 4]
+    assert candidates.target.tolist() == [0, 1, 2, 3, 4]
     candidates.validate(5, 5 + len(negatives))
     if hard_negatives == "own":
         assert candidates.owner_N is not None

@@ -7,7 +7,41 @@ trainers.
 """
 
 from lowmem_cft_kernels.dropout import identity_dropout
-from lowmem_cft_kernels.info_nce import InfoNCEResult, Path, info_nce
+from lowmem_cft_kernels.info_nce import choose_path, info_nce, info_nce_loss
 from lowmem_cft_kernels.masks import Candidates
+from lowmem_cft_kernels.options import (
+    GTE,
+    ONE_WAY,
+    QWEN3,
+    SYMMETRIC,
+    Bank,
+    Direction,
+    FalseNegatives,
+    Hardness,
+    Negatives,
+    Softmax,
+)
+from lowmem_cft_kernels.result import InfoNCEResult, Observed, Path
+from lowmem_cft_kernels.temperature import LearnedTemperature
 
-__all__ = ["Candidates", "InfoNCEResult", "Path", "identity_dropout", "info_nce"]
+__all__ = [
+    "GTE",
+    "ONE_WAY",
+    "QWEN3",
+    "SYMMETRIC",
+    "Bank",
+    "Candidates",
+    "Direction",
+    "FalseNegatives",
+    "Hardness",
+    "InfoNCEResult",
+    "LearnedTemperature",
+    "Negatives",
+    "Observed",
+    "Path",
+    "Softmax",
+    "choose_path",
+    "identity_dropout",
+    "info_nce",
+    "info_nce_loss",
+]

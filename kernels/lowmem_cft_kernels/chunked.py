@@ -1,150 +1,409 @@
 """InfoNCE value and gradient in bounded memory, on any device, in plain torch.
 
-Blocks of query rows are scored against all documents; a block's logits live only while it is
-worked on. Logits are always float32 (float64 for float64 inputs): rounding them to 16 bit costs
-percents of the gradient at low temperatures, rounding the probabilities does not. With both
-directions the first pass collects the column log-sum-exp and the second recomputes each block, so
-one block is all that is ever held.
+Blocks of query rows are scored against all candidates; their logits live only while they are
+worked on. Logits are float32 (float64 for float64 inputs): rounding them to 16 bit costs percents
+of the gradient at low temperatures. Where documents choose among queries, or a denominator is
+shared with something that is not row by row, a first pass collects the log-sum-exps and a second
+one computes the logits again; otherwise one pass does. See `problem` for the formulas.
 
-    d loss / d s_ij = (exp(s_ij - lse_i) - [j = t(i)]) / M                     (rows)
-                    + c_j exp(s_ij - lse_j) / M - [j = t(i)] / M               (columns)
-
-with c_j the number of queries whose positive is j. The temperature needs no pass of its own: with
-G = d loss / d s, d loss / d temperature = -sum_ij G_ij s_ij / temperature
-= -sum_i <q_i, d loss / d q_i> / temperature.
+The temperature needs no pass of its own: with G = d loss / d z, d loss / d temperature =
+-sum_ij G_ij z_ij / temperature, and the sum over j is a product of row i with its own gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowmem_cft_kernels.masks import Candidates
+from lowmem_cft_kernels.options import Direction, Negatives
+from lowmem_cft_kernels.problem import NORM_EPSILON, Block, Problem, row_blocks, strips
+from lowmem_cft_kernels.tally import Tally
 
 WORKSPACE_BYTES = 32 * 2**20
 """Bound on the memory that one block of logits and its temporaries take."""
 
 _TILE_BYTES = 4 * 2**20
-"""Documents held in the compute dtype at once, where they come in another."""
-
-_BLOCK_COPIES = 3  # logits, mask or product, probabilities: what lives at once per logit
+"""Columns held in the compute dtype at once, where they come in another."""
 
 
-def rows_per_block(num_docs: int, itemsize: int, workspace_bytes: int = WORKSPACE_BYTES) -> int:
-    """Query rows whose logits against `num_docs` documents fit the workspace (at least one)."""
-    return max(1, workspace_bytes // (num_docs * itemsize * _BLOCK_COPIES))
+def queries_per_block(problem: Problem, workspace_bytes: int = WORKSPACE_BYTES) -> int:
+    """Queries whose logits against all candidates fit the workspace (at least one)."""
+    itemsize = problem.compute.itemsize
+    numbers = 0.0
+    for block in problem.blocks:
+        copies = 1.5  # logits, and what masks take
+        copies += 1.0 if block.has_positives and problem.documents_choose else 0.0
+        copies += 1.5 if block.row_bound_R is not None else 0.0
+        copies += 1.0 if block.hardness is not None else 0.0
+        width = block.row_RD.shape[1] + (block.guide.row_RG.shape[1] if block.guide else 0)
+        numbers += block.rows_per_query * (len(block.col_CD) * copies + 3 * width)
+    return max(1, int(workspace_bytes / (numbers * itemsize)))
 
 
-def _blocks(num_rows: int, size: int) -> Iterator[slice]:
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
+def _tiles(col_CD: Tensor, compute: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The columns in the compute dtype: as they are, or tile by tile if that takes a copy."""
+    num_columns = len(col_CD)
+    size = num_columns
+    if col_CD.dtype != compute:
+        size = max(1, _TILE_BYTES // (col_CD.shape[1] * compute.itemsize))
+    for columns in row_blocks(num_columns, size):
+        yield columns, col_CD[columns].to(compute)
 
 
-def _doc_tiles(doc_ND: Tensor, compute: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The documents in the compute dtype: as they are, or tile by tile if that takes a copy."""
-    num_docs = doc_ND.shape[0]
-    size = num_docs
-    if doc_ND.dtype != compute:
-        size = max(1, _TILE_BYTES // (doc_ND.shape[1] * compute.itemsize))
-    for columns in _blocks(num_docs, size):
-        yield columns, doc_ND[columns].to(compute)
-
-
-def _logits(
-    query_BD: Tensor, doc_ND: Tensor, candidates: Candidates, rows: slice, temperature: float
+def _products(
+    row_RD: Tensor, col_CD: Tensor, inverse_R: Tensor | None, scale_C: Tensor | None
 ) -> Tensor:
-    sim_BN = query_BD.new_empty((query_BD.shape[0], doc_ND.shape[0]))
-    for columns, tile_CD in _doc_tiles(doc_ND, query_BD.dtype):
-        torch.matmul(query_BD, tile_CD.T, out=sim_BN[:, columns])
-    sim_BN.mul_(1.0 / temperature)
-    hidden_BN = candidates.hidden(rows)
-    if hidden_BN is not None:
-        sim_BN.masked_fill_(hidden_BN, -torch.inf)
-    return sim_BN
+    """(R, C) in the dtype of the rows, scaled by rows and columns."""
+    out_RC = row_RD.new_empty((len(row_RD), len(col_CD)))
+    if inverse_R is not None:
+        row_RD = row_RD * inverse_R[:, None]
+    for columns, tile_CD in _tiles(col_CD, row_RD.dtype):
+        torch.matmul(row_RD, tile_CD.T, out=out_RC[:, columns])
+    return out_RC if scale_C is None else out_RC.mul_(scale_C)
 
 
-def _column_lse(
-    query_MD: Tensor,
-    doc_ND: Tensor,
-    candidates: Candidates,
-    temperature: float,
-    block: int,
-    compute: torch.dtype,
-) -> Tensor:
-    lse_N = query_MD.new_full((doc_ND.shape[0],), -torch.inf, dtype=compute)
-    for rows in _blocks(query_MD.shape[0], block):
-        sim_BN = _logits(query_MD[rows].to(compute), doc_ND, candidates, rows, temperature)
-        torch.logaddexp(lse_N, sim_BN.logsumexp(dim=0), out=lse_N)
-    return lse_N
+def _hidden(block: Block, rows: slice) -> Tensor | None:
+    """bool (R, C): whom the vectors hide, bounds and positives apart; None if nobody."""
+    hidden_RC = None
+    if block.row_group_R is not None and (block.same_hides or block.own_only):
+        assert block.col_group_C is not None
+        hidden_RC = block.col_group_C == block.row_group_R[rows, None]
+        if not block.same_hides:
+            hidden_RC.logical_not_().logical_and_(block.col_group_C >= 0)
+    if block.row_key_RK is not None and block.col_key_CL is not None:
+        for row_key_R in block.row_key_RK[rows].unbind(dim=1):
+            for col_key_C in block.col_key_CL.unbind(dim=1):
+                same_RC = row_key_R[:, None] == col_key_C
+                hidden_RC = same_RC if hidden_RC is None else hidden_RC.logical_or_(same_RC)
+    return hidden_RC
 
 
-def info_nce_value_and_grad(
-    query_MD: Tensor,
-    doc_ND: Tensor,
-    candidates: Candidates,
-    *,
-    temperature: float,
-    symmetric: bool = False,
-    workspace_bytes: int = WORKSPACE_BYTES,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, d_query_MD, d_doc_ND, d_temperature, and how many queries rank their positive first.
-
-    Args:
-        query_MD, doc_ND: (M, D), (N, D), float16, bfloat16, float32 or float64.
-        candidates, temperature, symmetric: as in `reference.info_nce_loss`.
-        workspace_bytes: bound on the logits held at once; does not change the result beyond
-            rounding.
-        out: d_query_MD and d_doc_ND to write to, contiguous rows, in the dtype they would have.
-
-    Returns:
-        Scalars and gradients in float32 (float64 for float64 inputs); the count is int64.
-    """
-    compute = torch.float64 if query_MD.dtype == torch.float64 else torch.float32
-    num_queries, target_M = query_MD.shape[0], candidates.target_M
-    block = rows_per_block(doc_ND.shape[0], compute.itemsize, workspace_bytes)
-    weight = (0.5 if symmetric else 1.0) / num_queries
-
-    lse_N = targets_N = None
-    if symmetric:
-        lse_N = _column_lse(query_MD, doc_ND, candidates, temperature, block, compute)
-        targets_N = torch.bincount(target_M, minlength=doc_ND.shape[0]).to(compute)
-
-    loss = query_MD.new_zeros((), dtype=compute)
-    d_temperature = torch.zeros_like(loss)
-    num_first = torch.zeros((), dtype=torch.int64, device=query_MD.device)
-    if out is None:
-        out = (
-            query_MD.new_empty(query_MD.shape, dtype=compute),
-            torch.empty_like(doc_ND, dtype=compute),
+def _with_positives(block: Block, rows: slice, hidden_RC: Tensor) -> Tensor:
+    """Settles in place what the block says of the columns that are positives of a row's query."""
+    if block.target_RP is not None and block.has_target_R is not None:
+        target_RP = block.target_RP[rows]
+        was_RP, has_R1 = hidden_RC.gather(1, target_RP), block.has_target_R[rows, None]
+        hidden_RC.scatter_(
+            1, target_RP, was_RP | has_R1 if block.target_hides else was_RP & ~has_R1
         )
-    d_query_MD, d_doc_ND = out
-    d_doc_ND.zero_()
-    for rows in _blocks(num_queries, block):
-        query_BD, d_query_BD = query_MD[rows].to(compute), d_query_MD[rows]
-        sim_BN = _logits(query_BD, doc_ND, candidates, rows, temperature)
-        target_B1 = target_M[rows, None]
-        positive_B1 = sim_BN.gather(1, target_B1)
-        lse_B1 = sim_BN.logsumexp(dim=1, keepdim=True)
-        loss += (lse_B1 - positive_B1).sum() * weight
-        num_first += (sim_BN.amax(dim=1, keepdim=True) <= positive_B1).sum()
-        if lse_N is None or targets_N is None:
-            grad_BN = sim_BN.sub_(lse_B1).exp_()
-            num_directions = 1.0
+    return hidden_RC
+
+
+@dataclass
+class _Scores:
+    """Logits of some rows of a block, and who is hidden in the softmax of rows and of columns."""
+
+    logit_RC: Tensor
+    hidden_row_RC: Tensor | None
+    hidden_col_RC: Tensor | None
+
+
+def _scores(problem: Problem, block: Block, rows: slice, *, columns_too: bool) -> _Scores:
+    """Logits s / temperature, without hardness; nothing is masked yet."""
+    compute, temperature = problem.compute, problem.temperature
+    row_RD = block.pick(block.row_RD, rows).to(compute)
+    inverse_R = None if block.row_inverse_R is None else block.pick(block.row_inverse_R, rows)
+    scale_C = None if block.col_inverse_C is None else block.col_inverse_C / temperature
+    logit_RC = _products(row_RD, block.col_CD, inverse_R, scale_C)
+    if scale_C is None:
+        logit_RC.div_(temperature)
+    if block.has_positives:  # the same number as in the loss, whatever order it was added in
+        assert block.target_RP is not None
+        logit_RC.scatter_(1, block.target_RP[rows], problem.positive_MP[rows] / temperature)
+
+    hidden_RC = _hidden(block, rows)
+    if block.row_bound_R is None:
+        if hidden_RC is None and block.target_hides:
+            hidden_RC = torch.zeros_like(logit_RC, dtype=torch.bool)
+        if hidden_RC is not None:
+            hidden_RC = _with_positives(block, rows, hidden_RC)
+        return _Scores(logit_RC, hidden_RC, hidden_RC)
+    guide_RC, unit_of = logit_RC, temperature
+    if (guide := block.guide) is not None:
+        guide_RG = block.pick(guide.row_RG, rows).to(compute)
+        inverse_R = block.pick(guide.row_inverse_R, rows)
+        guide_RC = _products(guide_RG, guide.col_CG, inverse_R, guide.col_inverse_C)
+        unit_of = torch.ones_like(temperature)
+    hidden = []
+    for bound in (block.row_bound_R[rows, None], block.col_bound_C if columns_too else None):
+        if bound is not None:
+            above_RC = guide_RC > bound / unit_of
+            if hidden_RC is not None:
+                above_RC.logical_or_(hidden_RC)
+            hidden.append(_with_positives(block, rows, above_RC))
+    return _Scores(logit_RC, hidden[0], hidden[-1])
+
+
+def _count(problem: Problem, rows: slice, scores: _Scores, tally: Tally) -> None:
+    """Add the rows of a block of queries with documents to the tally; the logits stay."""
+    logit_RC, hidden_RC = scores.logit_RC, scores.hidden_row_RC
+    best_R1 = problem.best_M[rows, None] / problem.temperature
+    above_RC, num_columns = logit_RC > best_R1, logit_RC.shape[1]
+    if hidden_RC is None:
+        tally.seen_M[rows] += num_columns
+        tally.sum_M[rows] += logit_RC.sum(dim=1) * problem.temperature
+    else:
+        above_RC &= ~hidden_RC
+        tally.seen_M[rows] += num_columns - hidden_RC.sum(dim=1)
+        visible_RC = logit_RC.masked_fill(hidden_RC, 0.0)
+        tally.sum_M[rows] += visible_RC.sum(dim=1) * problem.temperature
+    tally.above_M[rows] += above_RC.sum(dim=1)
+
+
+def _harden(problem: Problem, block: Block, rows: slice, logit_RC: Tensor) -> None:
+    """Add the hardness of the rows' softmax to the logits, in place."""
+    hardness = block.hardness
+    if hardness is None:
+        return
+    factor: Tensor = 1.0 + hardness.strength * problem.temperature
+    if hardness.on is not Negatives.ALL:
+        own_RC = torch.zeros((), dtype=torch.bool, device=logit_RC.device)
+        if block.row_group_R is not None and block.col_group_C is not None:
+            own_RC = block.col_group_C == block.row_group_R[rows, None]
+        weighted_RC = own_RC if hardness.on is Negatives.HARD else ~own_RC
+        factor = torch.where(weighted_RC, factor, 1.0)
+    positive_RP = None
+    if block.target_RP is not None:
+        positive_RP = logit_RC.gather(1, block.target_RP[rows])
+    logit_RC.mul_(factor)
+    if block.target_RP is not None and positive_RP is not None:
+        logit_RC.scatter_(1, block.target_RP[rows], positive_RP)
+
+
+def _exp_shifted(logit_RC: Tensor, hidden_RC: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+    """In place exp(logit - max), 0 where hidden; and log-sum-exp, along `dim` (kept)."""
+    if hidden_RC is not None:
+        logit_RC.masked_fill_(hidden_RC, -torch.inf)
+    top = logit_RC.amax(dim=dim, keepdim=True).nan_to_num_(neginf=0.0)
+    total = logit_RC.sub_(top).exp_().sum(dim=dim, keepdim=True)
+    return top, total.log_().add_(top)
+
+
+class Chunked:
+    """The loss of one problem, its gradients written to `d_query_MD` and `d_doc_ND`."""
+
+    def __init__(
+        self, problem: Problem, d_query_MD: Tensor, d_doc_ND: Tensor, workspace_bytes: int
+    ) -> None:
+        self.problem = problem
+        self.d_query_MD, self.d_doc_ND = d_query_MD, d_doc_ND
+        self.size = queries_per_block(problem, workspace_bytes)
+        self.tally = Tally.empty(problem)
+        self.product = torch.zeros((), dtype=problem.compute, device=d_query_MD.device)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Loss and d loss / d temperature."""
+        problem = self.problem
+        self.d_query_MD.zero_()
+        self.d_doc_ND.zero_()
+        loss = self._two_passes() if problem.documents_choose else self._one_pass()
+        block = problem.queries_with_documents
+        if block.row_inverse_R is not None and block.col_inverse_C is not None:
+            _through_norm(block.row_RD, block.row_inverse_R, self.d_query_MD)
+            _through_norm(block.col_CD, block.col_inverse_C, self.d_doc_ND)
+        return loss, -self.product / problem.temperature
+
+    # -- log-sum-exps ---------------------------------------------------------------------------
+
+    def _one_pass(self) -> Tensor:
+        """Everything of a block of queries at once; its logits are the only ones held."""
+        problem, loss = self.problem, self.d_query_MD.new_zeros((), dtype=self.problem.compute)
+        for queries in self._query_blocks():
+            parts, lse_BP = [], None
+            for block in problem.blocks:
+                rows = block.rows(queries)
+                logit_RC, hidden_RC = self._row_logits(block, rows, observe=True)
+                top_R1, lse_R1 = _exp_shifted(logit_RC, hidden_RC, 1)
+                parts.append((block, rows, logit_RC, top_R1))
+                lse_BP = self._joined(lse_BP, lse_R1)
+            assert lse_BP is not None
+            loss += self._loss(queries, [lse_BP])
+            while parts:
+                block, rows, grad_RC, top_R1 = parts.pop(0)
+                grad_RC.mul_(torch.exp(top_R1 - self._rho(block, queries, lse_BP)))
+                self._push(block, rows, grad_RC)
+                del grad_RC
+        return loss
+
+    def _two_passes(self) -> Tensor:
+        problem = self.problem
+        top_N, total_N, lse_MP = self._first_pass()
+        column_N = total_N.log_().add_(top_N)
+        choosing = problem.softmax_of(Direction.DOC_TO_QUERY)
+        assert choosing is not None
+        column_MP = column_N[problem.target_MP]
+        lse_MP = [
+            (column_MP if one is None else torch.logaddexp(one, column_MP))
+            if i == choosing
+            else one
+            for i, one in enumerate(lse_MP)
+        ]
+        known = [one for one in lse_MP if one is not None]
+        assert len(known) == len(lse_MP)
+        everyone = slice(0, len(problem.target_MP))
+        loss = self._loss(everyone, known)
+        gamma_N = self._gamma(known[choosing])
+        for queries in self._query_blocks():
+            for block in problem.blocks:
+                softmax = problem.softmax_of(block.direction)
+                rho_R1 = None
+                if softmax is not None:
+                    rho_R1 = self._rho(block, queries, known[softmax][queries])
+                self._push(
+                    block, block.rows(queries), self._gradient(block, queries, rho_R1, gamma_N)
+                )
+        return loss
+
+    def _first_pass(self) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Maximum and shifted sum of each document's column; log-sum-exp of rows by softmax."""
+        problem, documents = self.problem, self.problem.queries_with_documents
+        top_N = self.d_doc_ND.new_full((len(documents.col_CD),), -torch.inf, dtype=problem.compute)
+        total_N = torch.zeros_like(top_N)
+        lse_MP: list[Tensor | None] = [None] * len(problem.softmaxes)
+        for queries in self._query_blocks():
+            for block in problem.blocks:
+                rows = block.rows(queries)
+                scores = _scores(problem, block, rows, columns_too=block is documents)
+                if block.direction is Direction.QUERY_TO_DOC:
+                    _count(problem, rows, scores, self.tally)
+                if block is documents:
+                    _merge_columns(scores, top_N, total_N)
+                softmax = problem.softmax_of(block.direction)
+                if softmax is None:
+                    continue
+                _harden(problem, block, rows, scores.logit_RC)
+                lse_R1 = _exp_shifted(scores.logit_RC, scores.hidden_row_RC, 1)[1]
+                held_MP = lse_MP[softmax]
+                if held_MP is None:
+                    held_MP = lse_R1.new_full(problem.target_MP.shape, -torch.inf)
+                    lse_MP[softmax] = held_MP
+                held_MP[queries] = self._joined(held_MP[queries], lse_R1)
+        return top_N, total_N, lse_MP
+
+    def _query_blocks(self) -> Iterator[slice]:
+        yield from row_blocks(len(self.problem.target_MP), self.size)
+
+    def _row_logits(
+        self, block: Block, rows: slice, *, observe: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        scores = _scores(self.problem, block, rows, columns_too=False)
+        if observe and block.direction is Direction.QUERY_TO_DOC:
+            _count(self.problem, rows, scores, self.tally)
+        _harden(self.problem, block, rows, scores.logit_RC)
+        return scores.logit_RC, scores.hidden_row_RC
+
+    def _joined(self, lse_BP: Tensor | None, lse_R1: Tensor) -> Tensor:
+        """Denominators of pairs with a block's rows added, one row per query or one per pair."""
+        num_positives = self.problem.target_MP.shape[1]
+        if lse_BP is None:
+            num_queries = len(lse_R1) if lse_R1.shape[1] == 1 else len(lse_R1) // num_positives
+            return lse_R1.expand(num_queries, num_positives)
+        return torch.logaddexp(lse_BP, lse_R1.view(len(lse_BP), -1))
+
+    def _loss(self, queries: slice, lse_BP: list[Tensor]) -> Tensor:
+        problem = self.problem
+        weight_BP = problem.weight_MP[queries]
+        positive_BP = problem.positive_MP[queries] / problem.temperature
+        mean_BP = torch.stack(lse_BP).mean(dim=0) - positive_BP
+        # where weights are 0 a denominator may be empty, its logarithm infinite
+        return (weight_BP * mean_BP.masked_fill(weight_BP == 0, 0.0)).sum()
+
+    # -- gradients ------------------------------------------------------------------------------
+
+    def _rho(self, block: Block, queries: slice, lse_BP: Tensor) -> Tensor:
+        """(R, 1), see `problem`; infinite where the row has no weight."""
+        weight_BP = self.problem.weight_MP[queries] / len(self.problem.softmaxes)
+        share_BP = (weight_BP.log() - lse_BP).masked_fill(weight_BP == 0, -torch.inf)
+        if block.rows_per_query > 1 or block.direction is Direction.DOC_TO_DOC:
+            return -share_BP.reshape(-1, 1)
+        return -share_BP.logsumexp(dim=1, keepdim=True)
+
+    def _gamma(self, lse_MP: Tensor) -> Tensor:
+        """(N,), see `problem`; infinite for documents that are nobody's positive."""
+        problem = self.problem
+        weight_MP = problem.weight_MP / len(problem.softmaxes)
+        share_MP = (weight_MP.log() - lse_MP).masked_fill(weight_MP == 0, -torch.inf)
+        target, share = problem.target_MP.flatten(), share_MP.flatten()
+        top_N = share.new_full((len(self.d_doc_ND),), -torch.inf)
+        top_N.scatter_reduce_(0, target, share, "amax").nan_to_num_(neginf=0.0)
+        total_N = _add_at(torch.zeros_like(top_N), target, torch.exp(share - top_N[target]))
+        return -(total_N.log_().add_(top_N))
+
+    def _gradient(
+        self, block: Block, queries: slice, rho_R1: Tensor | None, gamma_N: Tensor
+    ) -> Tensor:
+        """(R, C), d loss / d z without the positives' share."""
+        problem, rows = self.problem, block.rows(queries)
+        columns_too = block is problem.queries_with_documents
+        scores = _scores(problem, block, rows, columns_too=columns_too)
+        column_RC = None
+        if columns_too:
+            column_RC = (scores.logit_RC - gamma_N).exp_()
+            if scores.hidden_col_RC is not None:
+                column_RC.masked_fill_(scores.hidden_col_RC, 0.0)
+            if rho_R1 is None:
+                return column_RC
+        assert rho_R1 is not None
+        _harden(problem, block, rows, scores.logit_RC)
+        grad_RC = scores.logit_RC.sub_(rho_R1).exp_()
+        if scores.hidden_row_RC is not None:
+            grad_RC.masked_fill_(scores.hidden_row_RC, 0.0)
+        return grad_RC if column_RC is None else grad_RC.add_(column_RC)
+
+    def _push(self, block: Block, rows: slice, grad_RC: Tensor) -> None:
+        """Through the block's product: from d loss / d z (less the positives') to embeddings."""
+        problem, compute = self.problem, self.problem.compute
+        if block.has_positives:
+            assert block.target_RP is not None
+            grad_RC.scatter_add_(1, block.target_RP[rows], -problem.weight_MP[rows])
+        if block.row_inverse_R is not None and block.col_inverse_C is not None:
+            grad_RC.mul_(block.pick(block.row_inverse_R, rows)[:, None])
+            grad_RC.mul_(block.col_inverse_C / problem.temperature)
         else:
-            loss += (lse_N[target_M[rows], None] - positive_B1).sum() * weight
-            columns_BN = (sim_BN - lse_N.nan_to_num(neginf=0.0)).exp_().mul_(targets_N)
-            grad_BN = sim_BN.sub_(lse_B1).exp_().add_(columns_BN)
-            del columns_BN
-            num_directions = 2.0
-        grad_BN.scatter_add_(1, target_B1, torch.full_like(positive_B1, -num_directions))
-        grad_BN.mul_(weight / temperature)
-        d_query_BD.zero_()
-        for columns, tile_CD in _doc_tiles(doc_ND, compute):
-            d_query_BD.addmm_(grad_BN[:, columns], tile_CD)
-            d_doc_ND[columns].addmm_(grad_BN[:, columns].T, query_BD)
-        d_temperature -= torch.tensordot(query_BD, d_query_BD) / temperature
-        del sim_BN, grad_BN  # or they would live beside the next block's
-    return loss, d_query_MD, d_doc_ND, d_temperature, num_first
+            grad_RC.div_(problem.temperature)
+        row_RD = block.pick(block.row_RD, rows).to(compute)
+        d_row_RD = torch.zeros_like(row_RD)
+        for columns, tile_CD in _tiles(block.col_CD, compute):
+            d_row_RD.addmm_(grad_RC[:, columns], tile_CD)
+        if block.learns:
+            self._d_columns(block).addmm_(grad_RC.T, row_RD)
+        self.product += torch.tensordot(row_RD, d_row_RD)
+        if block.pick_R is None:
+            self.d_query_MD[rows] += d_row_RD
+        else:
+            _add_at(self.d_doc_ND, block.pick_R[rows], d_row_RD)
+
+    def _d_columns(self, block: Block) -> Tensor:
+        query_columns = block.direction is Direction.QUERY_TO_QUERY
+        return self.d_query_MD if query_columns else self.d_doc_ND
+
+
+def _merge_columns(scores: _Scores, top_N: Tensor, total_N: Tensor) -> None:
+    """Add some rows to the columns' running maximum and shifted sum."""
+    logit_RN = scores.logit_RC.clone()
+    if scores.hidden_col_RC is not None:
+        logit_RN.masked_fill_(scores.hidden_col_RC, -torch.inf)
+    new_N = torch.maximum(top_N, logit_RN.amax(dim=0))
+    shift_N = new_N.nan_to_num(neginf=0.0)
+    total_N.mul_(torch.exp(top_N - shift_N)).add_(logit_RN.sub_(shift_N).exp_().sum(dim=0))
+    top_N.copy_(new_N)
+
+
+def _add_at(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """out[index] += values, places repeated, in the same order in every run."""
+    if out.is_cuda:  # index_add_ adds in any order there, index_put_ sorts first
+        return out.index_put_((index,), values, accumulate=True)
+    return out.index_add_(0, index, values)
+
+
+def _through_norm(x_RD: Tensor, inverse_R: Tensor, d_x_RD: Tensor) -> None:
+    """From inverse norm times d loss / d unit vector to d loss / d x, in place."""
+    for rows in strips(len(x_RD), x_RD.shape[1] * d_x_RD.element_size()):
+        strip_RD, d_strip_RD = x_RD[rows].to(d_x_RD.dtype), d_x_RD[rows]
+        along_R = torch.linalg.vecdot(strip_RD, d_strip_RD) * inverse_R[rows].square()
+        # a norm below the bound was not divided by: nothing to take out
+        along_R.masked_fill_(inverse_R[rows] >= 1.0 / NORM_EPSILON, 0.0)
+        d_strip_RD.addcmul_(strip_RD, along_R[:, None], value=-1.0)

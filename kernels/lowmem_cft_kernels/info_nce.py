@@ -1,46 +1,177 @@
-"""The public call: validate, choose a path, give loss and gradients together."""
+"""The public calls: validate, choose a path, give the loss with or without its gradients."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem_cft_kernels import chunked, reference
+from lowmem_cft_kernels import chunked
 from lowmem_cft_kernels.masks import Candidates
+from lowmem_cft_kernels.options import (
+    ONE_WAY,
+    Bank,
+    Direction,
+    FalseNegatives,
+    Hardness,
+    Softmax,
+    check_shapes,
+    check_softmaxes,
+)
+from lowmem_cft_kernels.problem import make_problem
+from lowmem_cft_kernels.reference import reference_loss
+from lowmem_cft_kernels.result import InfoNCEResult, Path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Path(str, Enum):
-    """How the loss is computed. Every path gives the same numbers up to rounding."""
+def info_nce(
+    query_MD: Tensor,
+    doc_ND: Tensor,
+    candidates: Candidates,
+    *,
+    temperature: float | Tensor,
+    softmaxes: Sequence[Softmax] = ONE_WAY,
+    false_negatives: FalseNegatives | None = None,
+    hardness: Hardness | None = None,
+    weight_M: Tensor | None = None,
+    bank: Bank | None = None,
+    normalize: bool = False,
+    path: Path | None = None,
+    workspace_bytes: int = chunked.WORKSPACE_BYTES,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> InfoNCEResult:
+    """InfoNCE loss and its gradients in one call; nothing is kept for a backward pass.
 
-    REFERENCE = "reference"
-    """The formula through autograd; holds the M x N matrix several times."""
-    CHUNKED = "chunked"
-    """Plain torch on any device, in a bounded workspace."""
+    `reference.reference_loss` is its definition. Logits are computed and kept in float32 (float64
+    for float64 inputs), whatever the inputs are.
 
+    Args:
+        query_MD: (M, D), float16, bfloat16, float32 or float64.
+        doc_ND: (N, D), same dtype and device: positives and hard negatives together.
+        candidates: each query's positives and which documents it sees.
+        temperature: > 0, a number or a scalar tensor; similarities are divided by it.
+        softmaxes: which comparisons share a denominator; the loss is the mean over softmaxes.
+            `ONE_WAY`, `SYMMETRIC`, `GTE`, `QWEN3`, or others (`options.Direction`).
+        false_negatives: hides candidates about as similar as the positive.
+        hardness: raises the weight of similar negatives.
+        weight_M: floats (M,) >= 0; the loss is the weighted mean over queries. A query without a
+            positive, or with weight 0, adds nothing. Where none is left, loss and gradients are 0.
+        bank: documents without a gradient.
+        normalize: take cosines: the gradient is then that of the raw inputs.
+        path: how to compute it; chosen by device, dtype and size if None (see `choose_path`).
+        workspace_bytes: bound on what is held besides inputs, gradients and a few numbers per
+            query and document; does not change the result beyond rounding.
+        out: (M, D) and (N, D) to write the gradients to, in the dtype they would have, so that
+            views of one buffer can be filled without a copy.
 
-@dataclass(frozen=True, kw_only=True)
-class InfoNCEResult:
-    """Value and gradients; float32 (float64 for float64 inputs).
-
-    `d_temperature` is () and the derivative with respect to the temperature itself.
-    `accuracy` is the share of queries whose positive scores at least as high as all they see.
+    Raises:
+        ValueError: shapes, dtypes, indices or options do not fit, or the path cannot do them.
     """
+    options: dict[str, Any] = {
+        "softmaxes": softmaxes,
+        "false_negatives": false_negatives,
+        "hardness": hardness,
+        "weight_M": weight_M,
+        "bank": bank,
+        "normalize": normalize,
+    }
+    _validate(query_MD, doc_ND, candidates, temperature, softmaxes)
+    check_shapes(query_MD, doc_ND, false_negatives, bank, weight_M)
+    if bank is not None and not any(Direction.QUERY_TO_DOC in one for one in softmaxes):
+        raise ValueError("bank: got one, but no softmax has query_to_doc in it")
+    compute = torch.promote_types(query_MD.dtype, torch.float32)
+    if out is None:
+        out = (
+            torch.empty_like(query_MD, dtype=compute, memory_format=torch.contiguous_format),
+            torch.empty_like(doc_ND, dtype=compute, memory_format=torch.contiguous_format),
+        )
+    _validate_out(query_MD, doc_ND, out)
+    path = path or choose_path(query_MD, doc_ND)
+    scale = torch.as_tensor(temperature, dtype=compute, device=query_MD.device).detach()
+    query_MD, doc_ND = query_MD.detach(), doc_ND.detach()
+    if path is Path.REFERENCE:
+        return _by_autograd(query_MD, doc_ND, candidates, scale, options, out)
+    with torch.no_grad():
+        problem = make_problem(query_MD, doc_ND, candidates, temperature=scale, **options)
+        work = chunked.Chunked(problem, *out, workspace_bytes)
+        loss, d_temperature = work.run()
+        num_seeable = len(doc_ND) + (0 if bank is None else len(bank.doc_CD))
+        observed = work.tally.observed(problem, num_seeable)
+    return InfoNCEResult(
+        loss=loss,
+        d_query_MD=out[0],
+        d_doc_ND=out[1],
+        d_temperature=d_temperature,
+        observed=observed,
+        path=path,
+    )
 
-    loss: Tensor
-    d_query_MD: Tensor
-    d_doc_ND: Tensor
-    d_temperature: Tensor
-    accuracy: Tensor
-    path: Path
+
+def info_nce_loss(
+    query_MD: Tensor,
+    doc_ND: Tensor,
+    candidates: Candidates,
+    *,
+    temperature: float | Tensor,
+    **options: Any,
+) -> Tensor:
+    """The loss alone, differentiable in queries, documents and a temperature tensor.
+
+    The gradients are computed with the value and held until the backward pass, which scales them:
+    M x D and N x D numbers, no logits. Arguments as in `info_nce`, `out` apart.
+    """
+    scale = torch.as_tensor(temperature, device=query_MD.device)
+    loss: Tensor = _InfoNCE.apply(query_MD, doc_ND, scale, candidates, options)  # type: ignore[no-untyped-call]
+    return loss
 
 
-def _validate(query_MD: Tensor, doc_ND: Tensor, candidates: Candidates, temperature: float) -> None:
+class _InfoNCE(torch.autograd.Function):
+    """`info_nce` with its gradients kept for autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_MD: Tensor,
+        doc_ND: Tensor,
+        temperature: Tensor,
+        candidates: Candidates,
+        options: dict[str, Any],
+    ) -> Tensor:
+        result = info_nce(query_MD, doc_ND, candidates, temperature=temperature, **options)
+        ctx.save_for_backward(
+            result.d_query_MD.to(query_MD.dtype),
+            result.d_doc_ND.to(doc_ND.dtype),
+            result.d_temperature.to(temperature.dtype),
+        )
+        return result.loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        wanted = (
+            gradient * d_loss.to(gradient.dtype) if needed else None
+            for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)
+        )
+        return (*wanted, None, None)
+
+
+def choose_path(query_MD: Tensor, doc_ND: Tensor) -> Path:
+    """The path that `info_nce` takes for such inputs."""
+    return Path.CHUNKED
+
+
+def _validate(
+    query_MD: Tensor,
+    doc_ND: Tensor,
+    candidates: Candidates,
+    temperature: float | Tensor,
+    softmaxes: Sequence[Softmax],
+) -> None:
     if query_MD.ndim != 2 or doc_ND.ndim != 2 or query_MD.shape[1] != doc_ND.shape[1]:
         raise ValueError(
             f"got queries {tuple(query_MD.shape)} and documents {tuple(doc_ND.shape)}, "
@@ -52,14 +183,22 @@ def _validate(query_MD: Tensor, doc_ND: Tensor, candidates: Candidates, temperat
         )
     if not query_MD.shape[0] or not doc_ND.shape[0]:
         raise ValueError("got no queries or no documents, wanted at least one of each")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: got {temperature}, wanted a finite number above 0")
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise ValueError(
+            f"temperature: got a tensor {tuple(temperature.shape)}, wanted a number or a scalar"
+        )
+    # a temperature on the GPU is not looked at: that would wait for all that is queued there
+    if not isinstance(temperature, Tensor) or temperature.device.type == "cpu":
+        value = float(temperature)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"temperature: got {value}, wanted a finite number above 0")
+    check_softmaxes(softmaxes)
     candidates.validate(query_MD.shape[0], doc_ND.shape[0])
 
 
-def _validate_out(query_MD: Tensor, doc_ND: Tensor, out: tuple[Tensor, Tensor] | None) -> None:
+def _validate_out(query_MD: Tensor, doc_ND: Tensor, out: tuple[Tensor, Tensor]) -> None:
     wanted = torch.promote_types(query_MD.dtype, torch.float32)
-    for given, like in zip(out or (), (query_MD, doc_ND), strict=False):
+    for given, like in zip(out, (query_MD, doc_ND), strict=True):
         if given.shape != like.shape or given.dtype != wanted or given.device != like.device:
             raise ValueError(
                 f"out: got {given.dtype} {tuple(given.shape)} on {given.device}, "
@@ -67,88 +206,31 @@ def _validate_out(query_MD: Tensor, doc_ND: Tensor, out: tuple[Tensor, Tensor] |
             )
 
 
-def info_nce(
-    query_MD: Tensor,
-    doc_ND: Tensor,
-    candidates: Candidates,
-    *,
-    temperature: float,
-    symmetric: bool = False,
-    path: Path = Path.CHUNKED,
-    workspace_bytes: int = chunked.WORKSPACE_BYTES,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> InfoNCEResult:
-    """InfoNCE loss and its gradients in one call; nothing is kept for a backward pass.
-
-    Args:
-        query_MD: (M, D), float16, bfloat16, float32 or float64; used as given.
-        doc_ND: (N, D), same dtype and device: positives and hard negatives together.
-        candidates: each query's positive column and which documents it sees.
-        temperature: > 0; similarities are divided by it.
-        symmetric: mean of query -> document and document -> query.
-        path: how to compute it.
-        workspace_bytes: bound on what the chunked path holds besides inputs and gradients, as
-            far as one query's row of logits allows.
-        out: (M, D) and (N, D) to write the gradients to, in the dtype they would have, so that
-            views of one buffer can be filled without a copy.
-
-    Raises:
-        ValueError: shapes, dtypes, indices or the temperature do not fit.
-    """
-    _validate(query_MD, doc_ND, candidates, temperature)
-    _validate_out(query_MD, doc_ND, out)
-    if path is Path.REFERENCE:
-        return _by_autograd(query_MD, doc_ND, candidates, temperature, symmetric, out)
-    loss, d_query_MD, d_doc_ND, d_temperature, num_first = chunked.info_nce_value_and_grad(
-        query_MD.detach(),
-        doc_ND.detach(),
-        candidates,
-        temperature=temperature,
-        symmetric=symmetric,
-        workspace_bytes=workspace_bytes,
-        out=out,
-    )
-    return InfoNCEResult(
-        loss=loss,
-        d_query_MD=d_query_MD,
-        d_doc_ND=d_doc_ND,
-        d_temperature=d_temperature,
-        accuracy=num_first / query_MD.shape[0],
-        path=path,
-    )
-
-
 def _by_autograd(
     query_MD: Tensor,
     doc_ND: Tensor,
     candidates: Candidates,
-    temperature: float,
-    symmetric: bool,
-    out: tuple[Tensor, Tensor] | None,
+    temperature: Tensor,
+    options: dict[str, Any],
+    out: tuple[Tensor, Tensor],
 ) -> InfoNCEResult:
-    compute = torch.float64 if query_MD.dtype == torch.float64 else torch.float32
-    query_MD = query_MD.detach().to(compute).requires_grad_()
-    doc_ND = doc_ND.detach().to(compute).requires_grad_()
-    scale = torch.tensor(temperature, dtype=compute, device=query_MD.device, requires_grad=True)
+    leaves = [query_MD.to(out[0].dtype), doc_ND.to(out[1].dtype), temperature]
+    query_MD, doc_ND, temperature = (leaf.clone().requires_grad_() for leaf in leaves)
+    if (bank := options["bank"]) is not None:
+        doc_CD = bank.doc_CD.to(out[1].dtype)
+        options["bank"] = Bank(doc_CD=doc_CD, keys_C=bank.keys_C, guide_CG=bank.guide_CG)
     with torch.enable_grad():
-        loss = reference.info_nce_loss(
-            query_MD, doc_ND, candidates, temperature=scale, symmetric=symmetric
+        loss, observed = reference_loss(
+            query_MD, doc_ND, candidates, temperature=temperature, **options
         )
-        d_query_MD, d_doc_ND, d_temperature = torch.autograd.grad(loss, (query_MD, doc_ND, scale))
-    if out is not None:
-        d_query_MD, d_doc_ND = out[0].copy_(d_query_MD), out[1].copy_(d_doc_ND)
-    with torch.no_grad():
-        sim_MN = query_MD @ doc_ND.T
-        hidden_MN = candidates.hidden(slice(0, query_MD.shape[0]))
-        if hidden_MN is not None:
-            sim_MN.masked_fill_(hidden_MN, -torch.inf)
-        positive_M1 = sim_MN.gather(1, candidates.target_M[:, None])
-        accuracy = (sim_MN.amax(dim=1, keepdim=True) <= positive_M1).float().mean()
+        d_query_MD, d_doc_ND, d_temperature = torch.autograd.grad(
+            loss, (query_MD, doc_ND, temperature)
+        )
     return InfoNCEResult(
         loss=loss.detach(),
-        d_query_MD=d_query_MD,
-        d_doc_ND=d_doc_ND,
+        d_query_MD=out[0].copy_(d_query_MD),
+        d_doc_ND=out[1].copy_(d_doc_ND),
         d_temperature=d_temperature,
-        accuracy=accuracy,
+        observed=observed,
         path=Path.REFERENCE,
     )

@@ -1,87 +1,103 @@
 """Which documents a query is compared with, stated by O(M + N) integers, never by an M x N matrix.
 
-Shape suffixes: M query rows, N document columns.
+Shape suffixes: M query rows, N document columns, P positives per query, K keys per query.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 SHARED = -1
-"""Owner of a document that every query sees."""
+"""Owner of a document that came with no query."""
+
+NO_TARGET = -1
+"""Filler in `Candidates.target`: no positive here. A query with nothing else is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """The positive of each query and the documents that count as its negatives.
+    """The positives of each query and the documents that count as its negatives.
 
     Args:
-        target_M: int64 (M,), column of each query's positive.
-        owner_N: int64 (N,) or None. `SHARED`: every query sees the document; i >= 0: only query i
-            does (a hard negative kept to its own row). None means all are shared.
-        query_key_M, doc_key_N: int64 (M,) and (N,), or both None. A document whose key equals the
-            query's is no negative of it (the same text under two row numbers). A query's own
-            positive always counts.
+        target: int64 (M,) or (M, P), columns of each query's positives, each named once in a row;
+            `NO_TARGET` fills rows that have fewer. A row without any is left out of the loss; its
+            query is still a candidate where documents choose among queries.
+        owner_N: int64 (N,) or None: i >= 0 for a hard negative that was given to query i,
+            `SHARED` for every other document.
+        own_only: a document that has an owner is seen by it alone.
+        query_keys: int64 (M,) or (M, K), with `doc_keys` or not at all. A document whose key
+            equals one of the query's is no negative of it: the same text under two row numbers,
+            or the query's own text. A query's positives always count.
+        doc_keys: int64 (N,).
     """
 
-    target_M: Tensor
+    target: Tensor
     owner_N: Tensor | None = None
-    query_key_M: Tensor | None = None
-    doc_key_N: Tensor | None = None
+    own_only: bool = False
+    query_keys: Tensor | None = None
+    doc_keys: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.query_key_M is None) != (self.doc_key_N is None):
+        if (self.query_keys is None) != (self.doc_keys is None):
             raise ValueError(
-                "query_key_M and doc_key_N go together: got one of them without the other"
+                "query_keys and doc_keys go together: got one of them without the other"
             )
+        if self.own_only and self.owner_N is None:
+            raise ValueError("own_only: got True, which needs owner_N")
+
+    @property
+    def target_MP(self) -> Tensor:
+        """int64 (M, P)."""
+        return self.target if self.target.ndim == 2 else self.target[:, None]
+
+    @property
+    def query_key_MK(self) -> Tensor | None:
+        """int64 (M, K) or None."""
+        if self.query_keys is None or self.query_keys.ndim == 2:
+            return self.query_keys
+        return self.query_keys[:, None]
 
     def validate(self, num_queries: int, num_docs: int) -> None:
         """Raise ValueError where a vector's length or dtype does not fit M queries, N documents."""
-        wanted = {
-            "target_M": (self.target_M, num_queries),
-            "owner_N": (self.owner_N, num_docs),
-            "query_key_M": (self.query_key_M, num_queries),
-            "doc_key_N": (self.doc_key_N, num_docs),
-        }
-        for name, (vector, length) in wanted.items():
+        for name, vector, length, columns in (
+            ("target", self.target, num_queries, True),
+            ("owner_N", self.owner_N, num_docs, False),
+            ("query_keys", self.query_keys, num_queries, True),
+            ("doc_keys", self.doc_keys, num_docs, False),
+        ):
             if vector is None:
                 continue
-            if vector.dtype != torch.int64 or vector.shape != (length,):
+            fits = vector.ndim == 1 or (columns and vector.ndim == 2 and vector.shape[1] > 0)
+            if vector.dtype != torch.int64 or not fits or len(vector) != length:
+                wanted = f"({length},)" + (f" or ({length}, 1 or more)" if columns else "")
                 raise ValueError(
-                    f"{name}: got {vector.dtype} {tuple(vector.shape)}, wanted int64 ({length},)"
+                    f"{name}: got {vector.dtype} {tuple(vector.shape)}, wanted int64 {wanted}"
                 )
-        if num_queries:
-            low, high = int(self.target_M.min()), int(self.target_M.max())
-            if low < 0 or high >= num_docs:
-                raise ValueError(
-                    f"target_M: got entries in {low}..{high}, wanted 0..{num_docs - 1}"
-                )
-
-    def hidden(self, rows: slice) -> Tensor | None:
-        """bool (rows, N): True where the query does not see the document; None if it sees all."""
-        hidden_MN = None
-        if self.owner_N is not None:
-            index_M1 = torch.arange(rows.start, rows.stop, device=self.owner_N.device)[:, None]
-            hidden_MN = (self.owner_N != SHARED) & (self.owner_N != index_M1)
-        if self.query_key_M is not None and self.doc_key_N is not None:
-            same_MN = self.query_key_M[rows, None] == self.doc_key_N
-            hidden_MN = same_MN if hidden_MN is None else hidden_MN | same_MN
-        if hidden_MN is not None:
-            hidden_MN.scatter_(1, self.target_M[rows, None], False)
-        return hidden_MN
+        if not self.target.numel():
+            return
+        low, high = int(self.target.min()), int(self.target.max())
+        if low < NO_TARGET or high >= num_docs:
+            raise ValueError(
+                f"target: got entries in {low}..{high}, wanted 0..{num_docs - 1}, or {NO_TARGET} "
+                "for none"
+            )
+        ordered_MP = self.target_MP.sort(dim=1).values
+        twice_MP = (ordered_MP[:, 1:] == ordered_MP[:, :-1]) & (ordered_MP[:, 1:] != NO_TARGET)
+        if twice_MP.any():
+            row = int(twice_MP.any(dim=1).nonzero()[0])
+            raise ValueError(
+                f"target: got a column twice in row {row} ({self.target_MP[row].tolist()}), wanted "
+                "each positive once"
+            )
 
     def to(self, device: torch.device) -> Candidates:
         """The same on another device."""
-
-        def move(vector: Tensor | None) -> Tensor | None:
-            return None if vector is None else vector.to(device)
-
-        return Candidates(
-            target_M=self.target_M.to(device),
-            owner_N=move(self.owner_N),
-            query_key_M=move(self.query_key_M),
-            doc_key_N=move(self.doc_key_N),
-        )
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)

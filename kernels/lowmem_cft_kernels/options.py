@@ -1,0 +1,196 @@
+"""What an InfoNCE loss may be made of: values that combine freely.
+
+Shape suffixes: M query rows, N document columns, C bank documents, D and G embedding sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class Direction(str, Enum):
+    """What is compared with what, for each pair of a query and its positive."""
+
+    QUERY_TO_DOC = "query_to_doc"
+    """The query with all documents it sees, and with the bank."""
+    DOC_TO_QUERY = "doc_to_query"
+    """The positive with all queries that see it."""
+    QUERY_TO_QUERY = "query_to_query"
+    """The query with all other queries."""
+    DOC_TO_DOC = "doc_to_doc"
+    """The positive with all documents that did not come with its query."""
+
+
+Softmax = frozenset[Direction]
+"""The comparisons that share one denominator."""
+
+
+def _softmax(*names: str) -> Softmax:
+    return frozenset(Direction(name) for name in names)
+
+
+ONE_WAY: tuple[Softmax, ...] = (_softmax("query_to_doc"),)
+"""Each query picks its positive (SimCSE, arXiv 2104.08821, eq. 5)."""
+SYMMETRIC: tuple[Softmax, ...] = (_softmax("query_to_doc"), _softmax("doc_to_query"))
+"""The mean of that and of each positive picking its query (CLIP, arXiv 2103.00020, fig. 3)."""
+GTE: tuple[Softmax, ...] = (
+    _softmax("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"),
+)
+"""All comparisons in one denominator; the positive is in it twice (arXiv 2308.03281, sec. 3.2)."""
+QWEN3: tuple[Softmax, ...] = (_softmax("query_to_doc", "query_to_query", "doc_to_doc"),)
+"""As GTE without documents picking queries (arXiv 2506.05176, eq. 1, without its margin)."""
+
+
+def check_softmaxes(softmaxes: Sequence[Softmax]) -> None:
+    """Raise ValueError unless each has the positive in it and none shares a direction."""
+    if not softmaxes:
+        raise ValueError("softmaxes: got none, wanted at least one")
+    seen: set[Direction] = set()
+    for softmax in softmaxes:
+        for name in softmax:
+            if not isinstance(name, Direction):
+                raise ValueError(
+                    f"softmaxes: got {name!r}, wanted of {[member.value for member in Direction]}"
+                )
+        if not softmax & {Direction.QUERY_TO_DOC, Direction.DOC_TO_QUERY}:
+            raise ValueError(
+                f"softmaxes: got one of {sorted(member.value for member in softmax)}, which does "
+                "not have the positive in it; add query_to_doc or doc_to_query"
+            )
+        if seen & softmax:
+            raise ValueError(
+                f"softmaxes: got {sorted(member.value for member in seen & softmax)} in two of "
+                "them, wanted each direction once"
+            )
+        seen |= softmax
+
+
+@dataclass(frozen=True, kw_only=True)
+class FalseNegatives:
+    """Hides candidates that are about as similar as the positive: probably positives themselves.
+
+    Hidden is what has a similarity above  p - margin,  or  p - margin |p|  if relative, where p is
+    that of the query's most similar positive (arXiv 2407.15831, sec. 3.2). Where a document
+    chooses, p is the highest such bound of the queries it is a positive of. No gradient goes
+    through the choice.
+
+    Args:
+        margin: in units of similarity, before the temperature; negative keeps what is a little
+            more similar than the positive. A tensor (M,) gives each query its own.
+        relative: the margin is a share of the positive's similarity.
+        query_guide_MG, doc_guide_NG: embeddings of the same texts by another model; their cosine
+            then decides in place of the embeddings being trained (GISTEmbed, arXiv 2402.16829).
+    """
+
+    margin: float | Tensor = 0.0
+    relative: bool = False
+    query_guide_MG: Tensor | None = None
+    doc_guide_NG: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.query_guide_MG is None) != (self.doc_guide_NG is None):
+            raise ValueError(
+                "query_guide_MG and doc_guide_NG go together: got one of them without the other"
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Another model's embeddings decide."""
+        return self.query_guide_MG is not None
+
+
+class Negatives(str, Enum):
+    """Which negatives of a query are weighted."""
+
+    HARD = "hard"
+    """Those given to it (`Candidates.owner_N`)."""
+    IN_BATCH = "in-batch"
+    """All others, and the bank."""
+    ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardness:
+    """Raises the weight of similar negatives in the query's denominator.
+
+    Adds strength * s to the logit s / temperature of a negative, s being its similarity and the
+    addition a constant for the gradient (LLaVE, arXiv 2503.04812, eq. 5).
+    """
+
+    strength: float
+    on: Negatives = Negatives.ALL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bank:
+    """More documents that every query sees as negatives, and that get no gradient.
+
+    Args:
+        doc_CD: (C, D), same dtype and device as the other documents.
+        keys_C: int64 (C,), compared with `Candidates.query_keys`.
+        guide_CG: (C, G), needed where `FalseNegatives` has guides.
+    """
+
+    doc_CD: Tensor
+    keys_C: Tensor | None = None
+    guide_CG: Tensor | None = None
+
+
+def check_shapes(
+    query_MD: Tensor,
+    doc_ND: Tensor,
+    false_negatives: FalseNegatives | None,
+    bank: Bank | None,
+    weight_M: Tensor | None,
+) -> None:
+    """Raise ValueError where an option's tensors do not fit the embeddings or each other."""
+    num_queries, num_docs, width = len(query_MD), len(doc_ND), query_MD.shape[1]
+    if weight_M is not None and (
+        weight_M.shape != (num_queries,) or not weight_M.is_floating_point()
+    ):
+        raise ValueError(
+            f"weight_M: got {weight_M.dtype} {tuple(weight_M.shape)}, wanted floats "
+            f"({num_queries},)"
+        )
+    if bank is not None and (
+        bank.doc_CD.dtype != doc_ND.dtype or bank.doc_CD.ndim != 2 or bank.doc_CD.shape[1] != width
+    ):
+        raise ValueError(
+            f"bank: got {bank.doc_CD.dtype} {tuple(bank.doc_CD.shape)}, wanted {doc_ND.dtype} "
+            f"(C, {width})"
+        )
+    if bank is not None and bank.keys_C is not None:
+        keys_C = bank.keys_C
+        if keys_C.dtype != torch.int64 or keys_C.shape != bank.doc_CD.shape[:1]:
+            raise ValueError(
+                f"bank.keys_C: got {keys_C.dtype} {tuple(keys_C.shape)}, wanted int64 "
+                f"({len(bank.doc_CD)},)"
+            )
+    if false_negatives is None:
+        return
+    margin = false_negatives.margin
+    if isinstance(margin, Tensor) and margin.shape != (num_queries,):
+        raise ValueError(
+            f"margin: got a tensor {tuple(margin.shape)}, wanted a number or ({num_queries},)"
+        )
+    if not false_negatives.guided:
+        return
+    query_MG, doc_NG = false_negatives.query_guide_MG, false_negatives.doc_guide_NG
+    assert query_MG is not None
+    assert doc_NG is not None
+    guides = [(query_MG, num_queries), (doc_NG, num_docs)]
+    if bank is not None:
+        if bank.guide_CG is None:
+            raise ValueError("bank.guide_CG: got None, but false_negatives has guides")
+        guides.append((bank.guide_CG, len(bank.doc_CD)))
+    for guide, length in guides:
+        if guide.ndim != 2 or guide.shape != (length, query_MG.shape[1]):
+            raise ValueError(
+                f"guide embeddings: got {tuple(guide.shape)}, wanted "
+                f"({length}, {query_MG.shape[-1]})"
+            )
