@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowmem_cft_kernels.denominators import column_shift, join, mean_loss, row_shift
 from lowmem_cft_kernels.options import Direction, Negatives
-from lowmem_cft_kernels.problem import NORM_EPSILON, Block, Problem, row_blocks, strips
+from lowmem_cft_kernels.problem import Block, Problem, add_at, row_blocks, through_norm
 from lowmem_cft_kernels.tally import Tally
 
 WORKSPACE_BYTES = 32 * 2**20
@@ -35,7 +36,7 @@ def queries_per_block(problem: Problem, workspace_bytes: int = WORKSPACE_BYTES) 
     numbers = 0.0
     for block in problem.blocks:
         copies = 1.5  # logits, and what masks take
-        copies += 1.0 if block.has_positives and problem.documents_choose else 0.0
+        copies += 1.0 if block.direction is Direction.QUERY_TO_DOC else 0.0  # counting
         copies += 1.5 if block.row_bound_R is not None else 0.0
         copies += 1.0 if block.hardness is not None else 0.0
         width = block.row_RD.shape[1] + (block.guide.row_RG.shape[1] if block.guide else 0)
@@ -141,16 +142,17 @@ def _count(problem: Problem, rows: slice, scores: _Scores, tally: Tally) -> None
     """Add the rows of a block of queries with documents to the tally; the logits stay."""
     logit_RC, hidden_RC = scores.logit_RC, scores.hidden_row_RC
     best_R1 = problem.best_M[rows, None] / problem.temperature
-    above_RC, num_columns = logit_RC > best_R1, logit_RC.shape[1]
+    # ones and zeros as floats: torch sums truth values by way of an int64 copy, 8 times the bytes
+    scratch_RC = torch.gt(logit_RC, best_R1, out=torch.empty_like(logit_RC))
     if hidden_RC is None:
-        tally.seen_M[rows] += num_columns
+        tally.above_M[rows] += scratch_RC.sum(dim=1).long()
+        tally.seen_M[rows] += logit_RC.shape[1]
         tally.sum_M[rows] += logit_RC.sum(dim=1) * problem.temperature
-    else:
-        above_RC &= ~hidden_RC
-        tally.seen_M[rows] += num_columns - hidden_RC.sum(dim=1)
-        visible_RC = logit_RC.masked_fill(hidden_RC, 0.0)
-        tally.sum_M[rows] += visible_RC.sum(dim=1) * problem.temperature
-    tally.above_M[rows] += above_RC.sum(dim=1)
+        return
+    tally.above_M[rows] += scratch_RC.masked_fill_(hidden_RC, 0.0).sum(dim=1).long()
+    torch.logical_not(hidden_RC, out=scratch_RC)
+    tally.seen_M[rows] += scratch_RC.sum(dim=1).long()
+    tally.sum_M[rows] += scratch_RC.mul_(logit_RC).sum(dim=1) * problem.temperature
 
 
 def _harden(problem: Problem, block: Block, rows: slice, logit_RC: Tensor) -> None:
@@ -202,8 +204,8 @@ class Chunked:
         loss = self._two_passes() if problem.documents_choose else self._one_pass()
         block = problem.queries_with_documents
         if block.row_inverse_R is not None and block.col_inverse_C is not None:
-            _through_norm(block.row_RD, block.row_inverse_R, self.d_query_MD)
-            _through_norm(block.col_CD, block.col_inverse_C, self.d_doc_ND)
+            through_norm(block.row_RD, block.row_inverse_R, self.d_query_MD)
+            through_norm(block.col_CD, block.col_inverse_C, self.d_doc_ND)
         return loss, -self.product / problem.temperature
 
     # -- log-sum-exps ---------------------------------------------------------------------------
@@ -218,12 +220,12 @@ class Chunked:
                 logit_RC, hidden_RC = self._row_logits(block, rows, observe=True)
                 top_R1, lse_R1 = _exp_shifted(logit_RC, hidden_RC, 1)
                 parts.append((block, rows, logit_RC, top_R1))
-                lse_BP = self._joined(lse_BP, lse_R1)
+                lse_BP = join(problem, lse_BP, lse_R1)
             assert lse_BP is not None
-            loss += self._loss(queries, [lse_BP])
+            loss += mean_loss(problem, queries, [lse_BP])
             while parts:
                 block, rows, grad_RC, top_R1 = parts.pop(0)
-                grad_RC.mul_(torch.exp(top_R1 - self._rho(block, queries, lse_BP)))
+                grad_RC.mul_(torch.exp(top_R1 - row_shift(problem, block, queries, lse_BP)))
                 self._push(block, rows, grad_RC)
                 del grad_RC
         return loss
@@ -244,14 +246,14 @@ class Chunked:
         known = [one for one in lse_MP if one is not None]
         assert len(known) == len(lse_MP)
         everyone = slice(0, len(problem.target_MP))
-        loss = self._loss(everyone, known)
-        gamma_N = self._gamma(known[choosing])
+        loss = mean_loss(problem, everyone, known)
+        gamma_N = column_shift(problem, known[choosing])
         for queries in self._query_blocks():
             for block in problem.blocks:
                 softmax = problem.softmax_of(block.direction)
                 rho_R1 = None
                 if softmax is not None:
-                    rho_R1 = self._rho(block, queries, known[softmax][queries])
+                    rho_R1 = row_shift(problem, block, queries, known[softmax][queries])
                 self._push(
                     block, block.rows(queries), self._gradient(block, queries, rho_R1, gamma_N)
                 )
@@ -280,7 +282,7 @@ class Chunked:
                 if held_MP is None:
                     held_MP = lse_R1.new_full(problem.target_MP.shape, -torch.inf)
                     lse_MP[softmax] = held_MP
-                held_MP[queries] = self._joined(held_MP[queries], lse_R1)
+                held_MP[queries] = join(problem, held_MP[queries], lse_R1)
         return top_N, total_N, lse_MP
 
     def _query_blocks(self) -> Iterator[slice]:
@@ -295,42 +297,7 @@ class Chunked:
         _harden(self.problem, block, rows, scores.logit_RC)
         return scores.logit_RC, scores.hidden_row_RC
 
-    def _joined(self, lse_BP: Tensor | None, lse_R1: Tensor) -> Tensor:
-        """Denominators of pairs with a block's rows added, one row per query or one per pair."""
-        num_positives = self.problem.target_MP.shape[1]
-        if lse_BP is None:
-            num_queries = len(lse_R1) if lse_R1.shape[1] == 1 else len(lse_R1) // num_positives
-            return lse_R1.expand(num_queries, num_positives)
-        return torch.logaddexp(lse_BP, lse_R1.view(len(lse_BP), -1))
-
-    def _loss(self, queries: slice, lse_BP: list[Tensor]) -> Tensor:
-        problem = self.problem
-        weight_BP = problem.weight_MP[queries]
-        positive_BP = problem.positive_MP[queries] / problem.temperature
-        mean_BP = torch.stack(lse_BP).mean(dim=0) - positive_BP
-        # where weights are 0 a denominator may be empty, its logarithm infinite
-        return (weight_BP * mean_BP.masked_fill(weight_BP == 0, 0.0)).sum()
-
     # -- gradients ------------------------------------------------------------------------------
-
-    def _rho(self, block: Block, queries: slice, lse_BP: Tensor) -> Tensor:
-        """(R, 1), see `problem`; infinite where the row has no weight."""
-        weight_BP = self.problem.weight_MP[queries] / len(self.problem.softmaxes)
-        share_BP = (weight_BP.log() - lse_BP).masked_fill(weight_BP == 0, -torch.inf)
-        if block.rows_per_query > 1 or block.direction is Direction.DOC_TO_DOC:
-            return -share_BP.reshape(-1, 1)
-        return -share_BP.logsumexp(dim=1, keepdim=True)
-
-    def _gamma(self, lse_MP: Tensor) -> Tensor:
-        """(N,), see `problem`; infinite for documents that are nobody's positive."""
-        problem = self.problem
-        weight_MP = problem.weight_MP / len(problem.softmaxes)
-        share_MP = (weight_MP.log() - lse_MP).masked_fill(weight_MP == 0, -torch.inf)
-        target, share = problem.target_MP.flatten(), share_MP.flatten()
-        top_N = share.new_full((len(self.d_doc_ND),), -torch.inf)
-        top_N.scatter_reduce_(0, target, share, "amax").nan_to_num_(neginf=0.0)
-        total_N = _add_at(torch.zeros_like(top_N), target, torch.exp(share - top_N[target]))
-        return -(total_N.log_().add_(top_N))
 
     def _gradient(
         self, block: Block, queries: slice, rho_R1: Tensor | None, gamma_N: Tensor
@@ -374,7 +341,7 @@ class Chunked:
         if block.pick_R is None:
             self.d_query_MD[rows] += d_row_RD
         else:
-            _add_at(self.d_doc_ND, block.pick_R[rows], d_row_RD)
+            add_at(self.d_doc_ND, block.pick_R[rows], d_row_RD)
 
     def _d_columns(self, block: Block) -> Tensor:
         query_columns = block.direction is Direction.QUERY_TO_QUERY
@@ -390,20 +357,3 @@ def _merge_columns(scores: _Scores, top_N: Tensor, total_N: Tensor) -> None:
     shift_N = new_N.nan_to_num(neginf=0.0)
     total_N.mul_(torch.exp(top_N - shift_N)).add_(logit_RN.sub_(shift_N).exp_().sum(dim=0))
     top_N.copy_(new_N)
-
-
-def _add_at(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """out[index] += values, places repeated, in the same order in every run."""
-    if out.is_cuda:  # index_add_ adds in any order there, index_put_ sorts first
-        return out.index_put_((index,), values, accumulate=True)
-    return out.index_add_(0, index, values)
-
-
-def _through_norm(x_RD: Tensor, inverse_R: Tensor, d_x_RD: Tensor) -> None:
-    """From inverse norm times d loss / d unit vector to d loss / d x, in place."""
-    for rows in strips(len(x_RD), x_RD.shape[1] * d_x_RD.element_size()):
-        strip_RD, d_strip_RD = x_RD[rows].to(d_x_RD.dtype), d_x_RD[rows]
-        along_R = torch.linalg.vecdot(strip_RD, d_strip_RD) * inverse_R[rows].square()
-        # a norm below the bound was not divided by: nothing to take out
-        along_R.masked_fill_(inverse_R[rows] >= 1.0 / NORM_EPSILON, 0.0)
-        d_strip_RD.addcmul_(strip_RD, along_R[:, None], value=-1.0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from lowmem_cft_kernels.options import (
 from lowmem_cft_kernels.problem import make_problem
 from lowmem_cft_kernels.reference import reference_loss
 from lowmem_cft_kernels.result import InfoNCEResult, Path
+
+if TYPE_CHECKING:
+    from lowmem_cft_kernels.triton_info_nce import Fused
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -91,13 +95,15 @@ def info_nce(
         )
     _validate_out(query_MD, doc_ND, out)
     path = path or choose_path(query_MD, doc_ND)
-    scale = torch.as_tensor(temperature, dtype=compute, device=query_MD.device).detach()
+    if path is Path.TRITON and (reason := why_not_triton(query_MD)) is not None:
+        raise ValueError(f"path: got {path.value}, but {reason}; use {Path.CHUNKED.value}")
+    scale = torch.as_tensor(temperature, dtype=compute, device=query_MD.device).detach().view(())
     query_MD, doc_ND = query_MD.detach(), doc_ND.detach()
     if path is Path.REFERENCE:
         return _by_autograd(query_MD, doc_ND, candidates, scale, options, out)
     with torch.no_grad():
         problem = make_problem(query_MD, doc_ND, candidates, temperature=scale, **options)
-        work = chunked.Chunked(problem, *out, workspace_bytes)
+        work = _worker(path)(problem, *out, workspace_bytes)
         loss, d_temperature = work.run()
         num_seeable = len(doc_ND) + (0 if bank is None else len(bank.doc_CD))
         observed = work.tally.observed(problem, num_seeable)
@@ -124,8 +130,7 @@ def info_nce_loss(
     The gradients are computed with the value and held until the backward pass, which scales them:
     M x D and N x D numbers, no logits. Arguments as in `info_nce`, `out` apart.
     """
-    scale = torch.as_tensor(temperature, device=query_MD.device)
-    loss: Tensor = _InfoNCE.apply(query_MD, doc_ND, scale, candidates, options)  # type: ignore[no-untyped-call]
+    loss: Tensor = _InfoNCE.apply(query_MD, doc_ND, temperature, candidates, options)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -137,32 +142,64 @@ class _InfoNCE(torch.autograd.Function):
         ctx: Any,
         query_MD: Tensor,
         doc_ND: Tensor,
-        temperature: Tensor,
+        temperature: float | Tensor,
         candidates: Candidates,
         options: dict[str, Any],
     ) -> Tensor:
         result = info_nce(query_MD, doc_ND, candidates, temperature=temperature, **options)
-        ctx.save_for_backward(
-            result.d_query_MD.to(query_MD.dtype),
-            result.d_doc_ND.to(doc_ND.dtype),
-            result.d_temperature.to(temperature.dtype),
-        )
+        gradients = [result.d_query_MD, result.d_doc_ND, result.d_temperature]
+        if isinstance(temperature, Tensor):
+            gradients[2] = gradients[2].to(temperature).view_as(temperature)
+        if query_MD.dtype == torch.bfloat16:
+            gradients[:2] = [gradient.bfloat16() for gradient in gradients[:2]]
+        # float16 has no room for them before the loss is scaled: autograd rounds them after
+        ctx.save_for_backward(*gradients)
         return result.loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
+        if torch.is_grad_enabled():  # what is held is a constant: it would be left out in silence
+            raise RuntimeError("info_nce_loss: got create_graph=True, has no second derivative")
         wanted = (
-            gradient * d_loss.to(gradient.dtype) if needed else None
-            for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)
+            gradient * d_loss.to(gradient) if needed else None
+            for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         )
         return (*wanted, None, None)
 
 
 def choose_path(query_MD: Tensor, doc_ND: Tensor) -> Path:
     """The path that `info_nce` takes for such inputs."""
+    if query_MD.is_cuda and doc_ND.is_cuda and why_not_triton(query_MD) is None:
+        return Path.TRITON
     return Path.CHUNKED
+
+
+def why_not_triton(query_MD: Tensor) -> str | None:
+    """What keeps the Triton path from such inputs; None if nothing does."""
+    if query_MD.dtype == torch.float64:
+        return "it has no float64"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not query_MD.is_cuda:
+        from lowmem_cft_kernels.triton_info_nce import interpreted
+
+        return None if interpreted() else f"it needs CUDA, and the inputs are on {query_MD.device}"
+    if torch.version.hip is not None:
+        return "it is untested on ROCm"
+    major, minor = torch.cuda.get_device_capability(query_MD.device)
+    if (major, minor) < (7, 5):
+        return f"it needs compute capability 7.5, and the device has {major}.{minor}"
+    if query_MD.dtype == torch.bfloat16 and major < 8:
+        return f"bfloat16 needs compute capability 8.0, and the device has {major}.{minor}"
+    return None
+
+
+def _worker(path: Path) -> type[chunked.Chunked] | type[Fused]:
+    if path is Path.CHUNKED:
+        return chunked.Chunked
+    from lowmem_cft_kernels.triton_info_nce import Fused  # not where triton is missing
+
+    return Fused
 
 
 def _validate(
@@ -189,7 +226,7 @@ def _validate(
         )
     # a temperature on the GPU is not looked at: that would wait for all that is queued there
     if not isinstance(temperature, Tensor) or temperature.device.type == "cpu":
-        value = float(temperature)
+        value = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"temperature: got {value}, wanted a finite number above 0")
     check_softmaxes(softmaxes)

@@ -76,8 +76,8 @@ class FalseNegatives:
 
     Hidden is what has a similarity above  p - margin,  or  p - margin |p|  if relative, where p is
     that of the query's most similar positive (arXiv 2407.15831, sec. 3.2). Where a document
-    chooses, p is the highest such bound of the queries it is a positive of. No gradient goes
-    through the choice.
+    chooses among queries, the bound is the highest of those of the queries it is a positive of. No
+    gradient goes through the choice.
 
     Args:
         margin: in units of similarity, before the temperature; negative keeps what is a little
@@ -184,13 +184,13 @@ def check_shapes(
     assert query_MG is not None
     assert doc_NG is not None
     guides = [(query_MG, num_queries), (doc_NG, num_docs)]
+    guide_width = query_MG.shape[1] if query_MG.ndim == 2 else "G"
     if bank is not None:
         if bank.guide_CG is None:
             raise ValueError("bank.guide_CG: got None, but false_negatives has guides")
         guides.append((bank.guide_CG, len(bank.doc_CD)))
     for guide, length in guides:
-        if guide.ndim != 2 or guide.shape != (length, query_MG.shape[1]):
+        if guide.ndim != 2 or guide.shape != (length, guide_width):
             raise ValueError(
-                f"guide embeddings: got {tuple(guide.shape)}, wanted "
-                f"({length}, {query_MG.shape[-1]})"
+                f"guide embeddings: got {tuple(guide.shape)}, wanted ({length}, {guide_width})"
             )

@@ -33,8 +33,8 @@ from lowmem_cft_kernels.options import Bank, Direction, FalseNegatives, Hardness
 NORM_EPSILON = 1e-12
 """Norms below it count as it, as in torch.nn.functional.normalize."""
 
-_STRIP_BYTES = 4 * 2**20
-"""Rows worked on at once where a few numbers per row are wanted."""
+_STRIP_BYTES = {False: 4 * 2**20, True: 32 * 2**20}
+"""Rows worked on at once where a few numbers per row are wanted, on a CPU and on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,9 +307,9 @@ def make_problem(
     )
 
 
-def strips(num_rows: int, row_bytes: int) -> Iterator[slice]:
-    """Ranges of rows of about 4 MiB."""
-    yield from row_blocks(num_rows, max(1, _STRIP_BYTES // row_bytes))
+def strips(num_rows: int, row_bytes: int, *, cuda: bool) -> Iterator[slice]:
+    """Ranges of rows of a few MiB."""
+    yield from row_blocks(num_rows, max(1, _STRIP_BYTES[cuda] // row_bytes))
 
 
 def row_blocks(num_rows: int, size: int) -> Iterator[slice]:
@@ -334,13 +334,34 @@ def _pair_products(
     """(M, P): product of each query with its positives, of unit vectors where inverses are given."""
     num_positives, width = target_MP.shape[1], query_MD.shape[1]
     product_MP = torch.empty(target_MP.shape, dtype=compute, device=query_MD.device)
-    for rows in strips(len(query_MD), width * compute.itemsize * (1 + num_positives)):
+    row_bytes = width * compute.itemsize * (1 + num_positives)
+    for rows in strips(len(query_MD), row_bytes, cuda=query_MD.is_cuda):
         query_B1D = query_MD[rows, None].to(compute)
         doc_BPD = doc_ND[target_MP[rows]].to(compute)
         product_MP[rows] = torch.linalg.vecdot(query_B1D, doc_BPD)
     if query_inverse_M is not None and doc_inverse_N is not None:
         product_MP *= query_inverse_M[:, None] * doc_inverse_N[target_MP]
     return product_MP
+
+
+def add_at(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """out[index] += values, places repeated, in the same order in every run."""
+    if out.is_cuda:  # index_add_ adds in any order there, index_put_ sorts first
+        return out.index_put_((index,), values, accumulate=True)
+    return out.index_add_(0, index, values)
+
+
+def through_norm(x_RD: Tensor, inverse_R: Tensor, d_x_RD: Tensor) -> None:
+    """From inverse norm times d loss / d unit vector to d loss / d x, in place.
+
+    d x = h - x <x, h> / |x|^2    with h = (d loss / d unit vector) / |x|
+    """
+    for rows in strips(len(x_RD), x_RD.shape[1] * d_x_RD.element_size(), cuda=x_RD.is_cuda):
+        strip_RD, d_strip_RD = x_RD[rows].to(d_x_RD.dtype), d_x_RD[rows]
+        along_R = torch.linalg.vecdot(strip_RD, d_strip_RD) * inverse_R[rows].square()
+        # a norm below the bound was not divided by: nothing to take out
+        along_R.masked_fill_(inverse_R[rows] >= 1.0 / NORM_EPSILON, 0.0)
+        d_strip_RD.addcmul_(strip_RD, along_R[:, None], value=-1.0)
 
 
 _Scaled = tuple[Tensor, Tensor]

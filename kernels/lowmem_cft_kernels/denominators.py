@@ -1,0 +1,60 @@
+"""From log-sum-exps of rows and columns to the loss and to what gradients need of them.
+
+See `problem` for the formulas; L is a pair's log of its softmax's denominator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowmem_cft_kernels.options import Direction
+from lowmem_cft_kernels.problem import Block, Problem
+
+
+def join(problem: Problem, lse_BP: Tensor | None, lse_R1: Tensor) -> Tensor:
+    """(B, P): denominators of pairs with a block's rows added, one row per query or per pair."""
+    num_positives = problem.target_MP.shape[1]
+    if lse_BP is None:  # the first block has one row per query
+        return lse_R1.expand(len(lse_R1), num_positives)
+    return torch.logaddexp(lse_BP, lse_R1.reshape(len(lse_BP), -1))
+
+
+def mean_loss(problem: Problem, queries: slice, lse_BP: Sequence[Tensor]) -> Tensor:
+    """These queries' share of the loss, from L of each softmax."""
+    weight_BP = problem.weight_MP[queries]
+    positive_BP = problem.positive_MP[queries] / problem.temperature
+    mean_BP = torch.stack(list(lse_BP)).mean(dim=0) - positive_BP
+    # where weights are 0 a denominator may be empty, its logarithm infinite
+    return (weight_BP * mean_BP.masked_fill(weight_BP == 0, 0.0)).sum()
+
+
+def _log_shares(problem: Problem, queries: slice, lse_BP: Tensor) -> Tensor:
+    weight_BP = problem.weight_MP[queries] / len(problem.softmaxes)
+    return (weight_BP.log() - lse_BP).masked_fill(weight_BP == 0, -torch.inf)
+
+
+def row_shift(problem: Problem, block: Block, queries: slice, lse_BP: Tensor) -> Tensor:
+    """(R, 1), rho of `problem`; infinite where the row has no weight."""
+    share_BP = _log_shares(problem, queries, lse_BP)
+    if block.direction is Direction.DOC_TO_DOC:
+        return -share_BP.reshape(-1, 1)
+    return -share_BP.logsumexp(dim=1, keepdim=True)
+
+
+def column_shift(problem: Problem, lse_MP: Tensor) -> Tensor:
+    """(N,), gamma of `problem`; infinite for documents that are nobody's positive.
+
+    Sums over a document's pairs in one order, whatever the device: sorted, then cut into segments.
+    """
+    num_docs = len(problem.queries_with_documents.col_CD)
+    share = _log_shares(problem, slice(0, len(lse_MP)), lse_MP).flatten()
+    target, order = problem.target_MP.flatten().sort(stable=True)
+    count_N = torch.bincount(target, minlength=num_docs)
+    top_N = share.new_full((num_docs,), -torch.inf)
+    top_N.scatter_reduce_(0, target, share[order], "amax").nan_to_num_(neginf=0.0)
+    shifted = torch.exp(share[order] - top_N[target])
+    total_N = torch.segment_reduce(shifted, "sum", lengths=count_N, unsafe=True, initial=0)
+    return -(total_N.log_().add_(top_N))

@@ -1,0 +1,117 @@
+"""Which tile a kernel takes, as data: by architecture, kernel, dtype and what the block asks for.
+
+`tiles.json` beside this module holds the table; a file named by LOWMEM_CFT_TILES is looked at
+first (`python -m lowmem_cft_kernels.tune` writes one for a card). Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_cft_kernels.problem import Block
+
+GROUP = 8
+"""Tile rows that go through the columns together, for the cache's sake."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A tile of the matrix, how deep its products are cut, and how it is launched."""
+
+    block_r: int
+    block_c: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    def constants(self, block: Block) -> dict[str, Any]:
+        """The kernels' compile-time arguments that depend on the tile."""
+        guide_width = 0 if block.guide is None else block.guide.row_RG.shape[1]
+        return {
+            "BLOCK_R": self.block_r,
+            "BLOCK_C": self.block_c,
+            "BLOCK_D": self.block_d,
+            "EVEN_D": block.row_RD.shape[1] % self.block_d == 0,
+            "EVEN_G": guide_width % self.block_d == 0,
+            "GROUP": GROUP,
+        }
+
+    def options(self) -> dict[str, Any]:
+        """The launch's options."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"enable_fp_fusion": True}
+
+
+def is_heavy(block: Block) -> bool:
+    """Its masks take so many registers that a smaller tile is faster."""
+    keys = 0 if block.row_key_RK is None or block.col_key_CL is None else block.row_key_RK.shape[1]
+    positives = 0 if block.target_RP is None else block.target_RP.shape[1]
+    return (
+        block.guide is not None
+        or block.row_bound_R is not None
+        or block.hardness is not None
+        or keys > 2
+        or positives > 1
+    )
+
+
+def choose_tile(kernel: str, block: Block) -> Tile:
+    """The tile for `lse` or `gradient` on the block's device."""
+    device = block.row_RD.device
+    capability = 80
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+    bits = 8 * block.row_RD.element_size()
+    return tile_for(capability, kernel, bits, "heavy" if is_heavy(block) else "plain")
+
+
+def tile_for(capability: int, kernel: str, bits: int, load: str) -> Tile:
+    """The entry of the newest architecture in the table that is not newer than `capability`.
+
+    Raises:
+        RuntimeError: the table has none.
+    """
+    table = _table(os.environ.get("LOWMEM_CFT_TILES"))
+    known = [arch for arch in table if arch <= capability]
+    if not known:
+        raise RuntimeError(
+            f"no tiles for compute capability {capability}, only from {min(table)} on; "
+            "use path=Path.CHUNKED"
+        )
+    return table[max(known)][f"{kernel}-{bits}-{load}"]
+
+
+@lru_cache(maxsize=4)
+def _table(path: str | None) -> dict[int, dict[str, Tile]]:
+    file = resources.files("lowmem_cft_kernels") / "tiles.json"
+    table = _read(json.loads(file.read_text(encoding="utf-8")))
+    if path is not None:
+        for arch, entries in _read(json.loads(Path(path).read_text(encoding="utf-8"))).items():
+            table[arch] = table.get(arch, {}) | entries
+    return table
+
+
+def _read(values: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[int, dict[str, Tile]]:
+    return {
+        int(arch): {name: Tile(**entry) for name, entry in entries.items()}
+        for arch, entries in values.items()
+    }
+
+
+def write_table(path: Path, table: Mapping[int, Mapping[str, Tile]]) -> None:
+    """In the form that `LOWMEM_CFT_TILES` is read in."""
+    values = {
+        str(arch): {name: asdict(tile) for name, tile in entries.items()}
+        for arch, entries in table.items()
+    }
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,328 @@
+"""InfoNCE value and gradient by Triton tile kernels and library matrix products.
+
+A first pass computes every tile's log-sum-exps in registers and merges them; a second one computes
+the tiles again, writes d loss / d similarity of a rectangle of them (in the inputs' dtype) into the
+workspace, and two matrix products turn it into gradients. No logit is ever rounded or stored; what
+is rounded to 16 bit are probabilities. `kernels/README.md` has the reasons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+from torch import Tensor
+
+from lowmem_cft_kernels.denominators import column_shift, join, mean_loss, row_shift
+from lowmem_cft_kernels.options import Direction, Negatives
+from lowmem_cft_kernels.problem import Block, Problem, add_at, row_blocks, strips, through_norm
+from lowmem_cft_kernels.tally import Tally
+from lowmem_cft_kernels.tiles import Tile, choose_tile
+from lowmem_cft_kernels.triton_tiles import gradient_kernel, lse_kernel
+
+LN2 = math.log(2.0)
+
+HARDNESS_ON = {Negatives.HARD: 1, Negatives.IN_BATCH: 2, Negatives.ALL: 3}
+
+_ROWS = 4096
+"""Rows of a rectangle: enough that adding to the columns' gradient is little beside computing it."""
+
+_LSE_ROW_BYTES = 5 * 4
+"""What the first pass writes per row and tile of columns."""
+
+_FP16_RANGE = 2.0**13
+"""Greatest d loss / d similarity after scaling, where it is held in float16."""
+
+
+def interpreted() -> bool:
+    """Kernels run in triton's interpreter, on a CPU (set by TRITON_INTERPRET=1 before import)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+class Fused:
+    """The loss of one problem, its gradients written to `d_query_MD` and `d_doc_ND`."""
+
+    def __init__(
+        self, problem: Problem, d_query_MD: Tensor, d_doc_ND: Tensor, workspace_bytes: int
+    ) -> None:
+        self.problem = problem
+        self.d_query_MD, self.d_doc_ND = d_query_MD, d_doc_ND
+        self.gradient_bytes = workspace_bytes * 3 // 4
+        self.lse_bytes = workspace_bytes - self.gradient_bytes
+        self.tally = Tally.empty(problem)
+        self.temperature = problem.temperature.reshape(1)
+        self.best_M = problem.best_M
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Loss and d loss / d temperature."""
+        problem = self.problem
+        self.d_query_MD.zero_()
+        self.d_doc_ND.zero_()
+        lse_MP = self._log_sum_exps()
+        everyone = slice(0, len(problem.target_MP))
+        loss = mean_loss(problem, everyone, lse_MP)
+        d_temperature = self._gradients(everyone, lse_MP)
+        block = problem.queries_with_documents
+        if block.row_inverse_R is not None and block.col_inverse_C is not None:
+            through_norm(block.row_RD, block.row_inverse_R, self.d_query_MD)
+            through_norm(block.col_CD, block.col_inverse_C, self.d_doc_ND)
+        return loss, d_temperature
+
+    # -- first pass -----------------------------------------------------------------------------
+
+    def _log_sum_exps(self) -> list[Tensor]:
+        """(M, P) for each softmax."""
+        problem = self.problem
+        lse_MP: list[Tensor | None] = [None] * len(problem.softmaxes)
+        for block in problem.blocks:
+            softmax = problem.softmax_of(block.direction)
+            lse_R, lse_C = self._scan(block, rows_choose=softmax is not None)
+            choosing = problem.softmax_of(Direction.DOC_TO_QUERY)
+            if softmax is not None:
+                lse_MP[softmax] = join(problem, lse_MP[softmax], lse_R[:, None])
+            if lse_C is not None and choosing is not None:
+                column_MP, held_MP = lse_C[problem.target_MP], lse_MP[choosing]
+                lse_MP[choosing] = (
+                    column_MP if held_MP is None else torch.logaddexp(held_MP, column_MP)
+                )
+        return [one for one in lse_MP if one is not None]
+
+    def _scan(self, block: Block, *, rows_choose: bool) -> tuple[Tensor, Tensor | None]:
+        """Log-sum-exps of a block's rows, and of its columns where documents choose."""
+        problem = self.problem
+        tile = choose_tile("lse", block)
+        observe = block.direction is Direction.QUERY_TO_DOC
+        columns_choose = block is problem.queries_with_documents and problem.documents_choose
+        num_rows, num_columns = _size(block)
+        lse_R = self.best_M.new_full((num_rows,), -torch.inf)
+        lse_C = self.best_M.new_full((num_columns,), -torch.inf) if columns_choose else None
+        size_r = min(_ROWS, num_rows)
+        per_tile = max(1, self.lse_bytes // (size_r * _LSE_ROW_BYTES * 2))
+        for rows, columns in _rectangles(num_rows, num_columns, size_r, per_tile * tile.block_c):
+            parts_r = triton.cdiv(rows.stop - rows.start, tile.block_r)
+            parts_c = triton.cdiv(columns.stop - columns.start, tile.block_c)
+            row_parts = self.best_M.new_empty((3, parts_c, rows.stop - rows.start))
+            counts = row_parts.new_empty((2, *row_parts.shape[1:]), dtype=torch.int32)
+            col_parts = self.best_M.new_empty((2, parts_r, columns.stop - columns.start))
+            outputs = {
+                "row_top_ptr": row_parts[0] if rows_choose else None,
+                "row_total_ptr": row_parts[1] if rows_choose else None,
+                "col_top_ptr": col_parts[0] if columns_choose else None,
+                "col_total_ptr": col_parts[1] if columns_choose else None,
+                "above_ptr": counts[0] if observe else None,
+                "seen_ptr": counts[1] if observe else None,
+                "sum_ptr": row_parts[2] if observe else None,
+                "best_ptr": self.best_M if observe else None,
+            }
+            self._launch(lse_kernel, block, rows, columns, tile, outputs)
+            if rows_choose:
+                torch.logaddexp(lse_R[rows], _merged(row_parts), out=lse_R[rows])
+            if lse_C is not None:
+                torch.logaddexp(lse_C[columns], _merged(col_parts), out=lse_C[columns])
+            if observe:
+                self.tally.above_M[rows] += counts[0].sum(dim=0)
+                self.tally.seen_M[rows] += counts[1].sum(dim=0)
+                self.tally.sum_M[rows] += row_parts[2].sum(dim=0)
+        return lse_R, lse_C
+
+    # -- second pass ----------------------------------------------------------------------------
+
+    def _gradients(self, everyone: slice, lse_MP: list[Tensor]) -> Tensor:
+        """Fill both gradients (of unit vectors, over norms); d loss / d temperature."""
+        problem, choosing = self.problem, self.problem.softmax_of(Direction.DOC_TO_QUERY)
+        col_shift_N = None if choosing is None else column_shift(problem, lse_MP[choosing]) / LN2
+        held_scale = self._scale()
+        scale = (held_scale / self.temperature).contiguous()
+        learning = [block for block in problem.blocks if block.learns]
+        for block in learning:
+            self._push_all(block, everyone, lse_MP, col_shift_N, scale)
+        # each block's sum of G z is <rows, their gradient>, and <columns, theirs> once more
+        product = (self._with_own_gradient() + self._with_own_gradient(docs=True)) / 2
+        before = self._with_own_gradient() if len(learning) < len(problem.blocks) else None
+        for block in problem.blocks:
+            if not block.learns:
+                self._push_all(block, everyone, lse_MP, col_shift_N, scale)
+        if before is not None:
+            product = product + self._with_own_gradient() - before
+        if self.problem.queries_with_documents.row_RD.dtype == torch.float16:
+            self.d_query_MD /= held_scale
+            self.d_doc_ND /= held_scale
+            product = product / held_scale
+        return (-product / self.temperature)[0]
+
+    def _scale(self) -> Tensor:
+        """(1,): what brings d loss / d similarity into float16's range; 1 for other dtypes."""
+        block, one = self.problem.queries_with_documents, torch.ones_like(self.temperature)
+        if block.row_RD.dtype != torch.float16:
+            return one
+        greatest = self.problem.weight_MP.max().clamp(min=torch.finfo(torch.float32).tiny)
+        greatest = greatest / self.temperature
+        if block.row_inverse_R is not None and block.col_inverse_C is not None:
+            greatest = greatest * block.row_inverse_R.max() * block.col_inverse_C.max()
+        return _FP16_RANGE / greatest
+
+    def _push_all(
+        self,
+        block: Block,
+        everyone: slice,
+        lse_MP: list[Tensor],
+        col_shift_N: Tensor | None,
+        scale: Tensor,
+    ) -> None:
+        """Add a block's gradients, rectangle by rectangle."""
+        problem, tile = self.problem, choose_tile("gradient", block)
+        softmax = problem.softmax_of(block.direction)
+        row_shift_R = None
+        if softmax is not None:
+            row_shift_R = row_shift(problem, block, everyone, lse_MP[softmax])[:, 0] / LN2
+        positives = block is problem.queries_with_documents
+        num_rows, num_columns = _size(block)
+        itemsize, width = block.row_RD.element_size(), block.row_RD.shape[1]
+        size_r, row_bytes = min(_ROWS, num_rows), 0
+        if block.pick_R is not None:  # picked rows and their gradient are held too
+            row_bytes = width * (itemsize + 4)
+            size_r = min(size_r, max(1, self.gradient_bytes // (2 * row_bytes)))
+        size_c = (self.gradient_bytes // size_r - row_bytes) // itemsize // 128 * 128
+        size_c = min(max(128, size_c), -(-num_columns // 16) * 16)
+        held = block.row_RD.new_empty((size_r, size_c))
+        for rows, columns in _rectangles(num_rows, num_columns, size_r, size_c):
+            grad_RC = held[: rows.stop - rows.start, : columns.stop - columns.start]
+            outputs = {
+                "weight_ptr": problem.weight_MP.contiguous() if positives else None,
+                "scale_ptr": scale,
+                "row_shift_ptr": row_shift_R,
+                "col_shift_ptr": col_shift_N if positives else None,
+                "out_ptr": grad_RC,
+                "out_stride": size_c,
+            }
+            self._launch(gradient_kernel, block, rows, columns, tile, outputs)
+            self._multiply(block, rows, columns, grad_RC)
+
+    def _multiply(self, block: Block, rows: slice, columns: slice, grad_RC: Tensor) -> None:
+        row_RD, col_CD = block.pick(block.row_RD, rows), block.col_CD[columns]
+        if block.pick_R is None:
+            _add_product(self.d_query_MD[rows], grad_RC, col_CD)
+        else:
+            d_row_RD = torch.zeros(row_RD.shape, dtype=torch.float32, device=row_RD.device)
+            _add_product(d_row_RD, grad_RC, col_CD)
+            add_at(self.d_doc_ND, block.pick_R[rows], d_row_RD)
+        if block.learns:
+            query_columns = block.direction is Direction.QUERY_TO_QUERY
+            d_col_ND = self.d_query_MD if query_columns else self.d_doc_ND
+            _add_product(d_col_ND[columns], grad_RC.T, row_RD)
+
+    def _with_own_gradient(self, *, docs: bool = False) -> Tensor:
+        """(1,): sum over rows of <row, its gradient>."""
+        block = self.problem.queries_with_documents
+        x_RD, d_x_RD = (block.col_CD, self.d_doc_ND) if docs else (block.row_RD, self.d_query_MD)
+        total = torch.zeros_like(self.temperature)
+        for rows in strips(len(x_RD), x_RD.shape[1] * 4, cuda=x_RD.is_cuda):
+            total += torch.linalg.vecdot(x_RD[rows].float(), d_x_RD[rows]).sum()
+        return total
+
+    # -- launches -------------------------------------------------------------------------------
+
+    def _launch(
+        self,
+        kernel: Any,
+        block: Block,
+        rows: slice,
+        columns: slice,
+        tile: Tile,
+        arguments: dict[str, Any],
+    ) -> None:
+        num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
+        grid = (triton.cdiv(num_rows, tile.block_r) * triton.cdiv(num_columns, tile.block_c),)
+        with torch.cuda.device_of(block.row_RD):  # type: ignore[no-untyped-call]
+            kernel[grid](
+                **block_arguments(self.problem, block),
+                **arguments,
+                temperature_ptr=self.temperature,
+                first_row=rows.start,
+                num_rows=num_rows,
+                first_column=columns.start,
+                num_columns=num_columns,
+                **tile.constants(block),
+                **tile.options(),
+            )
+
+
+def block_arguments(problem: Problem, block: Block) -> dict[str, Any]:
+    """Pointers, shapes and flags of both kernels that a block alone decides."""
+    guide, width = block.guide, block.row_RD.shape[1]
+    hardness = block.hardness
+    row_RD, col_CD = _rows_contiguous(block.row_RD), _rows_contiguous(block.col_CD)
+    row_RG = None if guide is None else _rows_contiguous(guide.row_RG)
+    col_CG = None if guide is None else _rows_contiguous(guide.col_CG)
+    groups = block.row_group_R is not None
+    return {
+        "row_ptr": row_RD,
+        "col_ptr": col_CD,
+        "pick_ptr": block.pick_R,
+        "row_inverse_ptr": block.row_inverse_R,
+        "col_inverse_ptr": block.col_inverse_C,
+        "target_ptr": None if block.target_RP is None else block.target_RP.contiguous(),
+        "has_target_ptr": None if block.has_target_R is None else block.has_target_R.to(torch.int8),
+        "positive_ptr": problem.positive_MP if block.has_positives else None,
+        "row_group_ptr": block.row_group_R if groups else None,
+        "col_group_ptr": block.col_group_C if groups else None,
+        "row_key_ptr": None if block.row_key_RK is None else block.row_key_RK.contiguous(),
+        "col_key_ptr": None if block.col_key_CL is None else block.col_key_CL.contiguous(),
+        "row_bound_ptr": block.row_bound_R,
+        "col_bound_ptr": block.col_bound_C if problem.documents_choose else None,
+        "row_guide_ptr": row_RG,
+        "col_guide_ptr": col_CG,
+        "row_guide_inverse_ptr": None if guide is None else guide.row_inverse_R,
+        "col_guide_inverse_ptr": None if guide is None else guide.col_inverse_C,
+        "width": width,
+        "guide_width": 0 if guide is None else guide.row_RG.shape[1],
+        "row_stride": row_RD.stride(0),
+        "col_stride": col_CD.stride(0),
+        "row_guide_stride": 0 if row_RG is None else row_RG.stride(0),
+        "col_guide_stride": 0 if col_CG is None else col_CG.stride(0),
+        "strength": 0.0 if hardness is None else hardness.strength,
+        "P": 0 if block.target_RP is None else block.target_RP.shape[1],
+        "K": 0 if block.row_key_RK is None else block.row_key_RK.shape[1],
+        "L": 0 if block.col_key_CL is None else block.col_key_CL.shape[1],
+        "SAME_HIDES": block.same_hides,
+        "OWN_ONLY": block.own_only,
+        "TARGET_HIDES": block.target_hides,
+        "HARDNESS": 0 if hardness is None else HARDNESS_ON[hardness.on],
+        # the interpreter takes bfloat16 products for integers'
+        "WIDEN": interpreted() and row_RD.dtype == torch.bfloat16,
+    }
+
+
+def _rows_contiguous(x_RD: Tensor) -> Tensor:
+    return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
+
+
+def _size(block: Block) -> tuple[int, int]:
+    rows = block.row_RD if block.pick_R is None else block.pick_R
+    return len(rows), len(block.col_CD)
+
+
+def _rectangles(
+    num_rows: int, num_columns: int, size_r: int, size_c: int
+) -> Iterator[tuple[slice, slice]]:
+    for rows in row_blocks(num_rows, size_r):
+        for columns in row_blocks(num_columns, size_c):
+            yield rows, columns
+
+
+def _merged(parts: Tensor) -> Tensor:
+    """Natural log-sum-exp over tiles, from maxima and shifted sums in units of log2."""
+    return (parts[0] * LN2 + parts[1].log()).logsumexp(dim=0)
+
+
+def _add_product(out_RD: Tensor, grad_RC: Tensor, x_CD: Tensor) -> None:
+    """out += grad @ x, summed and kept in float32."""
+    if grad_RC.dtype == torch.float32:
+        out_RD.addmm_(grad_RC, x_CD)
+    elif grad_RC.is_cuda:
+        torch.addmm(out_RD, grad_RC, x_CD, out_dtype=torch.float32, out=out_RD)
+    else:
+        out_RD.addmm_(grad_RC.float(), x_CD.float())

@@ -1,0 +1,380 @@
+"""The two tile kernels of the loss: log-sum-exps of a tile, and d loss / d z of a tile.
+
+Both compute a BLOCK_R x BLOCK_C tile of a block's similarities (see `problem`) in float32
+registers, decide from vectors over its rows and columns who is hidden, and write what is O(rows +
+columns), or the tile of the gradient. No program adds to what another one writes: every sum is
+taken in one order, so two runs give the same bits.
+
+Prefixes: `r_` of the rows, `c_` of the columns of a tile, `rc_` of its elements. A pointer that is
+None stands for an option that is off, and is compiled away.
+"""
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def place(num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(tile row, tile column) of this program: GROUP tile rows at a time share their columns."""
+    tiles_r, tiles_c = tl.cdiv(num_rows, BLOCK_R), tl.cdiv(num_columns, BLOCK_C)
+    program = tl.program_id(0)
+    first = program // (GROUP * tiles_c) * GROUP
+    group = min(tiles_r - first, GROUP)
+    return first + program % (GROUP * tiles_c) % group, program % (GROUP * tiles_c) // group
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def products(  # type: ignore[no-untyped-def]
+    row_ptr,
+    col_ptr,
+    r_index,
+    c_index,
+    row_stride,
+    col_stride,
+    width,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """float32 (BLOCK_R, BLOCK_C): rows times columns; WIDEN: convert before the product."""
+    d = tl.arange(0, BLOCK_D)
+    row_ptrs = row_ptr + r_index.to(tl.int64)[:, None] * row_stride + d[None, :]
+    col_ptrs = col_ptr + c_index.to(tl.int64)[:, None] * col_stride + d[None, :]
+    rc_sum = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for start in range(0, width, BLOCK_D):
+        if EVEN_D:
+            rows, cols = tl.load(row_ptrs), tl.load(col_ptrs)
+        else:
+            inside = (start + d < width)[None, :]
+            rows = tl.load(row_ptrs, mask=inside, other=0.0)
+            cols = tl.load(col_ptrs, mask=inside, other=0.0)
+        if WIDEN:
+            rows, cols = rows.to(tl.float32), cols.to(tl.float32)
+        rc_sum = tl.dot(rows, tl.trans(cols), rc_sum, input_precision="ieee")
+        row_ptrs += BLOCK_D
+        col_ptrs += BLOCK_D
+    return rc_sum
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def similarities(  # type: ignore[no-untyped-def]
+    row_ptr,
+    col_ptr,
+    pick_ptr,
+    row_inverse_ptr,
+    col_inverse_ptr,
+    r_place,
+    c_place,
+    row_stride,
+    col_stride,
+    width,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Products, of unit vectors where inverse norms are given; rows picked where a pick is."""
+    r_index = r_place
+    if pick_ptr is not None:
+        r_index = tl.load(pick_ptr + r_place)
+    rc_sim = products(
+        row_ptr, col_ptr, r_index, c_place, row_stride, col_stride, width,
+        BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, WIDEN,
+    )  # fmt: skip
+    if row_inverse_ptr is not None:
+        r_inverse = tl.load(row_inverse_ptr + r_index)
+        c_inverse = tl.load(col_inverse_ptr + c_place)
+        rc_sim = rc_sim * r_inverse[:, None] * c_inverse[None, :]
+    return rc_sim
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def own_positives(  # type: ignore[no-untyped-def]
+    target_ptr, has_target_ptr, r_place, c_place, P: tl.constexpr
+):
+    """bool (BLOCK_R, BLOCK_C): the column is a positive of the row's query."""
+    rc_own = c_place[None, :] == tl.load(target_ptr + r_place.to(tl.int64) * P)[:, None]
+    for p in tl.static_range(1, P):
+        rc_own |= c_place[None, :] == tl.load(target_ptr + r_place.to(tl.int64) * P + p)[:, None]
+    return rc_own & (tl.load(has_target_ptr + r_place) != 0)[:, None]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def hidden_by_vectors(  # type: ignore[no-untyped-def]
+    row_group_ptr,
+    col_group_ptr,
+    row_key_ptr,
+    col_key_ptr,
+    r_place,
+    c_place,
+    rc_hidden,
+    SAME_HIDES: tl.constexpr,
+    OWN_ONLY: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+):
+    """`rc_hidden`, and whom groups and keys hide."""
+    if SAME_HIDES or OWN_ONLY:
+        r_group, c_group = tl.load(row_group_ptr + r_place), tl.load(col_group_ptr + c_place)
+        if SAME_HIDES:
+            rc_hidden |= r_group[:, None] == c_group[None, :]
+        else:
+            rc_hidden |= (r_group[:, None] != c_group[None, :]) & (c_group >= 0)[None, :]
+    for k in tl.static_range(K):
+        r_key = tl.load(row_key_ptr + r_place.to(tl.int64) * K + k)
+        for l in tl.static_range(L):
+            c_key = tl.load(col_key_ptr + c_place.to(tl.int64) * L + l)
+            rc_hidden |= r_key[:, None] == c_key[None, :]
+    return rc_hidden
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def hardened(  # type: ignore[no-untyped-def]
+    rc_row, rc_own, row_group_ptr, col_group_ptr, r_place, c_place,
+    temperature, strength, ON: tl.constexpr, HAS_OWN: tl.constexpr,
+):  # fmt: skip
+    """Masked logits with the hardness of negatives; ON: see `HARDNESS_ON`."""
+    # a logit in units of log2 is s log2(e) / temperature, hidden ones are -inf and stay so
+    rc_extra = tl.where(rc_row == float("-inf"), 0.0, rc_row * (strength * temperature))
+    if ON != 3:
+        if col_group_ptr is None:
+            if ON == 1:
+                rc_extra = tl.zeros_like(rc_extra)
+        else:
+            r_group, c_group = tl.load(row_group_ptr + r_place), tl.load(col_group_ptr + c_place)
+            rc_given = r_group[:, None] == c_group[None, :]
+            rc_extra = tl.where(rc_given if ON == 1 else rc_given == 0, rc_extra, 0.0)
+    if HAS_OWN:
+        rc_extra = tl.where(rc_own, 0.0, rc_extra)
+    return rc_row + rc_extra
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def masked(rc_logit, rc_hidden, rc_own, rc_outside, target_ptr, TARGET_HIDES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """-inf where hidden; a row's positives are hidden from it or never are."""
+    if target_ptr is not None:
+        if TARGET_HIDES:
+            rc_hidden |= rc_own
+        else:
+            rc_hidden &= rc_own == 0
+    return tl.where(rc_hidden | rc_outside, float("-inf"), rc_logit)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def tile(  # type: ignore[no-untyped-def]
+    row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
+    target_ptr, has_target_ptr, positive_ptr,
+    row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
+    row_bound_ptr, col_bound_ptr,
+    row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
+    r_place, c_place, rc_outside, temperature, width, guide_width,
+    row_stride, col_stride, row_guide_stride, col_guide_stride,
+    P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Logits in units of log2 as rows see them and as columns do, and where positives are.
+
+    -inf is what they don't see; `rc_outside` marks places beyond the matrix.
+    """
+    rc_sim = similarities(
+        row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr, r_place, c_place,
+        row_stride, col_stride, width, BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, WIDEN,
+    )  # fmt: skip
+    rc_own = rc_outside
+    if target_ptr is not None:
+        rc_own = own_positives(target_ptr, has_target_ptr, r_place, c_place, P)
+    if positive_ptr is not None:  # the number that the loss takes, whatever order it was added in
+        for p in tl.static_range(P):
+            r_target = tl.load(target_ptr + r_place.to(tl.int64) * P + p)
+            r_positive = tl.load(positive_ptr + r_place.to(tl.int64) * P + p)
+            rc_sim = tl.where(r_target[:, None] == c_place[None, :], r_positive[:, None], rc_sim)
+    rc_hidden = hidden_by_vectors(
+        row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr, r_place, c_place,
+        rc_outside, SAME_HIDES, OWN_ONLY, K, L,
+    )  # fmt: skip
+    rc_logit = rc_sim * (LOG2E / temperature)
+    if row_bound_ptr is not None:
+        rc_guide = rc_sim
+        if row_guide_ptr is not None:
+            rc_guide = similarities(
+                row_guide_ptr, col_guide_ptr, pick_ptr, row_guide_inverse_ptr,
+                col_guide_inverse_ptr, r_place, c_place, row_guide_stride, col_guide_stride,
+                guide_width, BLOCK_R, BLOCK_C, BLOCK_D, EVEN_G, WIDEN,
+            )  # fmt: skip
+        rc_above = rc_hidden | (rc_guide > tl.load(row_bound_ptr + r_place)[:, None])
+        rc_row = masked(rc_logit, rc_above, rc_own, rc_outside, target_ptr, TARGET_HIDES)
+        rc_col = rc_row
+        if col_bound_ptr is not None:
+            rc_above = rc_hidden | (rc_guide > tl.load(col_bound_ptr + c_place)[None, :])
+            rc_col = masked(rc_logit, rc_above, rc_own, rc_outside, target_ptr, TARGET_HIDES)
+    else:
+        rc_row = masked(rc_logit, rc_hidden, rc_own, rc_outside, target_ptr, TARGET_HIDES)
+        rc_col = rc_row
+    return rc_row, rc_col, rc_own
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def places(  # type: ignore[no-untyped-def]
+    first_row,
+    num_rows,
+    first_column,
+    num_columns,
+    tile_r,
+    tile_c,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Local places of a tile's rows and columns, the same in the block but never beyond it."""
+    r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    r_place = first_row + tl.minimum(r, num_rows - 1)
+    c_place = first_column + tl.minimum(c, num_columns - 1)
+    return r, c, r_place, c_place
+
+
+@triton.jit(do_not_specialize=["first_row", "first_column", "num_rows", "num_columns", "strength"])  # type: ignore[untyped-decorator]
+def lse_kernel(  # type: ignore[no-untyped-def]
+    row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
+    target_ptr, has_target_ptr, positive_ptr,
+    row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
+    row_bound_ptr, col_bound_ptr,
+    row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
+    best_ptr, temperature_ptr,
+    row_top_ptr, row_total_ptr, col_top_ptr, col_total_ptr,
+    above_ptr, seen_ptr, sum_ptr,
+    first_row, num_rows, first_column, num_columns, width, guide_width,
+    row_stride, col_stride, row_guide_stride, col_guide_stride,
+    strength,
+    P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    HARDNESS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Of each tile: maximum and shifted sum of exp2(z log2 e) of its rows, and of its columns.
+
+    Rows' go to (tiles of columns, num_rows), columns' to (tiles of rows, num_columns), in
+    float32. Beside them, per row, how many visible columns are above the best positive (int32),
+    how many are visible (int32) and the sum of their similarities. What has no pointer is left
+    out.
+    """
+    tile_r, tile_c = place(num_rows, num_columns, BLOCK_R, BLOCK_C, GROUP)
+    r, c, r_place, c_place = places(
+        first_row, num_rows, first_column, num_columns, tile_r, tile_c, BLOCK_R, BLOCK_C
+    )
+    rc_outside = (r >= num_rows)[:, None] | (c >= num_columns)[None, :]
+    temperature = tl.load(temperature_ptr)
+    rc_row, rc_col, rc_own = tile(
+        row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
+        target_ptr, has_target_ptr, positive_ptr,
+        row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
+        row_bound_ptr, col_bound_ptr,
+        row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
+        r_place, c_place, rc_outside, temperature, width, guide_width,
+        row_stride, col_stride, row_guide_stride, col_guide_stride,
+        P, K, L, SAME_HIDES, OWN_ONLY, TARGET_HIDES, EVEN_D, EVEN_G, WIDEN,
+        BLOCK_R, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+    r_out, c_out = tile_c.to(tl.int64) * num_rows + r, tile_r.to(tl.int64) * num_columns + c
+    r_inside, c_inside = r < num_rows, c < num_columns
+    if above_ptr is not None:
+        unit = LOG2E / temperature
+        rc_above = rc_row > tl.load(best_ptr + r_place)[:, None] * unit
+        rc_visible = rc_row > float("-inf")
+        tl.store(above_ptr + r_out, tl.sum(rc_above.to(tl.int32), 1), mask=r_inside)
+        tl.store(seen_ptr + r_out, tl.sum(rc_visible.to(tl.int32), 1), mask=r_inside)
+        r_sum = tl.sum(tl.where(rc_visible, rc_row, 0.0), 1) / unit
+        tl.store(sum_ptr + r_out, r_sum, mask=r_inside)
+    if col_top_ptr is not None:
+        c_top = tl.max(rc_col, 0)
+        c_shift = tl.where(c_top == float("-inf"), 0.0, c_top)
+        tl.store(col_top_ptr + c_out, c_top, mask=c_inside)
+        c_total = tl.sum(tl.exp2(rc_col - c_shift[None, :]), 0)
+        tl.store(col_total_ptr + c_out, c_total, mask=c_inside)
+    if row_top_ptr is not None:
+        if HARDNESS:
+            rc_row = hardened(
+                rc_row, rc_own, row_group_ptr, col_group_ptr, r_place, c_place,
+                temperature, strength, HARDNESS, target_ptr is not None,
+            )  # fmt: skip
+        r_top = tl.max(rc_row, 1)
+        r_shift = tl.where(r_top == float("-inf"), 0.0, r_top)
+        tl.store(row_top_ptr + r_out, r_top, mask=r_inside)
+        r_total = tl.sum(tl.exp2(rc_row - r_shift[:, None]), 1)
+        tl.store(row_total_ptr + r_out, r_total, mask=r_inside)
+
+
+@triton.jit(do_not_specialize=["first_row", "first_column", "num_rows", "num_columns", "strength"])  # type: ignore[untyped-decorator]
+def gradient_kernel(  # type: ignore[no-untyped-def]
+    row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
+    target_ptr, has_target_ptr, positive_ptr,
+    row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
+    row_bound_ptr, col_bound_ptr,
+    row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
+    weight_ptr, temperature_ptr, scale_ptr, row_shift_ptr, col_shift_ptr, out_ptr,
+    first_row, num_rows, first_column, num_columns, width, guide_width,
+    row_stride, col_stride, row_guide_stride, col_guide_stride,
+    out_stride, strength,
+    P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
+    EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    HARDNESS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """scale x d loss / d similarity of a tile (times inverse norms), in the dtype of `out`.
+
+    Row and column shifts are rho and gamma of `problem` in units of log2; one that has no pointer
+    belongs to a softmax that the loss does not have.
+    """
+    tile_r, tile_c = place(num_rows, num_columns, BLOCK_R, BLOCK_C, GROUP)
+    r, c, r_place, c_place = places(
+        first_row, num_rows, first_column, num_columns, tile_r, tile_c, BLOCK_R, BLOCK_C
+    )
+    rc_outside = (r >= num_rows)[:, None] | (c >= num_columns)[None, :]
+    temperature = tl.load(temperature_ptr)
+    rc_row, rc_col, rc_own = tile(
+        row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
+        target_ptr, has_target_ptr, positive_ptr,
+        row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
+        row_bound_ptr, col_bound_ptr,
+        row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
+        r_place, c_place, rc_outside, temperature, width, guide_width,
+        row_stride, col_stride, row_guide_stride, col_guide_stride,
+        P, K, L, SAME_HIDES, OWN_ONLY, TARGET_HIDES, EVEN_D, EVEN_G, WIDEN,
+        BLOCK_R, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+    rc_grad = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    if col_shift_ptr is not None:
+        rc_grad += tl.exp2(rc_col - tl.load(col_shift_ptr + c_place)[None, :])
+    if row_shift_ptr is not None:
+        if HARDNESS:
+            rc_row = hardened(
+                rc_row, rc_own, row_group_ptr, col_group_ptr, r_place, c_place,
+                temperature, strength, HARDNESS, target_ptr is not None,
+            )  # fmt: skip
+        rc_grad += tl.exp2(rc_row - tl.load(row_shift_ptr + r_place)[:, None])
+    if weight_ptr is not None:
+        for p in tl.static_range(P):
+            r_target = tl.load(target_ptr + r_place.to(tl.int64) * P + p)
+            r_weight = tl.load(weight_ptr + r_place.to(tl.int64) * P + p)
+            rc_here = r_target[:, None] == c_place[None, :]
+            rc_grad -= tl.where(rc_here, r_weight[:, None], 0.0)
+    rc_grad *= tl.load(scale_ptr)
+    if row_inverse_ptr is not None:
+        r_index = r_place
+        if pick_ptr is not None:
+            r_index = tl.load(pick_ptr + r_place)
+        rc_grad *= tl.load(row_inverse_ptr + r_index)[:, None]
+        rc_grad *= tl.load(col_inverse_ptr + c_place)[None, :]
+    out_ptrs = out_ptr + r.to(tl.int64)[:, None] * out_stride + c[None, :]
+    inside = (r < num_rows)[:, None] & (c < num_columns)[None, :]
+    tl.store(out_ptrs, rc_grad.to(out_ptr.dtype.element_ty), mask=inside)
