@@ -187,6 +187,8 @@ def _exp_shifted(logit_RC: Tensor, hidden_RC: Tensor | None, dim: int) -> tuple[
 class Chunked:
     """The loss of one problem, its gradients written to `d_query_MD` and `d_doc_ND`."""
 
+    default_workspace_bytes = WORKSPACE_BYTES
+
     def __init__(
         self, problem: Problem, d_query_MD: Tensor, d_doc_ND: Tensor, workspace_bytes: int
     ) -> None:

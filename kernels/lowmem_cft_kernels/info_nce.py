@@ -45,7 +45,7 @@ def info_nce(
     bank: Bank | None = None,
     normalize: bool = False,
     path: Path | None = None,
-    workspace_bytes: int = chunked.WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> InfoNCEResult:
     """InfoNCE loss and its gradients in one call; nothing is kept for a backward pass.
@@ -68,7 +68,8 @@ def info_nce(
         normalize: take cosines: the gradient is then that of the raw inputs.
         path: how to compute it; chosen by device, dtype and size if None (see `choose_path`).
         workspace_bytes: bound on what is held besides inputs, gradients and a few numbers per
-            query and document; does not change the result beyond rounding.
+            query and document; 32 MiB for the chunked path and 60 MiB for Triton's if None. It
+            does not change the result beyond rounding.
         out: (M, D) and (N, D) to write the gradients to, in the dtype they would have, so that
             views of one buffer can be filled without a copy.
 
@@ -103,7 +104,8 @@ def info_nce(
         return _by_autograd(query_MD, doc_ND, candidates, scale, options, out)
     with torch.no_grad():
         problem = make_problem(query_MD, doc_ND, candidates, temperature=scale, **options)
-        work = _worker(path)(problem, *out, workspace_bytes)
+        worker = _worker(path)
+        work = worker(problem, *out, workspace_bytes or worker.default_workspace_bytes)
         loss, d_temperature = work.run()
         num_seeable = len(doc_ND) + (0 if bank is None else len(bank.doc_CD))
         observed = work.tally.observed(problem, num_seeable)

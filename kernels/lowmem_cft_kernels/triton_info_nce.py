@@ -21,7 +21,7 @@ from lowmem_cft_kernels.options import Direction, Negatives
 from lowmem_cft_kernels.problem import Block, Problem, add_at, row_blocks, strips, through_norm
 from lowmem_cft_kernels.tally import Tally
 from lowmem_cft_kernels.tiles import Tile, choose_tile
-from lowmem_cft_kernels.triton_tiles import gradient_kernel, lse_kernel
+from lowmem_cft_kernels.triton_tiles import FP16_GAIN, gradient_kernel, lse_kernel, scale_kernel
 
 LN2 = math.log(2.0)
 
@@ -29,6 +29,14 @@ HARDNESS_ON = {Negatives.HARD: 1, Negatives.IN_BATCH: 2, Negatives.ALL: 3}
 
 _ROWS = 4096
 """Rows of a rectangle: enough that adding to the columns' gradient is little beside computing it."""
+
+_FEWEST_ROWS = 512
+"""With fewer rows at once, adding to the columns' gradient costs more than a second pass."""
+
+_SCALE_NUMBERS = 4096
+"""Numbers that one program scales."""
+
+_SCALE_TAKES = ("target_ptr", "positive_ptr", "row_inverse_ptr", "col_inverse_ptr", "P")
 
 _LSE_ROW_BYTES = 5 * 4
 """What the first pass writes per row and tile of columns."""
@@ -44,6 +52,8 @@ def interpreted() -> bool:
 
 class Fused:
     """The loss of one problem, its gradients written to `d_query_MD` and `d_doc_ND`."""
+
+    default_workspace_bytes = 60 * 2**20
 
     def __init__(
         self, problem: Problem, d_query_MD: Tensor, d_doc_ND: Tensor, workspace_bytes: int
@@ -61,15 +71,88 @@ class Fused:
         problem = self.problem
         self.d_query_MD.zero_()
         self.d_doc_ND.zero_()
-        lse_MP = self._log_sum_exps()
-        everyone = slice(0, len(problem.target_MP))
-        loss = mean_loss(problem, everyone, lse_MP)
-        d_temperature = self._gradients(everyone, lse_MP)
+        self.fp16_scale = self._fp16_scale()
+        self.scale = (self.fp16_scale / self.temperature).contiguous()
+        if self._rows_at_once():
+            loss, product = self._one_pass()
+        else:
+            lse_MP = self._log_sum_exps()
+            everyone = slice(0, len(problem.target_MP))
+            loss = mean_loss(problem, everyone, lse_MP)
+            product = self._gradients(everyone, lse_MP)
+        if problem.queries_with_documents.row_RD.dtype == torch.float16:
+            self.d_query_MD /= self.fp16_scale
+            self.d_doc_ND /= self.fp16_scale
+            product = product / self.fp16_scale
         block = problem.queries_with_documents
         if block.row_inverse_R is not None and block.col_inverse_C is not None:
             through_norm(block.row_RD, block.row_inverse_R, self.d_query_MD)
             through_norm(block.col_CD, block.col_inverse_C, self.d_doc_ND)
-        return loss, d_temperature
+        return loss, (-product / self.temperature)[0]
+
+    # -- one pass, where only queries choose, and only among documents ----------------------------
+
+    def _rows_at_once(self) -> int:
+        """Rows whose exponentials against all documents fit; 0 where two passes are better."""
+        block = self.problem.queries_with_documents
+        if self.problem.documents_choose or len(self.problem.blocks) > 1:
+            return 0
+        num_rows, num_columns = _size(block)
+        rows = self.gradient_bytes // (_padded(num_columns) * block.row_RD.element_size())
+        tiles = triton.cdiv(num_columns, choose_tile("lse", block).block_c)
+        rows = min(rows, self.lse_bytes // (tiles * _LSE_ROW_BYTES * 2), num_rows)
+        return rows if rows >= min(num_rows, _FEWEST_ROWS) else 0
+
+    def _one_pass(self) -> tuple[Tensor, Tensor]:
+        """Loss, and the sum of G z; G from a strip's exponentials, scaled in place."""
+        problem, block = self.problem, self.problem.queries_with_documents
+        num_rows, num_columns = _size(block)
+        tile, size_r = choose_tile("lse", block), self._rows_at_once()
+        held = block.row_RD.new_empty((size_r, _padded(num_columns)))
+        loss, columns = torch.zeros_like(self.temperature[0]), slice(0, num_columns)
+        gain = FP16_GAIN.value if held.dtype == torch.float16 else 1.0
+        for rows in row_blocks(num_rows, size_r):
+            exp_RC = held[: rows.stop - rows.start, :num_columns]
+            parts = self._tile_sums(block, rows, columns, tile, exp_RC=exp_RC)
+            lse_BP = join(problem, None, _merged(parts)[:, None])
+            loss = loss + mean_loss(problem, rows, [lse_BP])
+            row_shift_R = row_shift(problem, block, rows, lse_BP)[:, 0] / LN2
+            self._to_gradient(block, rows, tile, exp_RC, parts, row_shift_R, gain)
+            self._multiply(block, rows, columns, exp_RC)
+        return loss, self._with_own_gradient()
+
+    def _to_gradient(
+        self,
+        block: Block,
+        rows: slice,
+        tile: Tile,
+        exp_RC: Tensor,
+        parts: Tensor,
+        row_shift_R: Tensor,
+        gain: float,
+    ) -> None:
+        num_rows, num_columns = exp_RC.shape
+        shift_M = self.best_M.new_empty(len(self.best_M))
+        shift_M[rows] = row_shift_R
+        part_rows = max(1, _SCALE_NUMBERS // tile.block_c)
+        grid = (triton.cdiv(num_rows, part_rows) * triton.cdiv(num_columns, tile.block_c),)
+        shared = block_arguments(self.problem, block)
+        with torch.cuda.device_of(exp_RC):  # type: ignore[no-untyped-call]
+            scale_kernel[grid](
+                held_ptr=exp_RC,
+                factor_ptr=torch.exp2(parts[0] - row_shift_R) / gain,
+                row_shift_ptr=shift_M,
+                weight_ptr=self.problem.weight_MP.contiguous(),
+                temperature_ptr=self.temperature,
+                scale_ptr=self.scale,
+                first_row=rows.start,
+                num_rows=num_rows,
+                num_columns=num_columns,
+                held_stride=exp_RC.stride(0),
+                BLOCK_C=tile.block_c,
+                PART_R=part_rows,
+                **{name: shared[name] for name in _SCALE_TAKES},
+            )
 
     # -- first pass -----------------------------------------------------------------------------
 
@@ -94,7 +177,6 @@ class Fused:
         """Log-sum-exps of a block's rows, and of its columns where documents choose."""
         problem = self.problem
         tile = choose_tile("lse", block)
-        observe = block.direction is Direction.QUERY_TO_DOC
         columns_choose = block is problem.queries_with_documents and problem.documents_choose
         num_rows, num_columns = _size(block)
         lse_R = self.best_M.new_full((num_rows,), -torch.inf)
@@ -103,63 +185,78 @@ class Fused:
         per_tile = max(1, self.lse_bytes // (size_r * _LSE_ROW_BYTES * 2))
         for rows, columns in _rectangles(num_rows, num_columns, size_r, per_tile * tile.block_c):
             parts_r = triton.cdiv(rows.stop - rows.start, tile.block_r)
-            parts_c = triton.cdiv(columns.stop - columns.start, tile.block_c)
-            row_parts = self.best_M.new_empty((3, parts_c, rows.stop - rows.start))
-            counts = row_parts.new_empty((2, *row_parts.shape[1:]), dtype=torch.int32)
             col_parts = self.best_M.new_empty((2, parts_r, columns.stop - columns.start))
-            outputs = {
-                "row_top_ptr": row_parts[0] if rows_choose else None,
-                "row_total_ptr": row_parts[1] if rows_choose else None,
-                "col_top_ptr": col_parts[0] if columns_choose else None,
-                "col_total_ptr": col_parts[1] if columns_choose else None,
-                "above_ptr": counts[0] if observe else None,
-                "seen_ptr": counts[1] if observe else None,
-                "sum_ptr": row_parts[2] if observe else None,
-                "best_ptr": self.best_M if observe else None,
-            }
-            self._launch(lse_kernel, block, rows, columns, tile, outputs)
+            column_outputs = col_parts if columns_choose else None
+            parts = self._tile_sums(
+                block, rows, columns, tile, rows_choose=rows_choose, col_parts=column_outputs
+            )
             if rows_choose:
-                torch.logaddexp(lse_R[rows], _merged(row_parts), out=lse_R[rows])
+                torch.logaddexp(lse_R[rows], _merged(parts), out=lse_R[rows])
             if lse_C is not None:
                 torch.logaddexp(lse_C[columns], _merged(col_parts), out=lse_C[columns])
-            if observe:
-                self.tally.above_M[rows] += counts[0].sum(dim=0)
-                self.tally.seen_M[rows] += counts[1].sum(dim=0)
-                self.tally.sum_M[rows] += row_parts[2].sum(dim=0)
         return lse_R, lse_C
+
+    def _tile_sums(
+        self,
+        block: Block,
+        rows: slice,
+        columns: slice,
+        tile: Tile,
+        *,
+        rows_choose: bool = True,
+        col_parts: Tensor | None = None,
+        exp_RC: Tensor | None = None,
+    ) -> Tensor:
+        """(3, tiles of columns, rows): `lse_kernel`'s maxima and sums of rows; fills the tally."""
+        num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
+        row_parts = self.best_M.new_empty((3, triton.cdiv(num_columns, tile.block_c), num_rows))
+        counts = row_parts.new_empty((2, *row_parts.shape[1:]), dtype=torch.int32)
+        observe = block.direction is Direction.QUERY_TO_DOC
+        outputs = {
+            "row_top_ptr": row_parts[0] if rows_choose else None,
+            "row_total_ptr": row_parts[1] if rows_choose else None,
+            "col_top_ptr": None if col_parts is None else col_parts[0],
+            "col_total_ptr": None if col_parts is None else col_parts[1],
+            "above_ptr": counts[0] if observe else None,
+            "seen_ptr": counts[1] if observe else None,
+            "sum_ptr": row_parts[2] if observe else None,
+            "best_ptr": self.best_M if observe else None,
+            "exp_ptr": exp_RC,
+            "exp_stride": 0 if exp_RC is None else exp_RC.stride(0),
+        }
+        self._launch(lse_kernel, block, rows, columns, tile, outputs)
+        if observe:
+            self.tally.above_M[rows] += counts[0].sum(dim=0)
+            self.tally.seen_M[rows] += counts[1].sum(dim=0)
+            self.tally.sum_M[rows] += row_parts[2].sum(dim=0)
+        return row_parts
 
     # -- second pass ----------------------------------------------------------------------------
 
     def _gradients(self, everyone: slice, lse_MP: list[Tensor]) -> Tensor:
-        """Fill both gradients (of unit vectors, over norms); d loss / d temperature."""
+        """Fill both gradients, as `_one_pass`; the sum of G z."""
         problem, choosing = self.problem, self.problem.softmax_of(Direction.DOC_TO_QUERY)
         col_shift_N = None if choosing is None else column_shift(problem, lse_MP[choosing]) / LN2
-        held_scale = self._scale()
-        scale = (held_scale / self.temperature).contiguous()
         learning = [block for block in problem.blocks if block.learns]
         for block in learning:
-            self._push_all(block, everyone, lse_MP, col_shift_N, scale)
+            self._push_all(block, everyone, lse_MP, col_shift_N)
         # each block's sum of G z is <rows, their gradient>, and <columns, theirs> once more
         product = (self._with_own_gradient() + self._with_own_gradient(docs=True)) / 2
-        before = self._with_own_gradient() if len(learning) < len(problem.blocks) else None
+        if len(learning) == len(problem.blocks):
+            return product
+        before = self._with_own_gradient()
         for block in problem.blocks:
             if not block.learns:
-                self._push_all(block, everyone, lse_MP, col_shift_N, scale)
-        if before is not None:
-            product = product + self._with_own_gradient() - before
-        if self.problem.queries_with_documents.row_RD.dtype == torch.float16:
-            self.d_query_MD /= held_scale
-            self.d_doc_ND /= held_scale
-            product = product / held_scale
-        return (-product / self.temperature)[0]
+                self._push_all(block, everyone, lse_MP, col_shift_N)
+        return product + self._with_own_gradient() - before
 
-    def _scale(self) -> Tensor:
+    def _fp16_scale(self) -> Tensor:
         """(1,): what brings d loss / d similarity into float16's range; 1 for other dtypes."""
         block, one = self.problem.queries_with_documents, torch.ones_like(self.temperature)
         if block.row_RD.dtype != torch.float16:
             return one
-        greatest = self.problem.weight_MP.max().clamp(min=torch.finfo(torch.float32).tiny)
-        greatest = greatest / self.temperature
+        greatest = self.problem.weight_MP.max()
+        greatest = torch.where(greatest > 0, greatest, 1.0) / self.temperature
         if block.row_inverse_R is not None and block.col_inverse_C is not None:
             greatest = greatest * block.row_inverse_R.max() * block.col_inverse_C.max()
         return _FP16_RANGE / greatest
@@ -170,7 +267,6 @@ class Fused:
         everyone: slice,
         lse_MP: list[Tensor],
         col_shift_N: Tensor | None,
-        scale: Tensor,
     ) -> None:
         """Add a block's gradients, rectangle by rectangle."""
         problem, tile = self.problem, choose_tile("gradient", block)
@@ -186,13 +282,13 @@ class Fused:
             row_bytes = width * (itemsize + 4)
             size_r = min(size_r, max(1, self.gradient_bytes // (2 * row_bytes)))
         size_c = (self.gradient_bytes // size_r - row_bytes) // itemsize // 128 * 128
-        size_c = min(max(128, size_c), -(-num_columns // 16) * 16)
+        size_c = min(max(128, size_c), _padded(num_columns))
         held = block.row_RD.new_empty((size_r, size_c))
         for rows, columns in _rectangles(num_rows, num_columns, size_r, size_c):
             grad_RC = held[: rows.stop - rows.start, : columns.stop - columns.start]
             outputs = {
                 "weight_ptr": problem.weight_MP.contiguous() if positives else None,
-                "scale_ptr": scale,
+                "scale_ptr": self.scale,
                 "row_shift_ptr": row_shift_R,
                 "col_shift_ptr": col_shift_N if positives else None,
                 "out_ptr": grad_RC,
@@ -298,6 +394,11 @@ def block_arguments(problem: Problem, block: Block) -> dict[str, Any]:
 
 def _rows_contiguous(x_RD: Tensor) -> Tensor:
     return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
+
+
+def _padded(num_columns: int) -> int:
+    """A row length that keeps rows aligned to what kernels load at once."""
+    return -(-num_columns // 16) * 16
 
 
 def _size(block: Block) -> tuple[int, int]:

@@ -16,6 +16,10 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+FP16_GAIN = tl.constexpr(16384.0)
+"""Numbers of at most 1 are held times this in float16, which ends at 65504 and loses bits below
+6e-5."""
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def place(num_rows, num_columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -250,10 +254,10 @@ def lse_kernel(  # type: ignore[no-untyped-def]
     row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
     best_ptr, temperature_ptr,
     row_top_ptr, row_total_ptr, col_top_ptr, col_total_ptr,
-    above_ptr, seen_ptr, sum_ptr,
+    above_ptr, seen_ptr, sum_ptr, exp_ptr,
     first_row, num_rows, first_column, num_columns, width, guide_width,
     row_stride, col_stride, row_guide_stride, col_guide_stride,
-    strength,
+    exp_stride, strength,
     P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
     SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WIDEN: tl.constexpr,
@@ -266,6 +270,9 @@ def lse_kernel(  # type: ignore[no-untyped-def]
     float32. Beside them, per row, how many visible columns are above the best positive (int32),
     how many are visible (int32) and the sum of their similarities. What has no pointer is left
     out.
+
+    `exp` gets the rows' exp2 themselves, to be scaled later: maxima are rounded up to whole numbers
+    for it, so that scaling by what they differ is exact.
     """
     tile_r, tile_c = place(num_rows, num_columns, BLOCK_R, BLOCK_C, GROUP)
     r, c, r_place, c_place = places(
@@ -307,10 +314,18 @@ def lse_kernel(  # type: ignore[no-untyped-def]
                 temperature, strength, HARDNESS, target_ptr is not None,
             )  # fmt: skip
         r_top = tl.max(rc_row, 1)
+        if exp_ptr is not None:
+            r_top = tl.ceil(r_top)
         r_shift = tl.where(r_top == float("-inf"), 0.0, r_top)
+        rc_exp = tl.exp2(rc_row - r_shift[:, None])
         tl.store(row_top_ptr + r_out, r_top, mask=r_inside)
-        r_total = tl.sum(tl.exp2(rc_row - r_shift[:, None]), 1)
-        tl.store(row_total_ptr + r_out, r_total, mask=r_inside)
+        tl.store(row_total_ptr + r_out, tl.sum(rc_exp, 1), mask=r_inside)
+        if exp_ptr is not None:
+            if exp_ptr.dtype.element_ty == tl.float16:
+                rc_exp *= FP16_GAIN
+            exp_ptrs = exp_ptr + r.to(tl.int64)[:, None] * exp_stride + c[None, :]
+            inside = r_inside[:, None] & c_inside[None, :]
+            tl.store(exp_ptrs, rc_exp.to(exp_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_row", "first_column", "num_rows", "num_columns", "strength"])  # type: ignore[untyped-decorator]
@@ -378,3 +393,55 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     out_ptrs = out_ptr + r.to(tl.int64)[:, None] * out_stride + c[None, :]
     inside = (r < num_rows)[:, None] & (c < num_columns)[None, :]
     tl.store(out_ptrs, rc_grad.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_row", "num_rows", "num_columns"])  # type: ignore[untyped-decorator]
+def scale_kernel(  # type: ignore[no-untyped-def]
+    held_ptr,
+    factor_ptr,
+    row_shift_ptr,
+    target_ptr,
+    positive_ptr,
+    weight_ptr,
+    temperature_ptr,
+    scale_ptr,
+    row_inverse_ptr,
+    col_inverse_ptr,
+    first_row,
+    num_rows,
+    num_columns,
+    held_stride,
+    P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PART_R: tl.constexpr,
+):
+    """In place, from `lse_kernel`'s `exp` to what `gradient_kernel` gives where only rows choose.
+
+    `factor` (tiles of columns, num_rows) brings a tile's row to exp2(z - rho); positives, where
+    exp2(z - rho) - weight cancels, are computed anew in float32. PART_R rows a program.
+    """
+    tiles_c = tl.cdiv(num_columns, BLOCK_C)
+    part, tile_c = tl.program_id(0) // tiles_c, tl.program_id(0) % tiles_c
+    r, c = part * PART_R + tl.arange(0, PART_R), tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    r_inside = r < num_rows
+    inside = r_inside[:, None] & (c < num_columns)[None, :]
+    r_place = (first_row + tl.minimum(r, num_rows - 1)).to(tl.int64)
+    held_ptrs = held_ptr + r.to(tl.int64)[:, None] * held_stride + c[None, :]
+    r_factor = tl.load(factor_ptr + tile_c.to(tl.int64) * num_rows + r, mask=r_inside, other=0.0)
+    rc_grad = tl.load(held_ptrs, mask=inside, other=0.0).to(tl.float32) * r_factor[:, None]
+    unit = LOG2E / tl.load(temperature_ptr)
+    r_shift = tl.load(row_shift_ptr + r_place)
+    for p in tl.static_range(P):
+        r_target = tl.load(target_ptr + r_place * P + p)
+        r_exp = tl.exp2(tl.load(positive_ptr + r_place * P + p) * unit - r_shift)
+        rc_grad = tl.where(r_target[:, None] == c[None, :], r_exp[:, None], rc_grad)
+    for p in tl.static_range(P):
+        r_target = tl.load(target_ptr + r_place * P + p)
+        r_weight = tl.load(weight_ptr + r_place * P + p)
+        rc_grad -= tl.where(r_target[:, None] == c[None, :], r_weight[:, None], 0.0)
+    rc_grad *= tl.load(scale_ptr)
+    if row_inverse_ptr is not None:
+        c_place = tl.minimum(c, num_columns - 1)
+        rc_grad *= tl.load(row_inverse_ptr + r_place)[:, None]
+        rc_grad *= tl.load(col_inverse_ptr + c_place)[None, :]
+    tl.store(held_ptrs, rc_grad.to(held_ptr.dtype.element_ty), mask=inside)
