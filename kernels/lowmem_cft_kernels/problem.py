@@ -22,7 +22,8 @@ and G embedding sizes, K keys.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,6 +152,17 @@ class Problem:
         return self.positive_MP.amax(dim=1)
 
 
+@dataclass(frozen=True)
+class _Side:
+    """Embeddings with what is known of them: inverse norms, keys (n, K), a guide's embeddings."""
+
+    x_ND: Tensor
+    inverse_N: Tensor | None
+    keys_NK: Tensor | None
+    guide_NG: Tensor | None
+    guide_inverse_N: Tensor | None
+
+
 def make_problem(
     query_MD: Tensor,
     doc_ND: Tensor,
@@ -166,133 +178,64 @@ def make_problem(
 ) -> Problem:
     """Arguments as in `info_nce`, checked before."""
     compute = torch.promote_types(query_MD.dtype, torch.float32)
-    there_MP = candidates.target_MP != NO_TARGET
-    has_target_M = there_MP.any(dim=1)
-    some_M1 = candidates.target_MP.amax(dim=1, keepdim=True).clamp(min=0)
-    target_MP = torch.where(there_MP, candidates.target_MP, some_M1)
-    weight_MP = there_MP.to(compute) / there_MP.sum(dim=1, keepdim=True).clamp(min=1)
-    if weight_M is not None:
-        weight_MP *= weight_M.to(compute)[:, None]
-    weight_MP /= weight_MP.sum().clamp(min=torch.finfo(compute).tiny)
-
-    query_inverse_M = _inverse_norms(query_MD, compute) if normalize else None
-    doc_inverse_N = _inverse_norms(doc_ND, compute) if normalize else None
-    positive_MP = _pair_products(
-        query_MD, doc_ND, target_MP, query_inverse_M, doc_inverse_N, compute
-    )
-    guides = _guides(false_negatives, bank, compute)
+    target_MP, there_MP, weight_MP = _pairs(candidates, weight_M, compute)
+    query_guide = doc_guide = None
+    if false_negatives is not None:
+        query_guide, doc_guide = false_negatives.query_guide_MG, false_negatives.doc_guide_NG
+    query = _side(query_MD, candidates.query_key_MK, query_guide, compute, normalize)
+    doc_keys = candidates.doc_keys
+    doc = _side(doc_ND, doc_keys, doc_guide, compute, normalize)
+    positive_MP = _pair_products(query, doc, target_MP, compute)
     bound_M = bound_N = None
     if false_negatives is not None:
-        best_M = positive_MP.amax(dim=1)
-        if guides is not None:
-            (query_MG, query_scale_M), (doc_NG, doc_scale_N), _ = guides
-            best_M = _pair_products(
-                query_MG, doc_NG, target_MP, query_scale_M, doc_scale_N, compute
-            ).amax(dim=1)
-        scale_M = best_M.abs() if false_negatives.relative else 1.0
-        bound_M = best_M - scale_M * false_negatives.margin
-        # fillers repeat one of the row's; a row without a target must not raise column 0's
-        bound_MP = bound_M[:, None].expand_as(target_MP).masked_fill(~there_MP, -torch.inf)
-        bound_N = bound_M.new_full((len(doc_ND),), -torch.inf).scatter_reduce_(
-            0, target_MP.flatten(), bound_MP.flatten(), "amax"
-        )
-
-    def guide(rows: int, columns: int) -> Guide | None:
-        if guides is None:
-            return None
-        (row_RG, row_inverse_R), (col_CG, col_inverse_C) = guides[rows], guides[columns]
-        return Guide(
-            row_RG=row_RG, col_CG=col_CG, row_inverse_R=row_inverse_R, col_inverse_C=col_inverse_C
-        )
-
+        bound_M, bound_N = _bounds(false_negatives, query, doc, positive_MP, target_MP, there_MP)
     index_M = torch.arange(len(query_MD), device=query_MD.device)
-    query_key_MK = candidates.query_key_MK
-    doc_key_N1 = None if candidates.doc_keys is None else candidates.doc_keys[:, None]
-    query, doc = 0, 1
+    owned = candidates.owner_N is not None
     blocks = [
-        Block(
-            direction=Direction.QUERY_TO_DOC,
-            row_RD=query_MD,
-            col_CD=doc_ND,
-            row_inverse_R=query_inverse_M,
-            col_inverse_C=doc_inverse_N,
-            row_group_R=None if candidates.owner_N is None else index_M,
+        _block(
+            Direction.QUERY_TO_DOC,
+            query,
+            doc,
+            row_group_R=index_M if owned else None,
             col_group_C=candidates.owner_N,
             own_only=candidates.own_only,
             target_RP=target_MP,
-            has_target_R=has_target_M,
-            row_key_RK=query_key_MK,
-            col_key_CL=doc_key_N1,
+            has_target_R=there_MP.any(dim=1),
             row_bound_R=bound_M,
             col_bound_C=bound_N,
-            guide=guide(query, doc),
             hardness=hardness,
         )
     ]
     in_use = frozenset[Direction]().union(*softmaxes)
-    if bank is not None and len(bank.doc_CD) and Direction.QUERY_TO_DOC in in_use:
-        bank_CD = bank.doc_CD.detach()
-        keyed = query_key_MK is not None and bank.keys_C is not None
+    if bank is not None and len(bank.doc_CD):
+        others = _side(bank.doc_CD.detach(), bank.keys_C, bank.guide_CG, compute, normalize)
+        if query_guide is None:  # whatever the bank has, the loss does not ask for it
+            others = replace(others, guide_NG=None, guide_inverse_N=None)
         blocks.append(
-            Block(
-                direction=Direction.QUERY_TO_DOC,
-                row_RD=query_MD,
-                col_CD=bank_CD,
-                row_inverse_R=query_inverse_M,
-                col_inverse_C=_inverse_norms(bank_CD, compute) if normalize else None,
-                row_key_RK=query_key_MK if keyed else None,
-                col_key_CL=bank.keys_C[:, None] if keyed and bank.keys_C is not None else None,
+            _block(
+                Direction.QUERY_TO_DOC,
+                query,
+                others,
                 row_bound_R=bound_M,
-                guide=guide(query, 2),
                 hardness=hardness,
                 learns=False,
             )
         )
     if Direction.QUERY_TO_QUERY in in_use:
         blocks.append(
-            Block(
-                direction=Direction.QUERY_TO_QUERY,
-                row_RD=query_MD,
-                col_CD=query_MD,
-                row_inverse_R=query_inverse_M,
-                col_inverse_C=query_inverse_M,
+            _block(
+                Direction.QUERY_TO_QUERY,
+                query,
+                query,
                 row_group_R=index_M,
                 col_group_C=index_M,
                 same_hides=True,
-                row_key_RK=query_key_MK,
-                col_key_CL=query_key_MK,
                 row_bound_R=bound_M,
-                guide=guide(query, query),
             )
         )
     if Direction.DOC_TO_DOC in in_use:
-        num_positives = target_MP.shape[1]
-
-        def per_pair(vector: Tensor | None) -> Tensor | None:
-            return None if vector is None else vector.repeat_interleave(num_positives, dim=0)
-
-        pick_R = target_MP.flatten()
-        grouped = candidates.owner_N is not None
         blocks.append(
-            Block(
-                direction=Direction.DOC_TO_DOC,
-                row_RD=doc_ND,
-                col_CD=doc_ND,
-                pick_R=pick_R,
-                rows_per_query=num_positives,
-                row_inverse_R=doc_inverse_N,
-                col_inverse_C=doc_inverse_N,
-                row_group_R=per_pair(index_M) if grouped else None,
-                col_group_C=candidates.owner_N,
-                same_hides=grouped,
-                target_RP=per_pair(target_MP),
-                has_target_R=per_pair(has_target_M),
-                target_hides=True,
-                row_key_RK=None if doc_key_N1 is None else doc_key_N1[pick_R],
-                col_key_CL=doc_key_N1,
-                row_bound_R=per_pair(bound_M),
-                guide=guide(doc, doc),
-            )
+            _positives_with_documents(doc, candidates.owner_N, target_MP, there_MP, bound_M)
         )
     return Problem(
         blocks=tuple(blocks),
@@ -305,6 +248,115 @@ def make_problem(
         positive_MP=positive_MP,
         compute=compute,
     )
+
+
+def _pairs(
+    candidates: Candidates, weight_M: Tensor | None, compute: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`target_MP`, `there_MP` and `weight_MP` of `Problem`."""
+    there_MP = candidates.target_MP != NO_TARGET
+    some_M1 = candidates.target_MP.amax(dim=1, keepdim=True).clamp(min=0)
+    target_MP = torch.where(there_MP, candidates.target_MP, some_M1)
+    weight_MP = there_MP.to(compute) / there_MP.sum(dim=1, keepdim=True).clamp(min=1)
+    if weight_M is not None:
+        weight_MP *= weight_M.to(compute)[:, None]
+    weight_MP /= weight_MP.sum().clamp(min=torch.finfo(compute).tiny)
+    return target_MP, there_MP, weight_MP
+
+
+def _side(
+    x_ND: Tensor,
+    keys: Tensor | None,
+    guide_NG: Tensor | None,
+    compute: torch.dtype,
+    normalize: bool,
+) -> _Side:
+    guide_NG = None if guide_NG is None else guide_NG.detach()
+    return _Side(
+        x_ND,
+        _inverse_norms(x_ND, compute) if normalize else None,
+        keys if keys is None or keys.ndim == 2 else keys[:, None],
+        guide_NG,
+        None if guide_NG is None else _inverse_norms(guide_NG, compute),
+    )
+
+
+def _block(direction: Direction, rows: _Side, cols: _Side, **rest: Any) -> Block:
+    keyed = rows.keys_NK is not None and cols.keys_NK is not None
+    guide = None
+    if rows.guide_NG is not None and cols.guide_NG is not None:
+        assert rows.guide_inverse_N is not None
+        assert cols.guide_inverse_N is not None
+        guide = Guide(
+            row_RG=rows.guide_NG,
+            col_CG=cols.guide_NG,
+            row_inverse_R=rows.guide_inverse_N,
+            col_inverse_C=cols.guide_inverse_N,
+        )
+    shared = {
+        "row_RD": rows.x_ND,
+        "col_CD": cols.x_ND,
+        "row_inverse_R": rows.inverse_N,
+        "col_inverse_C": cols.inverse_N,
+        "row_key_RK": rows.keys_NK if keyed else None,
+        "col_key_CL": cols.keys_NK if keyed else None,
+        "guide": guide,
+    }
+    return Block(direction=direction, **(shared | rest))
+
+
+def _positives_with_documents(
+    doc: _Side,
+    owner_N: Tensor | None,
+    target_MP: Tensor,
+    there_MP: Tensor,
+    bound_M: Tensor | None,
+) -> Block:
+    """One row per pair: its positive against all documents that did not come with its query."""
+    num_queries, num_positives = target_MP.shape
+    pick_R, owned = target_MP.flatten(), owner_N is not None
+
+    def per_pair(vectors: Tensor) -> Tensor:
+        return vectors.repeat_interleave(num_positives, dim=0)
+
+    return _block(
+        Direction.DOC_TO_DOC,
+        doc,
+        doc,
+        pick_R=pick_R,
+        rows_per_query=num_positives,
+        row_group_R=per_pair(torch.arange(num_queries, device=pick_R.device)) if owned else None,
+        col_group_C=owner_N,
+        same_hides=owned,
+        target_RP=per_pair(target_MP),
+        has_target_R=per_pair(there_MP.any(dim=1)),
+        target_hides=True,
+        row_key_RK=None if doc.keys_NK is None else doc.keys_NK[pick_R],
+        row_bound_R=None if bound_M is None else per_pair(bound_M),
+    )
+
+
+def _bounds(
+    false_negatives: FalseNegatives,
+    query: _Side,
+    doc: _Side,
+    positive_MP: Tensor,
+    target_MP: Tensor,
+    there_MP: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(M,) and (N,): similarities above which candidates are hidden from queries and documents."""
+    if query.guide_NG is not None and doc.guide_NG is not None:
+        query = replace(query, x_ND=query.guide_NG, inverse_N=query.guide_inverse_N)
+        guide = replace(doc, x_ND=doc.guide_NG, inverse_N=doc.guide_inverse_N)
+        positive_MP = _pair_products(query, guide, target_MP, positive_MP.dtype)
+    best_M = positive_MP.amax(dim=1)
+    scale_M = best_M.abs() if false_negatives.relative else 1.0
+    bound_M = best_M - scale_M * false_negatives.margin
+    # fillers repeat one of the row's; a row without a target must not raise column 0's
+    bound_MP = bound_M[:, None].expand_as(target_MP).masked_fill(~there_MP, -torch.inf)
+    bound_N = bound_M.new_full((len(doc.x_ND),), -torch.inf)
+    bound_N.scatter_reduce_(0, target_MP.flatten(), bound_MP.flatten(), "amax")
+    return bound_M, bound_N
 
 
 def strips(num_rows: int, row_bytes: int, *, cuda: bool) -> Iterator[slice]:
@@ -323,24 +375,17 @@ def _inverse_norms(x_RD: Tensor, compute: torch.dtype) -> Tensor:
     return norm_R.clamp_(min=NORM_EPSILON).reciprocal_()
 
 
-def _pair_products(
-    query_MD: Tensor,
-    doc_ND: Tensor,
-    target_MP: Tensor,
-    query_inverse_M: Tensor | None,
-    doc_inverse_N: Tensor | None,
-    compute: torch.dtype,
-) -> Tensor:
+def _pair_products(query: _Side, doc: _Side, target_MP: Tensor, compute: torch.dtype) -> Tensor:
     """(M, P): product of each query with its positives, of unit vectors where inverses are given."""
-    num_positives, width = target_MP.shape[1], query_MD.shape[1]
-    product_MP = torch.empty(target_MP.shape, dtype=compute, device=query_MD.device)
+    num_positives, width = target_MP.shape[1], query.x_ND.shape[1]
+    product_MP = torch.empty(target_MP.shape, dtype=compute, device=target_MP.device)
     row_bytes = width * compute.itemsize * (1 + num_positives)
-    for rows in strips(len(query_MD), row_bytes, cuda=query_MD.is_cuda):
-        query_B1D = query_MD[rows, None].to(compute)
-        doc_BPD = doc_ND[target_MP[rows]].to(compute)
+    for rows in strips(len(target_MP), row_bytes, cuda=target_MP.is_cuda):
+        query_B1D = query.x_ND[rows, None].to(compute)
+        doc_BPD = doc.x_ND[target_MP[rows]].to(compute)
         product_MP[rows] = torch.linalg.vecdot(query_B1D, doc_BPD)
-    if query_inverse_M is not None and doc_inverse_N is not None:
-        product_MP *= query_inverse_M[:, None] * doc_inverse_N[target_MP]
+    if query.inverse_N is not None and doc.inverse_N is not None:
+        product_MP *= query.inverse_N[:, None] * doc.inverse_N[target_MP]
     return product_MP
 
 
@@ -362,23 +407,3 @@ def through_norm(x_RD: Tensor, inverse_R: Tensor, d_x_RD: Tensor) -> None:
         # a norm below the bound was not divided by: nothing to take out
         along_R.masked_fill_(inverse_R[rows] >= 1.0 / NORM_EPSILON, 0.0)
         d_strip_RD.addcmul_(strip_RD, along_R[:, None], value=-1.0)
-
-
-_Scaled = tuple[Tensor, Tensor]
-
-
-def _guides(
-    false_negatives: FalseNegatives | None, bank: Bank | None, compute: torch.dtype
-) -> tuple[_Scaled, _Scaled, _Scaled] | None:
-    """Guide embeddings of queries, documents and bank with the inverses of their norms."""
-    if false_negatives is None or not false_negatives.guided:
-        return None
-    query_MG, doc_NG = false_negatives.query_guide_MG, false_negatives.doc_guide_NG
-    assert query_MG is not None
-    assert doc_NG is not None
-    bank_CG = doc_NG[:0] if bank is None or bank.guide_CG is None else bank.guide_CG
-    query, doc, others = (
-        (guide.detach(), _inverse_norms(guide.detach(), compute))
-        for guide in (query_MG, doc_NG, bank_CG)
-    )
-    return query, doc, others
