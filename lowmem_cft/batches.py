@@ -109,7 +109,8 @@ def step_texts(
 
     Args:
         hard_negatives: batch, own or none; see `LossSection`.
-        mask_duplicates: documents equal to a query's positive are no negatives of it.
+        mask_duplicates: documents equal to a query's positive, or to the query, are no negatives
+            of it.
         encode_twins_once: one pool entry per distinct text. With dropout, twins would share a
             mask, which changes the step; without it, this changes nothing.
     """

@@ -14,6 +14,11 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).abs().max() / scale)
 
 
+def vector_error(got: Tensor, wanted: Tensor, magnitude: float) -> float:
+    """Norm of the difference over a magnitude."""
+    return float((got.double() - wanted.double()).norm()) / magnitude
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter.grad.clone()

@@ -152,18 +152,18 @@ def test_places_and_roles(hard_negatives: str, mask: bool, twins: bool) -> None:
     candidates = found.candidates
     assert candidates.target.tolist() == [0, 1, 2, 3, 4]
     candidates.validate(5, 5 + len(negatives))
-    if hard_negatives == "own":
-        assert candidates.owner_N is not None
-        assert candidates.owner_N.tolist() == [SHARED] * 5 + OWNERS
-    else:
-        assert candidates.owner_N is None
+    assert candidates.owner_N is not None
+    assert candidates.owner_N.tolist() == [SHARED] * 5 + (OWNERS if negatives else [])
+    assert candidates.own_only is (hard_negatives == "own")
     if mask:
-        assert candidates.query_key_M is not None
-        assert candidates.doc_key_N is not None
-        assert candidates.query_key_M.tolist() == POSITIVES
-        assert candidates.doc_key_N.tolist() == POSITIVES + negatives
+        assert candidates.query_keys is not None
+        assert candidates.doc_keys is not None
+        assert candidates.query_keys.tolist() == [
+            [positive, anchor] for positive, anchor in zip(POSITIVES, QUERIES, strict=True)
+        ]
+        assert candidates.doc_keys.tolist() == POSITIVES + negatives
     else:
-        assert candidates.query_key_M is candidates.doc_key_N is None
+        assert candidates.query_keys is candidates.doc_keys is None
 
 
 @pytest.mark.parametrize("hard_negatives", ["batch", "own", "none"])
@@ -182,28 +182,40 @@ def test_twins_are_encoded_once_or_each(hard_negatives: str) -> None:
         assert set(used) == set(range(len(found.text_P)))
 
 
-def hidden_pairs(found: StepTexts) -> set[tuple[int, int]]:
-    """(query, document text) where the query does not see the document."""
-    hidden_MN = found.candidates.hidden(slice(0, found.num_queries))
-    assert hidden_MN is not None
-    docs = found.text_P[found.place_S[found.num_queries :].numpy()]
-    return {(i, int(docs[j])) for i, j in hidden_MN.nonzero().tolist()}
+def hidden_places(found: StepTexts) -> list[list[int]]:
+    """For each query the documents that its loss does not depend on: they get no gradient from it."""
+    draw = torch.Generator().manual_seed(0)
+    emb_PD = torch.randn(len(found.text_P), 6, generator=draw, dtype=torch.float64)
+    query_MD, doc_ND = emb_PD[found.place_S].tensor_split([found.num_queries])
+    hidden = []
+    for i in range(found.num_queries):
+        alone_M = (torch.arange(found.num_queries) == i).double()
+        result = info_nce(query_MD, doc_ND, found.candidates, temperature=1.0, weight_M=alone_M)
+        hidden.append((result.d_doc_ND == 0).all(dim=1).nonzero()[:, 0].tolist())
+    return hidden
 
 
 def test_duplicates_of_a_positive_are_hidden_from_its_query() -> None:
     # places 1 and 3 share the positive 20, which is also the negative of place 4
-    assert hidden_pairs(gather("batch", mask_duplicates=True)) == {(1, 20), (3, 20)}
-    hidden_MN = gather("batch", mask_duplicates=True).candidates.hidden(slice(0, 5))
-    assert hidden_MN is not None
-    assert hidden_MN.nonzero().tolist() == [[1, 3], [1, 10], [3, 1], [3, 10]]
+    assert hidden_places(gather("batch", mask_duplicates=True)) == [[], [3, 10], [], [1, 10], []]
+    assert hidden_places(gather("batch")) == [[], [], [], [], []]
+
+
+def test_a_document_that_is_the_query_itself_is_hidden_from_it() -> None:
+    # the anchor of row 1 is the positive of row 0 and the negative of row 2
+    table = RowTable(np.array([1, 2, 3]), np.array([2, 4, 5]), np.array([[6], [7], [2]]))
+    options: dict[str, Any] = {"hard_negatives": "batch", "encode_twins_once": True}
+    rows = np.arange(3)
+    masked = step_texts(table, rows, mask_duplicates=True, **options)
+    assert hidden_places(masked) == [[5], [0, 5], []]
+    plain = step_texts(table, rows, mask_duplicates=False, **options)
+    assert hidden_places(plain) == [[], [], []]
 
 
 def test_own_negatives_are_hidden_from_other_rows() -> None:
-    hidden_MN = gather("own").candidates.hidden(slice(0, 5))
-    assert hidden_MN is not None
-    assert not hidden_MN[:, :5].any()
-    wanted = torch.tensor(OWNERS) != torch.arange(5)[:, None]
-    assert torch.equal(hidden_MN[:, 5:], wanted)
+    others = [[5 + j for j, owner in enumerate(OWNERS) if owner != i] for i in range(5)]
+    assert hidden_places(gather("own")) == others
+    assert sum(map(len, others)) == 4 * len(OWNERS)
 
 
 def test_without_negatives_in_the_table() -> None:

@@ -4,7 +4,8 @@ Blocks of query rows are scored against all candidates; their logits live only w
 worked on. Logits are float32 (float64 for float64 inputs): rounding them to 16 bit costs percents
 of the gradient at low temperatures. Where documents choose among queries, or a denominator is
 shared with something that is not row by row, a first pass collects the log-sum-exps and a second
-one computes the logits again; otherwise one pass does. See `problem` for the formulas.
+one computes the logits again, unless all of them fit the workspace; otherwise one pass does. See
+`problem` for the formulas.
 
 The temperature needs no pass of its own: with G = d loss / d z, d loss / d temperature =
 -sum_ij G_ij z_ij / temperature, and the sum over j is a product of row i with its own gradient.
@@ -18,13 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem_cft_kernels.denominators import column_shift, join, mean_loss, row_shift
+from lowmem_cft_kernels.denominators import column_shift, join, mean_loss, row_factor, row_shift
 from lowmem_cft_kernels.options import Direction, Negatives
 from lowmem_cft_kernels.problem import Block, Problem, add_at, row_blocks, through_norm
 from lowmem_cft_kernels.tally import Tally
 
-WORKSPACE_BYTES = 32 * 2**20
-"""Bound on the memory that one block of logits and its temporaries take."""
+WORKSPACE_BYTES = 60 * 2**20
+"""Bound on the memory that logits and their temporaries take."""
+
+_HELD_SHARE = 0.6
+"""Of the workspace, what logits may take that are held from the first pass for the second."""
 
 _TILE_BYTES = 4 * 2**20
 """Columns held in the compute dtype at once, where they come in another."""
@@ -102,8 +106,8 @@ class _Scores:
     hidden_col_RC: Tensor | None
 
 
-def _scores(problem: Problem, block: Block, rows: slice, *, columns_too: bool) -> _Scores:
-    """Logits s / temperature, without hardness; nothing is masked yet."""
+def _logits(problem: Problem, block: Block, rows: slice) -> Tensor:
+    """(R, C): s / temperature, without hardness and unmasked."""
     compute, temperature = problem.compute, problem.temperature
     row_RD = block.pick(block.row_RD, rows).to(compute)
     inverse_R = None if block.row_inverse_R is None else block.pick(block.row_inverse_R, rows)
@@ -114,7 +118,20 @@ def _scores(problem: Problem, block: Block, rows: slice, *, columns_too: bool) -
     if block.has_positives:  # the same number as in the loss, whatever order it was added in
         assert block.target_RP is not None
         logit_RC.scatter_(1, block.target_RP[rows], problem.positive_MP[rows] / temperature)
+    return logit_RC
 
+
+def _scores(
+    problem: Problem,
+    block: Block,
+    rows: slice,
+    *,
+    columns_too: bool,
+    logit_RC: Tensor | None = None,
+) -> _Scores:
+    """Logits, computed where they are not given, and masks; nothing is masked yet."""
+    compute, temperature = problem.compute, problem.temperature
+    logit_RC = _logits(problem, block, rows) if logit_RC is None else logit_RC
     hidden_RC = _hidden(block, rows)
     if block.row_bound_R is None:
         if hidden_RC is None and block.target_hides:
@@ -194,6 +211,15 @@ class Chunked:
     ) -> None:
         self.problem = problem
         self.d_query_MD, self.d_doc_ND = d_query_MD, d_doc_ND
+        documents, self.held_MN = problem.queries_with_documents, None
+        if documents.row_RD.dtype != problem.compute:
+            workspace_bytes = max(workspace_bytes // 2, workspace_bytes - _TILE_BYTES)
+        num_logits = len(documents.row_RD) * len(documents.col_CD)
+        held_bytes = num_logits * problem.compute.itemsize
+        if problem.documents_choose and held_bytes <= workspace_bytes * _HELD_SHARE:
+            shape = (len(documents.row_RD), len(documents.col_CD))
+            self.held_MN = torch.empty(shape, dtype=problem.compute, device=d_query_MD.device)
+            workspace_bytes -= held_bytes
         self.size = queries_per_block(problem, workspace_bytes)
         self.tally = Tally.empty(problem)
         self.product = torch.zeros((), dtype=problem.compute, device=d_query_MD.device)
@@ -223,11 +249,12 @@ class Chunked:
                 top_R1, lse_R1 = _exp_shifted(logit_RC, hidden_RC, 1)
                 parts.append((block, rows, logit_RC, top_R1))
                 lse_BP = join(problem, lse_BP, lse_R1)
+                del logit_RC, hidden_RC  # or the next block of queries would be held beside them
             assert lse_BP is not None
             loss += mean_loss(problem, queries, [lse_BP])
             while parts:
                 block, rows, grad_RC, top_R1 = parts.pop(0)
-                grad_RC.mul_(torch.exp(top_R1 - row_shift(problem, block, queries, lse_BP)))
+                grad_RC.mul_(row_factor(problem, block, queries, lse_BP, top_R1))
                 self._push(block, rows, grad_RC)
                 del grad_RC
         return loss
@@ -275,11 +302,14 @@ class Chunked:
                     _count(problem, rows, scores, self.tally)
                 if block is documents:
                     _merge_columns(scores, top_N, total_N)
+                    if self.held_MN is not None:
+                        self.held_MN[rows] = scores.logit_RC
                 softmax = problem.softmax_of(block.direction)
                 if softmax is None:
                     continue
                 _harden(problem, block, rows, scores.logit_RC)
                 lse_R1 = _exp_shifted(scores.logit_RC, scores.hidden_row_RC, 1)[1]
+                del scores  # as in _one_pass
                 held_MP = lse_MP[softmax]
                 if held_MP is None:
                     held_MP = lse_R1.new_full(problem.target_MP.shape, -torch.inf)
@@ -307,7 +337,8 @@ class Chunked:
         """(R, C), d loss / d z without the positives' share."""
         problem, rows = self.problem, block.rows(queries)
         columns_too = block is problem.queries_with_documents
-        scores = _scores(problem, block, rows, columns_too=columns_too)
+        held_RC = self.held_MN[rows] if columns_too and self.held_MN is not None else None
+        scores = _scores(problem, block, rows, columns_too=columns_too, logit_RC=held_RC)
         column_RC = None
         if columns_too:
             column_RC = (scores.logit_RC - gamma_N).exp_()

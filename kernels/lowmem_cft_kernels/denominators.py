@@ -44,6 +44,22 @@ def row_shift(problem: Problem, block: Block, queries: slice, lse_BP: Tensor) ->
     return -share_BP.logsumexp(dim=1, keepdim=True)
 
 
+def row_factor(
+    problem: Problem, block: Block, queries: slice, lse_BP: Tensor, top_R1: Tensor
+) -> Tensor:
+    """(R, 1), exp(top - rho), the weights kept out of the exponent.
+
+    A row that sees its positive alone then has a gradient of exactly 0: with its weight added to a
+    logit of 10 it would be off by 1e-6 of the weight.
+    """
+    weight_BP = problem.weight_MP[queries] / len(problem.softmaxes)
+    share_BP = weight_BP * torch.exp(top_R1.reshape(len(lse_BP), -1) - lse_BP)
+    share_BP.masked_fill_(weight_BP == 0, 0.0)
+    if block.direction is Direction.DOC_TO_DOC:
+        return share_BP.reshape(-1, 1)
+    return share_BP.sum(dim=1, keepdim=True)
+
+
 def column_shift(problem: Problem, lse_MP: Tensor) -> Tensor:
     """(N,), gamma of `problem`; infinite for documents that are nobody's positive.
 

@@ -68,8 +68,7 @@ def info_nce(
         normalize: take cosines: the gradient is then that of the raw inputs.
         path: how to compute it; chosen by device, dtype and size if None (see `choose_path`).
         workspace_bytes: bound on what is held besides inputs, gradients and a few numbers per
-            query and document; 32 MiB for the chunked path and 60 MiB for Triton's if None. It
-            does not change the result beyond rounding.
+            query and document, 60 MiB if None; does not change the result beyond rounding.
         out: (M, D) and (N, D) to write the gradients to, in the dtype they would have, so that
             views of one buffer can be filled without a copy.
 

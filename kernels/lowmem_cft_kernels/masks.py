@@ -27,10 +27,12 @@ class Candidates:
             query is still a candidate where documents choose among queries.
         owner_N: int64 (N,) or None: i >= 0 for a hard negative that was given to query i,
             `SHARED` for every other document.
-        own_only: a document that has an owner is seen by it alone.
+        own_only: queries see a document that has an owner only if it is theirs. Where positives
+            are compared with documents, they are so with all that did not come with their query.
         query_keys: int64 (M,) or (M, K), with `doc_keys` or not at all. A document whose key
             equals one of the query's is no negative of it: the same text under two row numbers,
-            or the query's own text. A query's positives always count.
+            or the query's own text. A query's positives always count. Queries that share a key
+            are no negatives of each other, documents of equal keys neither.
         doc_keys: int64 (N,).
     """
 
@@ -75,6 +77,13 @@ class Candidates:
                 wanted = f"({length},)" + (f" or ({length}, 1 or more)" if columns else "")
                 raise ValueError(
                     f"{name}: got {vector.dtype} {tuple(vector.shape)}, wanted int64 {wanted}"
+                )
+        if self.owner_N is not None and len(self.owner_N):
+            low, high = int(self.owner_N.min()), int(self.owner_N.max())
+            if low < SHARED or high >= num_queries:
+                raise ValueError(
+                    f"owner_N: got entries in {low}..{high}, wanted 0..{num_queries - 1}, or "
+                    f"{SHARED} for none"
                 )
         if not self.target.numel():
             return

@@ -157,6 +157,8 @@ def check_shapes(
             f"weight_M: got {weight_M.dtype} {tuple(weight_M.shape)}, wanted floats "
             f"({num_queries},)"
         )
+    if weight_M is not None and bool((weight_M < 0).any()):
+        raise ValueError(f"weight_M: got {float(weight_M.min())}, wanted 0 or more")
     if bank is not None and (
         bank.doc_CD.dtype != doc_ND.dtype or bank.doc_CD.ndim != 2 or bank.doc_CD.shape[1] != width
     ):
