@@ -173,11 +173,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"weight_M": torch.ones(1)},
         r"weight_M: got torch.float32 \(1,\), wanted floats \(2,\)",
     ),
-    "weights of integers": (
+    "weights below 0": (
         {"weight_M": torch.tensor([1.0, -0.5])},
         r"weight_M: got -0.5, wanted 0 or more",
     ),
-    "weights of integers below": (
+    "weights of integers": (
         {"weight_M": long(1, 1)},
         r"weight_M: got torch.int64 \(2,\), wanted floats \(2,\)",
     ),
