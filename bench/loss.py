@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loss_report import Row, plot, print_table, title
 from loss_sides import MODES, ST_MINI_BATCHES, Side, Task, Work, make_sides
 from measure import machine, median, print_line, synchronize, versions, write_whole
 from torch import Tensor
@@ -56,7 +57,6 @@ from lowmem_cft_kernels import Path as LossPath
 
 Size = tuple[int, int, int]
 """M, N, D."""
-Row = dict[str, Any]
 
 HEADLINE: dict[str, tuple[Size, str]] = {
     "cpu": ((2048, 4096, 576), "float32"),
@@ -458,72 +458,6 @@ def run(
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def title(row: Row) -> str:
-    return f"{row['m']} x {row['n']} x {row['d']}, {row['dtype']}, {row['mode']}"
-
-
-def print_table(found: dict[str, Any]) -> None:
-    """All rows, on standard error."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("impl", box=None)
-    for name in ("ms", "p20", "p80", "by ours", "extra MiB", "TFLOP/s", "of peak", "error"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("note")
-    last = None
-    for row in found["rows"]:
-        if title(row) != last:
-            last = title(row)
-            table.add_row(f"[bold]{last}", *[""] * 9)
-        extra = row["extra_bytes"]
-        cells = [row[key] for key in ("ms_median", "ms_p20", "ms_p80", "by_ours")]
-        cells += [None if extra is None else round(extra / 2**20, 1)]
-        cells += [row[key] for key in ("useful_tflops", "share_of_peak", "max_rel_error")]
-        texts = ["" if cell is None else f"{cell:.4g}" for cell in cells]
-        note = row["note"] if row["status"] == "ok" else f"{row['status']}: {row['note']}"
-        table.add_row(f"  {row['impl']}", *texts, note)
-    Console(stderr=True, width=150).print(table)
-
-
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Speed and extra memory of all rows that have a time, as a PNG.
-
-    Raises:
-        SystemExit: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("--plot: needs matplotlib (pip install --group bench)") from None
-
-    rows = [row for row in found["rows"] if row["status"] == "ok"]
-    titles = list(dict.fromkeys(title(row) for row in rows))
-    names = list(dict.fromkeys(row["impl"] for row in rows))
-    figure = Figure(figsize=(13, 1.5 + 0.22 * (len(rows) + len(titles))), layout="constrained")
-    speed, memory = figure.subplots(1, 2, sharey=True)
-    ticks, y = [], 0.0
-    for name in titles:
-        group = [row for row in rows if title(row) == name]
-        ticks.append(y + (len(group) - 1) / 2)
-        for row in group:
-            color = f"C{names.index(row['impl'])}"
-            label = row["impl"] if row is next(r for r in rows if r["impl"] == row["impl"]) else ""
-            speed.barh(y, row["useful_tflops"], color=color, label=label)
-            if row["extra_bytes"] is not None:
-                memory.barh(y, max(row["extra_bytes"], 1) / 2**20, color=color)
-            y += 1
-        y += 1
-    speed.set_yticks(ticks, titles)
-    speed.invert_yaxis()
-    speed.set_xlabel("useful TFLOP/s (6 M N D by the time)")
-    memory.set_xlabel("MiB beyond inputs and gradients")
-    memory.set_xscale("log")
-    figure.legend(loc="outside lower center", ncols=max(1, len(names)), frameon=False)
-    figure.suptitle(f"InfoNCE forward and backward, {found['machine']['device']}")
-    figure.savefig(path, format="png", dpi=120)
 
 
 def parse_size(text: str) -> Size:
