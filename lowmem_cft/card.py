@@ -50,6 +50,9 @@ def model_card(recipe: Recipe, metrics: Mapping[str, Any], path: Path, *, hub_ba
     )
     sources = "\n".join(f"- {source.path}" for source in recipe.data.sources)
     loss, train = recipe.loss, recipe.train
+    temperature = f"{loss.temperature}"
+    if loss.learn_temperature:
+        temperature += f" at first and {metrics['temperature']:.4f} in the end (learned)"
     versions = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
     held = f"{recipe.model.quantization} base" if recipe.model.quantization != "none" else "base"
     return f"""---
@@ -60,7 +63,7 @@ def model_card(recipe: Recipe, metrics: Mapping[str, Any], path: Path, *, hub_ba
 
 {recipe.model.id} ({held}) turned into a sentence-embedding model with lowmem-cft: contrastive
 fine-tuning of a LoRA adapter (rank {recipe.lora.rank}), {metrics["steps"]} steps of
-{train.logical_batch} rows, temperature {loss.temperature}, hard negatives: {loss.hard_negatives}.
+{train.logical_batch} rows, temperature {temperature}, hard negatives: {loss.hard_negatives}.
 
 ## Use
 

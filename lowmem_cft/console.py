@@ -63,7 +63,11 @@ class Screen:
         self._bar.advance(self._task, count)
 
     def step(self, line: Mapping[str, Any]) -> None:
-        note = f"loss {line['loss']:.4f}  {line['rows_per_s']:.1f} rows/s"
+        note = f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.0%}"
+        note += f"  rank {line['mean_rank']:.1f}"
+        if "temperature" in line:
+            note += f"  temperature {line['temperature']:.4f}"
+        note += f"  {line['rows_per_s']:.1f} rows/s"
         self._bar.update(self._task, completed=line["step"], note=note)
         every = max(1, self._num_steps // _LINES)
         if not self.console.is_terminal and (

@@ -57,6 +57,17 @@ def _device() -> list[Finding]:
     ]
 
 
+def _loss_path() -> Finding:
+    import torch
+
+    from lowmem_cft.backbone import choose_device
+    from lowmem_cft_kernels import choose_path
+
+    emb_SD = torch.empty((256 + 512, 1024), device=choose_device())
+    path = choose_path(emb_SD[:256], emb_SD[256:]).value
+    return Finding("ok", "loss", f"by the {path} path (256 triplets of 1024 dimensions)")
+
+
 def _nf4() -> Finding:
     if importlib.util.find_spec("bitsandbytes") is None:
         return Finding("missing", "4-bit", "bitsandbytes is absent", "pip install bitsandbytes")
@@ -103,7 +114,7 @@ def examine() -> list[Finding]:
     needed = ("torch", "transformers", "peft", "datasets", "scipy")
     findings = [Finding("ok", "python", platform.python_version())]
     findings += [_package(name, True, "needed", f"pip install {name}") for name in needed]
-    findings += _device()
+    findings += [*_device(), _loss_path()]
     findings += [_package("bitsandbytes", True, "no NF4", "pip install bitsandbytes"), _nf4()]
     findings.append(
         _package(

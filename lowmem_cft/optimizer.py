@@ -12,9 +12,16 @@ from lowmem_cft.recipe import TrainSection
 
 
 def make_optimizer(
-    parameters: Sequence[nn.Parameter], section: TrainSection, device: torch.device
+    parameters: Sequence[nn.Parameter],
+    section: TrainSection,
+    device: torch.device,
+    *,
+    undecayed: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer the recipe names.
+
+    Args:
+        undecayed: more parameters, without weight decay.
 
     Raises:
         ValueError: a paged optimizer without CUDA, whose unified memory it pages with.
@@ -25,9 +32,12 @@ def make_optimizer(
         "eps": section.epsilon,
         "weight_decay": section.weight_decay,
     }
+    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+    if undecayed:
+        groups.append({"params": list(undecayed), "weight_decay": 0.0})
     if section.optimizer == "adamw":
         # fused: after the first step an update allocates nothing, so it cannot run out of memory
-        return torch.optim.AdamW(parameters, fused=True, **common)
+        return torch.optim.AdamW(groups, fused=True, **common)
     if section.optimizer.startswith("paged") and device.type != "cuda":
         raise ValueError(
             f"train.optimizer: got {section.optimizer}, which needs a CUDA device; "
@@ -40,7 +50,7 @@ def make_optimizer(
         "paged_adamw_8bit": optim.PagedAdamW8bit,
         "paged_adamw_32bit": optim.PagedAdamW32bit,
     }
-    optimizer: torch.optim.Optimizer = classes[section.optimizer](parameters, **common)
+    optimizer: torch.optim.Optimizer = classes[section.optimizer](groups, **common)
     return optimizer
 
 

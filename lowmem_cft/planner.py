@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from lowmem_cft.footprint import Footprint
 from lowmem_cft.plan import MIN_WORKSPACE_BYTES, StepPlan
-from lowmem_cft.recipe import MemorySection
+from lowmem_cft.recipe import LossSection, MemorySection
 from lowmem_cft.tokens import chunk_by_tokens
 from lowmem_cft.tracing import ChunkCost
 
@@ -250,7 +250,7 @@ class Planner:
         embeddings = slots * dim * _EMBEDDING_BYTES[plan.embedding_dtype]
         gradient = slots * dim * 4
         index = slots * INDEX_BYTES
-        workspace = min(plan.workspace_bytes, _loss_bytes(shape))
+        workspace = min(plan.workspace_bytes, _loss_bytes(shape, dim, self.footprint.recipe.loss))
         host = plan.offload_embeddings and self.device_type != "cpu"
         before: dict[str, float] = {"index": index, "embeddings": 0 if host else embeddings}
         after: dict[str, float] = {"index": index, "embedding_gradient": 0 if host else gradient}
@@ -440,7 +440,13 @@ def _kept_bytes(planner: Planner, plan: StepPlan, kept: int, num_chunks: float) 
     return per_token * kept + max(0.0, per_chunk) * num_chunks
 
 
-def _loss_bytes(shape: BatchShape) -> int:
-    """What the chunked loss would hold for the whole matrix: three copies of its logits."""
+def _loss_bytes(shape: BatchShape, dim: int, loss: LossSection) -> int:
+    """At most what the loss holds with all queries worked on at once."""
     docs = max(1, shape.slots - shape.rows)
-    return max(MIN_WORKSPACE_BYTES, 3 * 4 * shape.rows * docs)
+    copies = 1.5  # of the logits, with their masks
+    copies += 1.5 if loss.false_negative_margin is not None else 0.0
+    numbers = docs * (copies + (2.0 if loss.hardness else 1.0)) + 3 * dim  # of each query
+    numbers += docs if loss.softmaxes in ("symmetric", "gte") else 0.0  # held for the second pass
+    if loss.softmaxes in ("gte", "qwen3"):  # queries with queries, documents with documents
+        numbers += (shape.rows + docs) * copies + 6 * dim
+    return max(MIN_WORKSPACE_BYTES, round(4 * shape.rows * numbers))

@@ -24,6 +24,7 @@ TEXT_SLOT = "{text}"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -132,11 +133,50 @@ class LossSection(_Section):
     """InfoNCE over the logical batch."""
 
     temperature: Positive = 0.05
+    """The first one, where it is learned."""
+    learn_temperature: bool = False
+    """Train it with the adapter, without weight decay, always between `temperature_bounds`."""
+    temperature_bounds: tuple[Positive, Positive] = (0.005, 1.0)
+    softmaxes: Literal["one_way", "symmetric", "gte", "qwen3"] = "one_way"
+    """one_way: each anchor picks its positive among the documents. symmetric: the mean of that and
+    of each positive picking its anchor. qwen3: one_way with the other anchors, and the documents
+    against the positive, in the same denominator (arXiv 2506.05176); gte: and with the positive
+    picking its anchor (arXiv 2308.03281)."""
     hard_negatives: Literal["batch", "own", "none"] = "batch"
     """batch: every anchor sees every row's hard negatives; own: only its row's."""
-    symmetric: bool = False
     mask_duplicates: bool = True
-    """A document with the same text as the anchor's positive is no negative of it."""
+    """A document with the same text as the anchor's positive, or as the anchor, is no negative
+    of it."""
+    false_negative_margin: Finite | None = None
+    """Hide negatives more similar than the positive's similarity less this margin, as probably
+    positives themselves (arXiv 2407.15831); below 0 spares those a little more similar."""
+    false_negative_relative: bool = False
+    """The margin is a share of the positive's similarity."""
+    hardness: NonNegative = 0.0
+    """Weight similar negatives up: this times its similarity is added to a negative's logit, as a
+    constant (arXiv 2503.04812). 0 is off."""
+    hardness_on: Literal["hard", "in-batch", "all"] = "all"
+    """Which negatives: the row's own hard ones, all others, or both."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> LossSection:
+        low, high = self.temperature_bounds
+        if self.learn_temperature and not low < self.temperature < high:
+            raise ValueError(
+                f"temperature: got {self.temperature} with learn_temperature, wanted it between "
+                f"temperature_bounds, {low} and {high}, and neither of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_act_on(self) -> LossSection:
+        if self.false_negative_relative and self.false_negative_margin is None:
+            raise ValueError(
+                "false_negative_relative: got true, which needs a false_negative_margin"
+            )
+        if self.hardness and self.hardness_on == "hard" and self.hard_negatives == "none":
+            raise ValueError("hardness_on: got hard, but hard_negatives is none")
+        return self
 
 
 class TrainSection(_Section):
@@ -373,6 +413,9 @@ def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
 
+_RENAMED = {"loss.symmetric": "loss.softmaxes: symmetric (true) or one_way (false)"}
+
+
 def _explain(error: Any) -> str:
     unknown = error["type"] == "extra_forbidden"
     # pydantic puts the tried branch of a union into the path: 'list[str]', 'constrained-int'
@@ -387,6 +430,8 @@ def _explain(error: Any) -> str:
     if unknown:
         section = _section_at(location[:-1])
         allowed = list(section.model_fields) if section else []
+        if path in _RENAMED:
+            return f"{path}: unknown key; it is now {_RENAMED[path]}"
         close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"{path}: unknown key{hint}; allowed: {', '.join(allowed)}"
@@ -412,9 +457,10 @@ def parse(values: Mapping[str, Any], where: str) -> Recipe:
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """YAML has no tuples, and strict checking takes no list for one."""
     values = dict(values)
-    train = values.get("train")
-    if isinstance(train, Mapping) and isinstance(train.get("betas"), list):
-        values["train"] = {**train, "betas": tuple(train["betas"])}
+    for name, key in (("train", "betas"), ("loss", "temperature_bounds")):
+        section = values.get(name)
+        if isinstance(section, Mapping) and isinstance(section.get(key), list):
+            values[name] = {**section, key: tuple(section[key])}
     return values
 
 

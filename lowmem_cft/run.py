@@ -16,7 +16,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,8 @@ class TrainingState:
     """Plain values: scores so far, seconds spent, the best score and its step."""
     plan: dict[str, Any]
     """The step plan as it was: the same plan rounds the same way."""
+    temperature: dict[str, Tensor] = field(default_factory=dict)
+    """The state of `LearnedTemperature`; empty where the temperature is not trained."""
 
 
 def save_state(run: RunFolder, state: TrainingState) -> None:
@@ -205,10 +207,8 @@ def save_state(run: RunFolder, state: TrainingState) -> None:
     try:
         with whole_folder(run.checkpoint) as folder:
             save_file(state.adapter, str(folder / "adapter.safetensors"))
-            torch.save(
-                {key: getattr(state, key) for key in ("optimizer", "scheduler", "scaler")},
-                folder / "optimizer.pt",
-            )
+            keys = ("optimizer", "scheduler", "scaler", "temperature")
+            torch.save({key: getattr(state, key) for key in keys}, folder / "optimizer.pt")
             sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
             write_json(
                 folder / "state.json",

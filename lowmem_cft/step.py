@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +17,57 @@ from lowmem_cft.gradcache import gradcache_step
 from lowmem_cft.plan import StepPlan
 from lowmem_cft.recipe import LossSection
 from lowmem_cft.tokens import TokenStore, cut_by_length, pad
-from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, info_nce
+from lowmem_cft_kernels import (
+    GTE,
+    ONE_WAY,
+    QWEN3,
+    SYMMETRIC,
+    FalseNegatives,
+    Hardness,
+    LearnedTemperature,
+    Negatives,
+    Observed,
+    Path,
+    info_nce,
+)
+
+_SOFTMAXES = {"one_way": ONE_WAY, "symmetric": SYMMETRIC, "gte": GTE, "qwen3": QWEN3}
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """`loss`, `observed` and `path` as in `InfoNCEResult`; no gradients, which the cache holds.
+
+    `temperature` is the one of this step and `d_raw` d loss / d `LearnedTemperature.raw`, both
+    scalars, and None where the temperature is not trained; the step adds `d_raw` to `.grad`, which
+    uses it up.
+    """
+
+    loss: Tensor
+    observed: Observed
+    path: Path
+    temperature: Tensor | None
+    d_raw: Tensor | None
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What a step found, and how it went.
 
-    `loss` and `accuracy` are scalars, as in `InfoNCEResult`. `plan` is the one for the next step: smaller than the one given where memory ran out.
+    `plan` is the one for the next step: smaller than the one given where memory ran out.
     `tokens` are real ones, `padded_tokens` what they became in the chunks that made the gradient.
     """
 
-    loss: Tensor
-    accuracy: Tensor
+    found: LossReport
     plan: StepPlan
     texts: int
     tokens: int
     padded_tokens: int
+
+    @property
+    def loss(self) -> Tensor:
+        """A scalar."""
+        return self.found.loss
 
     @property
     def padding_share(self) -> float:
@@ -51,6 +86,7 @@ class ContrastiveStep:
         loss: the recipe's.
         parameters: the adapter's.
         chunk_cost: see `tokens.chunk_by_tokens`.
+        temperature: in place of the recipe's, and trained.
     """
 
     encoder: Encoder
@@ -59,6 +95,7 @@ class ContrastiveStep:
     loss: LossSection
     parameters: Sequence[nn.Parameter]
     chunk_cost: int
+    temperature: LearnedTemperature | None = None
 
     def __call__(
         self, texts: StepTexts, plan: StepPlan, *, gradient_scale: float = 1.0
@@ -73,30 +110,67 @@ class ContrastiveStep:
             padded += batch.ids_BT.numel() if torch.is_grad_enabled() else 0
             return self.encoder(batch, place_B)
 
-        (loss, accuracy), plan = gradcache_step(
+        found, plan = gradcache_step(
             encode,
-            partial(_info_nce, texts, self.loss),
+            partial(_info_nce, texts, self.loss, self.temperature),
             cut=partial(cut_by_length, lengths_P, chunk_cost=self.chunk_cost),
             slots=Slots(texts.place_S),
             parameters=self.parameters,
             plan=plan,
             gradient_scale=gradient_scale,
         )
-        return StepReport(loss, accuracy, plan, len(lengths_P), int(lengths_P.sum()), padded)
+        if self.temperature is not None and found.d_raw is not None:
+            _add_gradient(self.temperature.raw, found.d_raw, gradient_scale)
+        return StepReport(found, plan, len(lengths_P), int(lengths_P.sum()), padded)
+
+
+def _add_gradient(parameter: nn.Parameter, gradient: Tensor, scale: float) -> None:
+    """Allocates nothing, so it cannot fail half-way. The gradient is used up."""
+    gradient.mul_(scale)
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad.add_(gradient)
 
 
 def _info_nce(
-    texts: StepTexts, section: LossSection, emb_SD: Tensor, d_emb_SD: Tensor, workspace_bytes: int
-) -> tuple[Tensor, Tensor]:
-    """Loss and accuracy of the step's slots; the rest is a `gradcache.Loss`."""
+    texts: StepTexts,
+    section: LossSection,
+    learned: LearnedTemperature | None,
+    emb_SD: Tensor,
+    d_emb_SD: Tensor,
+    workspace_bytes: int,
+) -> LossReport:
+    """The loss of the step's slots: a `gradcache.Loss`, which adds to no parameter's gradient."""
     query, doc = slice(0, texts.num_queries), slice(texts.num_queries, None)
+    temperature = None if learned is None else learned()
     result = info_nce(
         emb_SD[query],
         emb_SD[doc],
         texts.candidates.to(emb_SD.device),
-        temperature=section.temperature,
-        softmaxes=SYMMETRIC if section.symmetric else ONE_WAY,
+        temperature=section.temperature if temperature is None else temperature,
+        **loss_options(section),
         workspace_bytes=workspace_bytes,
         out=(d_emb_SD[query], d_emb_SD[doc]),
     )
-    return result.loss, result.accuracy
+    d_raw = None
+    if learned is not None and temperature is not None:
+        d_temperature = result.d_temperature.to(temperature.dtype)
+        (d_raw,) = torch.autograd.grad(temperature, learned.raw, d_temperature)
+        temperature = temperature.detach()
+    return LossReport(result.loss, result.observed, result.path, temperature, d_raw)
+
+
+def loss_options(section: LossSection) -> dict[str, Any]:
+    """The recipe's choices as arguments of `info_nce`."""
+    margin, strength = section.false_negative_margin, section.hardness
+    false_negatives = hardness = None
+    if margin is not None:
+        false_negatives = FalseNegatives(margin=margin, relative=section.false_negative_relative)
+    if strength:
+        hardness = Hardness(strength=strength, on=Negatives(section.hardness_on))
+    return {
+        "softmaxes": _SOFTMAXES[section.softmaxes],
+        "false_negatives": false_negatives,
+        "hardness": hardness,
+    }

@@ -38,8 +38,10 @@ from lowmem_cft.optimizer import make_optimizer, make_scheduler
 from lowmem_cft.plan import StepPlan
 from lowmem_cft.planner import GIB, MARGINS, Planner
 from lowmem_cft.planning import planner_for, shape_of
-from lowmem_cft.recipe import Recipe, parse_bytes
-from lowmem_cft.step import ContrastiveStep
+from lowmem_cft.recipe import LossSection, Recipe, parse_bytes
+from lowmem_cft.step import ContrastiveStep, LossReport
+from lowmem_cft_kernels import LearnedTemperature
+from lowmem_cft_kernels import Path as LossPath
 
 
 def memory_limit(recipe: Recipe, device: torch.device) -> int:
@@ -135,7 +137,12 @@ class Trainer:
         self.backbone: Backbone = load_backbone(recipe.model, self.device, observer.say, source)
         self.encoder = self._make_encoder()
         self.parameters = trainable_parameters(self.encoder.model)
-        self.optimizer = make_optimizer(self.parameters, recipe.train, self.device)
+        self.temperature = _learned_temperature(recipe.loss, self.device)
+        undecayed = [] if self.temperature is None else list(self.temperature.parameters())
+        self.trained = [*self.parameters, *undecayed]
+        self.optimizer = make_optimizer(
+            self.parameters, recipe.train, self.device, undecayed=undecayed
+        )
         self.scheduler = make_scheduler(self.optimizer, recipe.train, self.num_steps)
         scaled = self.backbone.dtype == torch.float16 and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
@@ -147,7 +154,9 @@ class Trainer:
             recipe.loss,
             self.parameters,
             self.planner.chunk_cost,
+            self.temperature,
         )
+        self._loss_path: LossPath | None = None
         self.step_index = 0
         self._updating = False
         self.progress = Progress()
@@ -209,6 +218,9 @@ class Trainer:
         if report.plan != self.plan:
             self.plan = report.plan
             self.observer.say(f"memory ran out; from now on: {self.plan.describe()}")
+        if report.found.path != self._loss_path:
+            self._loss_path = report.found.path
+            self.observer.say(f"loss by the {self._loss_path.value} path")
         loss = float(report.loss)
         if not math.isfinite(loss):
             raise RuntimeError(
@@ -228,7 +240,7 @@ class Trainer:
         return {
             "step": self.step_index,
             "loss": loss,
-            "accuracy": float(report.accuracy),
+            **_observed(report.found),
             "learning_rate": learning_rate,
             "gradient_norm": gradient_norm,
             "rows_per_s": recipe.train.logical_batch / seconds,
@@ -256,7 +268,7 @@ class Trainer:
     def _update(self) -> float:
         self.scaler.unscale_(self.optimizer)
         limit = self.recipe.train.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, limit))
         # What the first update allocates comes before it changes a weight, so it can be repeated.
         if not fits(partial(self.scaler.step, self.optimizer)):
             self.scaler.step(self.optimizer)
@@ -290,6 +302,7 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             progress=dict(vars(self.progress)),
             plan=self.plan.to_json(),
+            temperature={} if self.temperature is None else self.temperature.state_dict(),
         )
         run.save_state(self.folder, state)
 
@@ -298,6 +311,8 @@ class Trainer:
         self.optimizer.load_state_dict(state.optimizer)
         self.scheduler.load_state_dict(state.scheduler)
         self.scaler.load_state_dict(state.scaler)
+        if self.temperature is not None:
+            self.temperature.load_state_dict(state.temperature)
         self.step_index = state.step
         self.progress = Progress(**state.progress)
         run.truncate_log(self.folder, state.step)
@@ -406,10 +421,27 @@ class Trainer:
             "device": _device_name(self.device),
             "versions": run.library_versions(),
         }
+        if self.temperature is not None:
+            metrics["temperature"] = self.temperature().item()
         if self.recipe.eval.keep_best:
             metrics["best_step"] = self.progress.best_step
         run.write_json(self.folder.metrics, metrics)
         return metrics
+
+
+def _learned_temperature(section: LossSection, device: torch.device) -> LearnedTemperature | None:
+    if not section.learn_temperature:
+        return None
+    return LearnedTemperature(section.temperature, *section.temperature_bounds).to(device)
+
+
+def _observed(found: LossReport) -> dict[str, Any]:
+    """What a step's log line says of the batch; JSON has no NaN, which stands for no negatives."""
+    values = {name: float(value) for name, value in vars(found.observed).items()}
+    line = {name: None if math.isnan(value) else value for name, value in values.items()}
+    if found.temperature is not None:
+        line["temperature"] = float(found.temperature)
+    return line
 
 
 def _device_name(device: torch.device) -> str:

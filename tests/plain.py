@@ -21,6 +21,13 @@ from lowmem_cft.plan import StepPlan
 from lowmem_cft.recipe import LoraSection, LossSection
 from lowmem_cft.step import ContrastiveStep, StepReport
 from lowmem_cft.tokens import TokenStore, pad
+from lowmem_cft_kernels import (
+    Direction,
+    FalseNegatives,
+    Hardness,
+    LearnedTemperature,
+    Negatives,
+)
 from lowmem_cft_kernels.reference import reference_loss
 from numerics import compute_norms_in_float64, gradients
 
@@ -103,17 +110,53 @@ def use_plain_layers(model: Any) -> None:
     assert names["lora"], "LoRA layers had no forward of ours"
 
 
+LOSS = LossSection(temperature=0.1)
+
+
+def reference_options(section: LossSection) -> dict[str, Any]:
+    """What the recipe says, as arguments of the reference: written apart from the trainer's own."""
+    margin = section.false_negative_margin
+    one_way, back = Direction.QUERY_TO_DOC, Direction.DOC_TO_QUERY
+    others = {Direction.QUERY_TO_QUERY, Direction.DOC_TO_DOC}
+    return {
+        "softmaxes": {
+            "one_way": [{one_way}],
+            "symmetric": [{one_way}, {back}],
+            "gte": [{one_way, back} | others],
+            "qwen3": [{one_way} | others],
+        }[section.softmaxes],
+        "false_negatives": None
+        if margin is None
+        else FalseNegatives(margin=margin, relative=section.false_negative_relative),
+        "hardness": Hardness(strength=section.hardness, on=Negatives(section.hardness_on)),
+    }
+
+
 def plain_gradients(
-    encoder: Encoder, batch: Batch, texts: StepTexts, temperature: float = 0.1
+    encoder: Encoder,
+    batch: Batch,
+    texts: StepTexts,
+    loss: LossSection = LOSS,
+    temperature: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Of one forward over all texts at once and one backward. Spends the encoder's lean layers."""
+    """Of one forward over all texts at once and one backward. Spends the encoder's lean layers.
+
+    `temperature` stands in for the recipe's and gets a gradient too, which is for the caller.
+    """
     use_plain_layers(encoder.model)
     encoder.model.zero_grad()
     with encoder.training_mode(STEP):
         padded = pad(batch.store, texts.text_P, PAD, "left")
         emb_SD = encoder(padded)[texts.place_S]
         query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
-        reference_loss(query_MD, doc_ND, texts.candidates, temperature=temperature)[0].backward()
+        value, _ = reference_loss(
+            query_MD,
+            doc_ND,
+            texts.candidates,
+            temperature=loss.temperature if temperature is None else temperature,
+            **reference_options(loss),
+        )
+        value.backward()
     return gradients(encoder.model)
 
 
@@ -123,7 +166,8 @@ def planned_gradients(
     texts: StepTexts,
     plan: StepPlan,
     *,
-    temperature: float = 0.1,
+    loss: LossSection = LOSS,
+    temperature: LearnedTemperature | None = None,
     gradient_scale: float = 1.0,
     during: AbstractContextManager[Any] | None = None,
 ) -> tuple[dict[str, Tensor], StepReport]:
@@ -134,9 +178,10 @@ def planned_gradients(
         encoder,
         batch.store,
         PAD,
-        LossSection(temperature=temperature),
+        loss,
         trainable_parameters(encoder.model),
         chunk_cost=2,
+        temperature=temperature,
     )
     encoder.model.zero_grad()
     set_checkpointing(encoder.model, plan.checkpoint_every)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from test_train import corpus_files, make_recipe  # noqa: F401 (fixtures)
 
 from conftest import ROOT
 from lowmem_cft import __version__, cli, recipe
+from lowmem_cft_kernels import Path as LossPath
 
 Run = Callable[..., tuple[int, str, str]]
+PATHS = "|".join(path.value for path in LossPath)
 
 
 @pytest.fixture
@@ -111,6 +114,14 @@ def test_train_eval_embed_export(command: Run, finished: Path, tmp_path: Path) -
     assert code == 0, err
     assert (target / "model.safetensors").is_file()
     assert not (target / "adapter_config.json").exists()
+
+
+def test_progress_says_how_the_batch_is_told_apart(command: Run, recipe_file: Path) -> None:
+    code, _, err = command("train", str(recipe_file), "--set", "loss.learn_temperature=true")
+    assert code == 0, err
+    note = r"loss \d+\.\d{4}  accuracy \d+%  rank \d+\.\d  temperature 0\.0\d{3}  [\d.]+ rows/s"
+    assert re.search(rf"^step 2/2  {note}$", err, re.MULTILINE), err
+    assert len(re.findall(rf"^loss by the ({PATHS}) path$", err, re.MULTILINE)) == 1
 
 
 def test_base_model_is_evaluated_too(command: Run, tiny_folder: Path) -> None:
@@ -257,6 +268,7 @@ def test_doctor(command: Run) -> None:
     assert code == 0
     for what in ("torch", "4-bit", "cache", "compute dtype"):
         assert what in out
+    assert re.search(rf"loss.*by the ({PATHS}) path", out), out
 
 
 def test_demo_ends_in_one_line_of_json(

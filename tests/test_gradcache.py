@@ -16,8 +16,9 @@ from conftest import FAMILIES, save_tiny, tiny_config
 from lowmem_cft.backbone import load_backbone
 from lowmem_cft.configs import disable_base_dropout
 from lowmem_cft.plan import StepPlan
-from lowmem_cft.recipe import ModelSection
-from numerics import assert_same
+from lowmem_cft.recipe import LossSection, ModelSection
+from lowmem_cft_kernels import LearnedTemperature
+from numerics import assert_same, relative_error
 from plain import Batch, make_batch, make_encoder, plain_gradients, planned_gradients
 
 BATCHES = st.builds(
@@ -186,6 +187,71 @@ def test_checkpointing_computes_the_chosen_layers_again() -> None:
         )
         planned_gradients(encoder, batch, batch.texts(twins_once=True), plan)
         assert counts == [len(chunks) * times for times in wanted]
+
+
+MARGIN = {"false_negative_margin": 0.05}
+HARDNESS = {"hardness": 9.0}
+LOSSES: dict[str, dict[str, Any]] = {
+    "symmetric": {"softmaxes": "symmetric"},
+    "gte": {"softmaxes": "gte"},
+    "qwen3": {"softmaxes": "qwen3"},
+    "margin": MARGIN,
+    "margin below 0": {"false_negative_margin": -0.05},
+    "relative margin": {"false_negative_margin": 0.2, "false_negative_relative": True},
+    "hardness": HARDNESS,
+    "hardness on hard": {**HARDNESS, "hardness_on": "hard"},
+    "hardness in batch": {**HARDNESS, "hardness_on": "in-batch"},
+    "symmetric, all": {"softmaxes": "symmetric", **MARGIN, **HARDNESS},
+    "gte, all": {"softmaxes": "gte", **MARGIN, **HARDNESS, "hardness_on": "hard"},
+    "qwen3, all": {"softmaxes": "qwen3", **MARGIN, **HARDNESS, "hardness_on": "in-batch"},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_of_a_recipe_has_the_plain_gradient(name: str) -> None:
+    batch = make_batch(7, 3, texts=20)
+    texts, section = batch.texts(twins_once=True), LossSection(temperature=0.1, **LOSSES[name])
+    plan = StepPlan(backward_tokens=24, forward_tokens=60, kept_tokens=24, workspace_bytes=1)
+    got, report = planned_gradients(make_encoder(), batch, texts, plan, loss=section)
+    wanted = plain_gradients(make_encoder(), batch, texts, section)
+    assert_same(got, wanted, 1e-10)
+    others = {key: value for key, value in LOSSES[name].items() if key != "hardness_on"}
+    for key in others:  # each option counts: without it the gradient is another one
+        rest = {k: v for k, v in LOSSES[name].items() if not k.startswith(key)}
+        if key == "false_negative_margin":
+            rest.pop("false_negative_relative", None)
+        without = LossSection(temperature=0.1, **rest)
+        other = plain_gradients(make_encoder(), batch, texts, without)
+        assert relative_error(flat(other), flat(wanted)) > 0.01, key
+    visible = 1 - float(report.found.observed.masked_share)
+    assert 0.3 < visible < 1, "the margin hides all negatives or none"
+
+
+@pytest.mark.parametrize("softmaxes", ["one_way", "gte"])
+def test_a_learned_temperature_has_the_plain_gradient(softmaxes: Any) -> None:
+    batch = make_batch(7, 3, texts=20)
+    texts = batch.texts(twins_once=True)
+    loss = LossSection(temperature=0.5, softmaxes=softmaxes)  # of no effect: it is learned
+    plain, ours = (LearnedTemperature(0.1).double() for _ in range(2))
+    wanted = plain_gradients(make_encoder(), batch, texts, loss, plain())
+    wanted["raw"] = plain.raw.grad
+    encoder = make_encoder()
+    for times in (1, 2):  # a second step is added to the first
+        got, report = planned_gradients(
+            encoder, batch, texts, SIMPLE, loss=loss, temperature=ours, gradient_scale=8.0
+        )
+        assert_same(got, {k: 8 * v for k, v in wanted.items() if k != "raw"}, 1e-10)
+        assert_same({"raw": ours.raw.grad}, {"raw": 8 * times * wanted["raw"]}, 1e-10)
+    assert torch.equal(report.found.temperature, ours())
+    assert float(ours()) == pytest.approx(0.1)
+    assert not report.found.temperature.requires_grad
+
+
+def test_a_temperature_that_is_not_learned_has_no_part_in_the_report() -> None:
+    batch = make_batch(4, 1)
+    _, report = planned_gradients(make_encoder(), batch, batch.texts(twins_once=True), SIMPLE)
+    assert report.found.temperature is None
+    assert report.found.d_raw is None
 
 
 def test_gradient_scale_multiplies() -> None:

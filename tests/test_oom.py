@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem_cft import oom
+from lowmem_cft.embedding_cache import EmbeddingCache
 from lowmem_cft.oom import DoesNotFit, fits, is_out_of_memory
 from lowmem_cft.plan import StepPlan
+from lowmem_cft_kernels import LearnedTemperature, info_nce
 from numerics import assert_same
 from plain import make_batch, make_encoder, plain_gradients, planned_gradients
 
@@ -56,18 +58,33 @@ class FailAt(TorchDispatchMode):
 
 
 def run(plan: StepPlan, k: int = 0) -> tuple[dict[str, Tensor], StepPlan, int]:
-    """Gradients and plan of a step failing at operation k (never, for 0), and operations done."""
+    """Gradients and plan of a step failing at operation k (never, for 0), and operations done.
+
+    The temperature is learned, and its gradient is one of them.
+    """
     encoder = make_encoder(dropout=0.2)
     texts = BATCH.texts(twins_once=True)
-    mode = FailAt(k)
-    found, report = planned_gradients(encoder, BATCH, texts, plan, during=mode)
-    return found, report.plan, -mode.left
+    mode, temperature = FailAt(k), LearnedTemperature(0.1).double()
+    found, report = planned_gradients(
+        encoder, BATCH, texts, plan, during=mode, temperature=temperature
+    )
+    assert temperature.raw.grad is not None
+    return {**found, "temperature": temperature.raw.grad}, report.plan, -mode.left
+
+
+def plain() -> dict[str, Tensor]:
+    """What `run` has to find, without a plan."""
+    encoder, temperature = make_encoder(dropout=0.2), LearnedTemperature(0.1).double()
+    texts = BATCH.texts(twins_once=True)
+    found = plain_gradients(encoder, BATCH, texts, temperature=temperature())
+    assert temperature.raw.grad is not None
+    return {**found, "temperature": temperature.raw.grad}
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_failure_anywhere_leaves_the_gradient(name: str) -> None:
     plan = PLANS[name]
-    wanted = plain_gradients(make_encoder(dropout=0.2), BATCH, BATCH.texts(twins_once=True))
+    wanted = plain()
     whole, same, total = run(plan)
     assert same == plan
     assert_same(whole, wanted, 1e-10)
@@ -113,6 +130,43 @@ def test_budgets_sink_until_chunks_fit_and_stay_there() -> None:
     wanted = plain_gradients(encoder, short, texts)
     assert_same(got, wanted, 1e-10)
     assert_same(again, wanted, 1e-10)
+
+
+def test_a_loss_that_is_computed_again_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out when all of the loss is done but its report."""
+    from lowmem_cft import step
+
+    workspaces = []
+
+    def fails_twice(*args: Any, workspace_bytes: int, **kwargs: Any) -> Any:
+        workspaces.append(workspace_bytes)
+        result = info_nce(*args, workspace_bytes=workspace_bytes, **kwargs)
+        if len(workspaces) <= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(step, "info_nce", fails_twice)
+    got, _, _ = run(StepPlan(backward_tokens=30, forward_tokens=60))
+    assert workspaces == [2**25, 2**24, 2**23]
+    assert_same(got, plain(), 1e-10)
+
+
+def test_memory_that_runs_out_after_the_loss_counts_it_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The temperature's gradient is there already when the embeddings' is put away."""
+    keep, failed = EmbeddingCache.keep_gradient, []
+
+    def fails_once(self: EmbeddingCache, d_emb_SD: Tensor) -> None:
+        if not failed:
+            failed.append(d_emb_SD)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        keep(self, d_emb_SD)
+
+    monkeypatch.setattr(EmbeddingCache, "keep_gradient", fails_once)
+    got, _, _ = run(StepPlan(backward_tokens=30, forward_tokens=60))
+    assert failed
+    assert_same(got, plain(), 1e-10)
 
 
 def test_a_loss_that_never_fits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,15 @@ from conftest import save_tiny, tiny_config
 from lowmem_cft import cli
 from lowmem_cft import recipe as recipes
 from lowmem_cft.backbone import load_backbone
-from lowmem_cft.batches import RowTable
+from lowmem_cft.batches import RowTable, step_texts
 from lowmem_cft.footprint import Footprint
 from lowmem_cft.live_bytes import LiveBytes
-from lowmem_cft.plan import StepPlan
-from lowmem_cft.planner import GIB, MARGINS, BatchShape, Planner
-from lowmem_cft.recipe import MemorySection, ModelSection, Recipe
+from lowmem_cft.plan import WORKSPACE_BYTES, StepPlan
+from lowmem_cft.planner import GIB, INDEX_BYTES, MARGINS, BatchShape, Planner, _loss_bytes
+from lowmem_cft.recipe import LossSection, MemorySection, ModelSection, Recipe
+from lowmem_cft.step import loss_options
 from lowmem_cft.tokens import TokenStore
+from lowmem_cft_kernels import info_nce
 from plain import Batch, make_encoder, planned_gradients
 
 ROWS = 40
@@ -160,6 +162,42 @@ def test_predicted_is_measured(
     measured = measured_bytes(batch, base, dropout, plan, targets)
     print(f"{predicted.moment}: {total / measured:.3f}")
     assert 0.95 <= total / measured <= 1.10, (predicted.moment, total / measured, parts)
+
+
+@pytest.mark.parametrize("rows", [24, 400])
+@pytest.mark.parametrize("softmaxes", ["one_way", "symmetric", "gte", "qwen3"])
+@pytest.mark.parametrize("more", [{}, {"false_negative_margin": 0.1, "hardness": 1.0}])
+def test_the_loss_takes_no_more_than_predicted(
+    rows: int, softmaxes: Any, more: dict[str, Any]
+) -> None:
+    """With all queries at once, which the usual workspace has room for."""
+    draw, dim = np.random.default_rng(0), 192
+    table = RowTable(*draw.integers(0, 5 * rows, (2, rows)), draw.integers(0, 5 * rows, (rows, 1)))
+    texts = step_texts(
+        table,
+        np.arange(rows),
+        hard_negatives="batch",
+        mask_duplicates=True,
+        encode_twins_once=False,
+    )
+    section = LossSection(softmaxes=softmaxes, **more)
+    emb_SD = torch.nn.functional.normalize(torch.randn(3 * rows, dim), dim=1)
+    d_emb_SD = torch.empty_like(emb_SD)
+    live = LiveBytes([emb_SD, d_emb_SD])
+    with live:
+        info_nce(
+            emb_SD[:rows],
+            emb_SD[rows:],
+            texts.candidates,
+            temperature=0.05,
+            **loss_options(section),
+            workspace_bytes=WORKSPACE_BYTES,
+            out=(d_emb_SD[:rows], d_emb_SD[rows:]),
+        )
+    predicted = _loss_bytes(BatchShape(rows, 3, 8), dim, section)
+    assert predicted < WORKSPACE_BYTES
+    assert live.peak <= predicted + 3 * rows * INDEX_BYTES
+    assert rows < 100 or live.peak > 0.15 * predicted, "a bound that says nothing"
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -66,9 +66,15 @@ KEYS = [
     "data.sources.weight",
     "data.on_bad_row",
     "loss.temperature",
+    "loss.learn_temperature",
+    "loss.temperature_bounds",
+    "loss.softmaxes",
     "loss.hard_negatives",
-    "loss.symmetric",
     "loss.mask_duplicates",
+    "loss.false_negative_margin",
+    "loss.false_negative_relative",
+    "loss.hardness",
+    "loss.hardness_on",
     "train.logical_batch",
     "train.epochs",
     "train.steps",
@@ -182,7 +188,8 @@ def test_cft_presets_hold_the_papers_values(name: str) -> None:
     assert (text.template, text.document_template) == ("{text}", None)
     assert (text.append_eos, text.max_tokens, recipe.embedding.pooling) == (True, 149, "eos")
     assert (loss.temperature, loss.hard_negatives) == (0.05, "batch")
-    assert (loss.symmetric, loss.mask_duplicates) == (False, False)
+    assert (loss.softmaxes, loss.mask_duplicates) == ("one_way", False)
+    assert (loss.learn_temperature, loss.false_negative_margin, loss.hardness) == (False, None, 0)
     assert (train.learning_rate, train.schedule, train.warmup_steps) == (5e-5, "cosine", 100)
     assert (train.logical_batch, train.num_steps(60)) == (60, 1)
     assert (train.weight_decay, train.max_grad_norm, train.seed) == (1e-4, 1.0, 7)
@@ -212,7 +219,8 @@ def test_prompteol_presets_hold_the_papers_values(name: str) -> None:
     assert text.document_template is None
     assert (text.append_eos, text.max_tokens, recipe.embedding.pooling) == (False, 32, "last")
     assert (loss.temperature, loss.hard_negatives) == (0.05, "batch")
-    assert (loss.symmetric, loss.mask_duplicates) == (False, False)
+    assert (loss.softmaxes, loss.mask_duplicates) == ("one_way", False)
+    assert (loss.learn_temperature, loss.false_negative_margin, loss.hardness) == (False, None, 0)
     assert (train.learning_rate, train.schedule, train.warmup_steps) == (5e-4, "linear", 100)
     assert train.logical_batch == (200 if name.endswith("-13b") else 256)
     assert train.num_steps(10 * train.logical_batch) == 10  # one epoch
@@ -506,7 +514,7 @@ def test_not_a_mapping(text: str, got: str, write: Write) -> None:
         ("train: {learning-rate: 1}", "train.learning-rate", "learning_rate", "logical_batch, "),
         ("lora: {rnak: 3}", "lora.rnak", "rank", "rank, alpha, dropout, targets, rslora, init"),
         ("memory: {x: 3}", "memory.x", None, "limit, token_budget, keep_graphs, checkpointing"),
-        ("loss: {temperature.x: 3}", "loss.temperature.x", "temperature", "temperature, hard_"),
+        ("loss: {temperature.x: 3}", "loss.temperature.x", "temperature", "temperature, learn_"),
     ],
 )
 def test_unknown_key(text: str, at: str, hint: str | None, allowed: str, write: Write) -> None:
@@ -531,7 +539,13 @@ def test_unknown_key_in_a_source(write: Write) -> None:
         ("train.seed='7'", "train.seed: got '7' (str); input should be a valid integer"),
         ("train.seed=1.0", "train.seed: got 1.0 (float); input should be a valid integer"),
         ("train.seed=true", "train.seed: got True (bool); input should be a valid integer"),
-        ("loss.symmetric=1", "loss.symmetric: got 1 (int); input should be a valid boolean"),
+        ("loss.softmaxes=true", "loss.softmaxes: got True (bool); input should be 'one_way', 'sym"),
+        ("loss.softmaxes=oneway", "loss.softmaxes: got 'oneway' (str); input should be 'one_way'"),
+        ("loss.hardness=-1", "loss.hardness: got -1 (int); input should be greater than or equal"),
+        ("loss.false_negative_margin=.nan", "loss.false_negative_margin: got nan (float); input"),
+        ("loss.temperature_bounds=[0, 1]", "loss.temperature_bounds.0: got 0 (int); input should"),
+        ("loss.temperature_bounds=[1]", "loss.temperature_bounds.1: missing"),
+        ("loss.mask_duplicates=1", "loss.mask_duplicates: got 1 (int); input should be a valid b"),
         ("loss.temperature='0.1'", "loss.temperature: got '0.1' (str); input should be a valid"),
         ("model.id=3", "model.id: got 3 (int); input should be a valid string"),
         ("model.id=null", "model.id: got None (NoneType); input should be a valid string"),
@@ -568,6 +582,51 @@ def test_wrong_value(override: str, line: str, write: Write) -> None:
     path = write()
     lines = refusal(path, override).splitlines()
     assert any(one.startswith(f"{path}: {line}") for one in lines), lines
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_renamed_key_names_its_successor(value: str, write: Write) -> None:
+    path = write(MINIMAL + f"loss: {{symmetric: {value}}}\n")
+    assert refusal(path) == (
+        f"{path}: loss.symmetric: unknown key; it is now loss.softmaxes: symmetric (true) or "
+        "one_way (false)"
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.004, 0.005, 1.0, 2.0])
+def test_a_learned_temperature_begins_between_its_bounds(temperature: float, write: Write) -> None:
+    path, override = write(), f"loss.temperature={temperature}"
+    assert refusal(path, override, "loss.learn_temperature=true") == (
+        f"{path}: loss: temperature: got {temperature} with learn_temperature, wanted it between "
+        "temperature_bounds, 0.005 and 1.0, and neither of them"
+    )
+    assert load(path, [override]).loss.temperature == temperature
+    wider = "loss.temperature_bounds=[1e-3, 5]"
+    assert load(path, [override, wider, "loss.learn_temperature=true"]).loss.learn_temperature
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["loss.false_negative_relative=true"], "which needs a false_negative_margin"),
+        (
+            ["loss.hardness=1", "loss.hardness_on=hard", "loss.hard_negatives=none"],
+            "hardness_on: got hard, but hard_negatives is none",
+        ),
+    ],
+)
+def test_loss_options_that_would_do_nothing(
+    overrides: list[str], message: str, write: Write
+) -> None:
+    path = write()
+    assert refusal(path, *overrides).endswith(message)
+    assert load(path, overrides[1:])
+
+
+def test_bounds_round_trip(write: Write) -> None:
+    recipe = load(write(), ["loss.temperature_bounds=[0.01, 0.5]"])
+    assert recipe.loss.temperature_bounds == (0.01, 0.5)
+    assert load(write(to_yaml(recipe), "again.yaml")).loss == recipe.loss
 
 
 def test_missing_data(write: Write) -> None:
