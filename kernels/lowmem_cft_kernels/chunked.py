@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem_cft_kernels.denominators import column_shift, join, mean_loss, row_factor, row_shift
+from lowmem_cft_kernels.denominators import column_share, join, mean_loss, row_share
 from lowmem_cft_kernels.options import Direction, Negatives
 from lowmem_cft_kernels.problem import Block, Problem, add_at, row_blocks, through_norm
 from lowmem_cft_kernels.tally import Tally
@@ -254,7 +254,8 @@ class Chunked:
             loss += mean_loss(problem, queries, [lse_BP])
             while parts:
                 block, rows, grad_RC, top_R1 = parts.pop(0)
-                grad_RC.mul_(row_factor(problem, block, queries, lse_BP, top_R1))
+                shift_R1, factor_R1 = row_share(problem, block, queries, lse_BP)
+                grad_RC.mul_(factor_R1 * torch.exp(top_R1 - shift_R1))
                 self._push(block, rows, grad_RC)
                 del grad_RC
         return loss
@@ -276,16 +277,16 @@ class Chunked:
         assert len(known) == len(lse_MP)
         everyone = slice(0, len(problem.target_MP))
         loss = mean_loss(problem, everyone, known)
-        gamma_N = column_shift(problem, known[choosing])
+        columns = column_share(problem, known[choosing])
         for queries in self._query_blocks():
             for block in problem.blocks:
                 softmax = problem.softmax_of(block.direction)
-                rho_R1 = None
+                share = None
                 if softmax is not None:
-                    rho_R1 = row_shift(problem, block, queries, known[softmax][queries])
-                self._push(
-                    block, block.rows(queries), self._gradient(block, queries, rho_R1, gamma_N)
-                )
+                    share = row_share(problem, block, queries, known[softmax][queries])
+                grad_RC = self._gradient(block, block.rows(queries), share, columns)
+                self._push(block, block.rows(queries), grad_RC)
+                del grad_RC
         return loss
 
     def _first_pass(self) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -332,25 +333,32 @@ class Chunked:
     # -- gradients ------------------------------------------------------------------------------
 
     def _gradient(
-        self, block: Block, queries: slice, rho_R1: Tensor | None, gamma_N: Tensor
+        self,
+        block: Block,
+        rows: slice,
+        row_share: tuple[Tensor, Tensor] | None,
+        column_share: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """(R, C), d loss / d z without the positives' share."""
-        problem, rows = self.problem, block.rows(queries)
+        """(R, C), d loss / d z without the positives' own share."""
+        problem, column_RC = self.problem, None
         columns_too = block is problem.queries_with_documents
         held_RC = self.held_MN[rows] if columns_too and self.held_MN is not None else None
         scores = _scores(problem, block, rows, columns_too=columns_too, logit_RC=held_RC)
-        column_RC = None
         if columns_too:
-            column_RC = (scores.logit_RC - gamma_N).exp_()
+            shift_N, factor_N = column_share
+            column_RC = (scores.logit_RC - shift_N).exp_()
             if scores.hidden_col_RC is not None:
                 column_RC.masked_fill_(scores.hidden_col_RC, 0.0)
-            if rho_R1 is None:
-                return column_RC
-        assert rho_R1 is not None
+            column_RC.mul_(factor_N)
+        if row_share is None:
+            assert column_RC is not None
+            return column_RC
         _harden(problem, block, rows, scores.logit_RC)
-        grad_RC = scores.logit_RC.sub_(rho_R1).exp_()
+        shift_R1, factor_R1 = row_share
+        grad_RC = scores.logit_RC.sub_(shift_R1).exp_()
         if scores.hidden_row_RC is not None:
             grad_RC.masked_fill_(scores.hidden_row_RC, 0.0)
+        grad_RC.mul_(factor_R1)
         return grad_RC if column_RC is None else grad_RC.add_(column_RC)
 
     def _push(self, block: Block, rows: slice, grad_RC: Tensor) -> None:

@@ -44,20 +44,40 @@ def row_shift(problem: Problem, block: Block, queries: slice, lse_BP: Tensor) ->
     return -share_BP.logsumexp(dim=1, keepdim=True)
 
 
-def row_factor(
-    problem: Problem, block: Block, queries: slice, lse_BP: Tensor, top_R1: Tensor
-) -> Tensor:
-    """(R, 1), exp(top - rho), the weights kept out of the exponent.
+def row_share(
+    problem: Problem, block: Block, queries: slice, lse_BP: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(R, 1) shift and (R, 1) factor: exp(z - rho) of `problem` is factor x exp(z - shift).
 
-    A row that sees its positive alone then has a gradient of exactly 0: with its weight added to a
-    logit of 10 it would be off by 1e-6 of the weight.
+    Kept apart, because a weight in the exponent would round: a row that sees its positive alone,
+    and has no gradient, would have one of 1e-6 of the weight at a logit of 10. Where there is no
+    weight the shift is infinite.
     """
     weight_BP = problem.weight_MP[queries] / len(problem.softmaxes)
-    share_BP = weight_BP * torch.exp(top_R1.reshape(len(lse_BP), -1) - lse_BP)
-    share_BP.masked_fill_(weight_BP == 0, 0.0)
+    lse_BP = lse_BP.masked_fill(weight_BP == 0, torch.inf)
     if block.direction is Direction.DOC_TO_DOC:
-        return share_BP.reshape(-1, 1)
-    return share_BP.sum(dim=1, keepdim=True)
+        return lse_BP.reshape(-1, 1), weight_BP.reshape(-1, 1)
+    shift_B1 = lse_BP.amin(dim=1, keepdim=True)
+    share_BP = weight_BP * torch.exp(shift_B1 - lse_BP)
+    return shift_B1, share_BP.masked_fill_(weight_BP == 0, 0.0).sum(dim=1, keepdim=True)
+
+
+def column_share(problem: Problem, lse_MP: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) shift and (N,) factor, the same for exp(z - gamma).
+
+    Sums over a document's pairs in one order, whatever the device: sorted, then cut into segments.
+    """
+    num_docs = len(problem.queries_with_documents.col_CD)
+    weight = (problem.weight_MP / len(problem.softmaxes)).flatten()
+    lse = lse_MP.flatten().masked_fill(weight == 0, torch.inf)
+    shift_N = lse.new_full((num_docs,), torch.inf)
+    shift_N.scatter_reduce_(0, problem.target_MP.flatten(), lse, "amin")
+    target, order = problem.target_MP.flatten().sort(stable=True)
+    share = weight[order] * torch.exp(shift_N[target] - lse[order])
+    share.masked_fill_(weight[order] == 0, 0.0)
+    count_N = torch.bincount(target, minlength=num_docs)
+    factor_N = torch.segment_reduce(share, "sum", lengths=count_N, unsafe=True, initial=0)
+    return shift_N, factor_N
 
 
 def column_shift(problem: Problem, lse_MP: Tensor) -> Tensor:
