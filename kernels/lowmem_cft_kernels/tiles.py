@@ -50,6 +50,10 @@ class Tile:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options | {"enable_fp_fusion": True}
 
+    def shared_bytes(self, bits: int) -> int:
+        """Shared memory that its pipelined operands take, at most."""
+        return (self.block_r + self.block_c) * self.block_d * bits // 8 * self.num_stages
+
 
 def is_heavy(block: Block) -> bool:
     """Its masks take so many registers that a smaller tile is faster."""
@@ -65,30 +69,50 @@ def is_heavy(block: Block) -> bool:
 
 
 def choose_tile(kernel: str, block: Block) -> Tile:
-    """The tile for `lse` or `gradient` on the block's device."""
-    device = block.row_RD.device
-    capability = 80
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = 10 * major + minor
-    bits = 8 * block.row_RD.element_size()
-    return tile_for(capability, kernel, bits, "heavy" if is_heavy(block) else "plain")
+    """The tile for `lse` or `gradient` on the block's device.
+
+    Cards of one architecture differ in shared memory. Where the entry for plain blocks does not fit
+    the card, the one for heavy blocks, which is smaller, is taken.
+    """
+    device, bits = block.row_RD.device, 8 * block.row_RD.element_size()
+    capability = capability_of(device)
+    if is_heavy(block):
+        return tile_for(capability, kernel, bits, "heavy")
+    tile = tile_for(capability, kernel, bits, "plain")
+    if device.type == "cuda" and tile.shared_bytes(bits) > room_bytes(device):
+        return tile_for(capability, kernel, bits, "heavy")
+    return tile
+
+
+def room_bytes(device: torch.device) -> int:
+    """Shared memory that a program on a CUDA device may have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def capability_of(device: torch.device) -> int:
+    """Its compute capability times ten; 80 for Triton's interpreter on a CPU."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def tile_for(capability: int, kernel: str, bits: int, load: str) -> Tile:
-    """The entry of the newest architecture in the table that is not newer than `capability`.
+    """The entry of the newest architecture that has one and is not newer than `capability`.
 
     Raises:
         RuntimeError: the table has none.
     """
-    table = _table(os.environ.get("LOWMEM_CFT_TILES"))
-    known = [arch for arch in table if arch <= capability]
-    if not known:
+    table, name = _table(os.environ.get("LOWMEM_CFT_TILES")), f"{kernel}-{bits}-{load}"
+    known = [arch for arch, entries in table.items() if name in entries]
+    fitting = [arch for arch in known if arch <= capability]
+    if not fitting:
         raise RuntimeError(
-            f"no tiles for compute capability {capability}, only from {min(table)} on; "
+            f"no tiles for compute capability {capability}, only from {min(known)} on; "
             "use path=Path.CHUNKED"
         )
-    return table[max(known)][f"{kernel}-{bits}-{load}"]
+    return table[max(fitting)][name]
 
 
 @lru_cache(maxsize=4)

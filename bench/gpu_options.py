@@ -1,0 +1,209 @@
+"""What the GPU check's parts are given, and the small things that all of them use."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import median, synchronize, write_whole
+from torch import Tensor
+
+from lowmem_cft.live_bytes import LiveBytes
+from lowmem_cft.planner import MARGINS
+
+STARTED = time.perf_counter()
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class Options:
+    """What a part may ask.
+
+    `seconds`: the part's budget, from `started` on. `step_seconds`: most that one measured step
+    should take. `result`: where `note` writes what the part has so far. `picture`: where one may be
+    drawn.
+    """
+
+    device: torch.device
+    tiny: bool
+    cap_bytes: int
+    seconds: float
+    step_seconds: float = 25.0
+    models: tuple[str, ...] = ()
+    result: Path | None = None
+    picture: Path | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.seconds - (time.perf_counter() - self.started)
+
+    def note(self, found: Mapping[str, Any]) -> None:
+        if self.result is not None:
+            write_whole(self.result, {**found, "unfinished": True})
+
+
+def release() -> None:
+    """Give freed device memory back to the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def capped(options: Options, cap_bytes: int) -> Iterator[None]:
+    """The process limited to so many bytes on the GPU, its context included; elsewhere nothing."""
+    if not options.cuda:
+        yield
+        return
+    total = torch.cuda.get_device_properties(options.device).total_memory
+    share = min(1.0, max(0, cap_bytes - MARGINS["cuda"]) / total)
+    torch.cuda.set_per_process_memory_fraction(share, options.device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, options.device)
+
+
+@dataclass
+class Peak:
+    """Bytes: `before` and at most `allocated` while entered; `reserved` by the allocator.
+
+    On a CPU, where tensors are counted: without `known` ones, `held` bytes being there before.
+    """
+
+    options: Options
+    known: Sequence[Tensor] = ()
+    held: int = 0
+    before: int = 0
+    allocated: int = 0
+    reserved: int = 0
+
+    def __enter__(self) -> Peak:
+        device = self.options.device
+        release()
+        if self.options.cuda:
+            synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+            return self
+        self.before = self.held
+        self._live = LiveBytes(self.known)
+        self._live.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        device = self.options.device
+        if self.options.cuda:
+            synchronize(device)
+            self.allocated = torch.cuda.max_memory_allocated(device)
+            self.reserved = torch.cuda.max_memory_reserved(device)
+            return
+        self._live.__exit__(*error)  # type: ignore[no-untyped-call]
+        self.allocated = self.reserved = self.before + self._live.peak
+
+
+def seconds_of(work: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Median of so many runs after one that does not count."""
+    found = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        found.append(time.perf_counter() - start)
+    return median(found[1:])
+
+
+def matrix_peak(options: Options) -> float:
+    """FLOP/s of a large bf16 product."""
+    size = 8192 if options.cuda and not options.tiny else 512
+    a, b = (torch.randn(size, size, device=options.device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b, 10, options.device)
+
+
+class Checks:
+    """What was found beside what was wanted."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.count = 0
+        self.failed: list[dict[str, Any]] = []
+        self.worst: dict[str, dict[str, Any]] = {}
+        self.seconds: dict[str, float | str] = {}
+
+    def at_most(self, kind: str, name: str, value: float, bound: float) -> None:
+        self.count += 1
+        entry = {"name": name, "value": float(f"{value:.3e}"), "bound": bound}
+        if kind not in self.worst or value > self.worst[kind]["value"]:
+            self.worst[kind] = entry
+        if not value <= bound:  # a value that is no number fails too
+            self.failed.append({"kind": kind, **entry})
+            say(f"  FAILED {kind}, {name}: {value:.3e}, wanted at most {bound:.0e}")
+
+    def holds(self, kind: str, name: str, value: bool) -> None:
+        self.at_most(kind, name, 0.0 if value else 1.0, 0.0)
+
+    def group(self, name: str, work: Callable[[Options, Checks], None]) -> None:
+        """Run a group of checks; an exception in it is a failed check."""
+        if self.options.left < 5:
+            self.seconds[name] = "skipped"
+            self.failed.append({"kind": name, "error": "no time left"})
+            return
+        start = time.perf_counter()
+        try:
+            work(self.options, self)
+        except Exception as error:
+            self.count += 1
+            self.failed.append({"kind": name, "error": message_of(error)})
+            say(f"  FAILED {name}: {message_of(error)}")
+        release()
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        say(f"  {name}: {self.seconds[name]} s")
+        self.options.note(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": not self.failed and self.count > 0,
+            "num_checks": self.count,
+            "failed": self.failed,
+            "worst": self.worst,
+            "groups": self.seconds,
+        }
+
+
+def message_of(error: BaseException) -> str:
+    """What went wrong and where, in short."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    where = " < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in reversed(frames))
+    return f"{type(error).__name__}: {str(error)[:600]} ({where})"
+
+
+def guarded(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it gives, or that it failed."""
+    try:
+        result = work()
+    except Exception as error:
+        result = {"ok": False, "error": message_of(error)}
+    brief = {key: value for key, value in result.items() if key not in ("steps", "lora")}
+    say(f"  {name}: {brief}")
+    for step in result.get("steps", ()):
+        keys = ("rows", "seconds", "tokens_per_s", "tflops", "ratio", "ratio_step", "moment")
+        say(f"    { ({key: step[key] for key in keys}) }")
+    return result

@@ -1,0 +1,233 @@
+"""The GPU check's parts that hold the loss against its formula, and its memory against a bound."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import loss
+import torch
+from gpu_loss_cases import OPTION_SETS, Case, Shape, make_case
+from gpu_options import Checks, Options, Peak, capped, guarded, release
+from loss_sides import MODES
+from measure import synchronize
+from torch import Tensor
+
+from lowmem_cft_kernels import GTE, ONE_WAY, SYMMETRIC, Candidates, InfoNCEResult, Path, info_nce
+from lowmem_cft_kernels.info_nce import why_not_triton
+
+Finding = tuple[str, str, float, float]
+"""Kind, name, value and bound of a check."""
+Task = tuple[str, str, str, tuple[Shape, ...], str]
+"""Option set, dtype, path, shapes, device."""
+
+SHAPES: tuple[Shape, ...] = ((37, 53, 40), (129, 257, 65), (1000, 3001, 2304))
+EXTRA_BYTES = 64 * 2**20
+"""What the loss may hold beyond inputs and gradients."""
+
+SOFTMAXES = {"one_way": ONE_WAY, "symmetric": SYMMETRIC, "gte": GTE}
+LARGEST = ((65536, 131072, 2304), "one_way", "bfloat16")
+MEMORY_CASES: dict[bool, tuple[tuple[loss.Size, str, str], ...]] = {
+    True: (((64, 128, 32), "one_way", "float32"), ((48, 96, 40), "gte", "bfloat16")),
+    False: (
+        ((1000, 3001, 2304), "symmetric", "bfloat16"),
+        ((4096, 8192, 768), "one_way", "float32"),
+        ((16384, 16384, 768), "gte", "bfloat16"),
+        ((16384, 32768, 2304), "symmetric", "bfloat16"),
+        LARGEST,
+    ),
+}
+"""By `tiny`: size, mode, dtype."""
+
+_GRADIENTS = ("d_query_MD", "d_doc_ND", "d_temperature")
+_WORKERS = 12
+"""Processes that compile kernels and check beside each other."""
+
+
+def errors_of(case: Case, got: Sequence[Tensor], wanted: InfoNCEResult) -> dict[str, float]:
+    """Relative errors of the three gradients, each as a vector.
+
+    The temperature's is a difference of terms: below a tenth of them that tenth counts.
+    """
+    temperature = float(case.options["temperature"])
+    lengths = (1.0, 1.0) if case.options["normalize"] else (_rms(case.query_MD), _rms(case.doc_ND))
+    floors = (0.0, 0.0, 0.1 * math.prod(lengths) / temperature**2)
+    found = {}
+    for name, value, floor in zip(_GRADIENTS, got, floors, strict=True):
+        exact = getattr(wanted, name)
+        assert float(exact.norm()) > 1e-4, f"{name} is as good as zero: any error would be small"
+        found[name] = float((value.double() - exact).norm()) / max(float(exact.norm()), floor)
+    return found
+
+
+def _rms(x_RD: Tensor) -> float:
+    return float(x_RD.double().square().sum(dim=1).mean().sqrt())
+
+
+def check_set(
+    name: str, dtype: str, path: str, shapes: Sequence[Shape], device: str
+) -> list[Finding]:
+    """One option set in one dtype by one path, at all shapes."""
+    found: list[Finding] = []
+    for shape in shapes:
+        exact = make_case(OPTION_SETS[name], shape).to(torch.float64, torch.device(device))
+        case = exact.to(getattr(torch, dtype), torch.device(device))
+        wanted = exact.run(Path.REFERENCE)
+        got, again = case.run(Path(path)), case.run(Path(path))
+        title = f"{path}, {dtype}: {name}, {'x'.join(map(str, shape))}"
+        keys = ("loss", *_GRADIENTS)
+        same = all(torch.equal(getattr(got, key), getattr(again, key)) for key in keys)
+        found.append(("loss: second run", title, 0.0 if same else 1.0, 0.0))
+        for kind, value, bound in _compared(case, got, wanted, dtype):
+            found.append((kind, title, value, bound))
+    return found
+
+
+def _compared(
+    case: Case, got: InfoNCEResult, wanted: InfoNCEResult, dtype: str
+) -> Iterator[tuple[str, float, float]]:
+    """Kind, value and bound. Logits are not rounded: the value is as exact from 16-bit inputs."""
+    bound = 1e-10 if dtype == "float64" else 1e-5
+    yield f"loss: value, {dtype}", float((got.loss - wanted.loss).abs() / wanted.loss.abs()), bound
+    errors = errors_of(case, [getattr(got, key) for key in _GRADIENTS], wanted)
+    if dtype in ("float32", "float64"):
+        for key, error in errors.items():
+            yield f"loss: {key}, {dtype}", error, bound
+    else:
+        eager = errors_of(case, case.by_eager(), wanted)
+        eager["d_temperature"] = max(eager.values())  # a single number may be right by luck
+        for key, error in errors.items():
+            yield f"loss: {key}'s error by eager's, {dtype}", error / eager[key], 2.0
+    for key, value in vars(wanted.observed).items():
+        if case.options["normalize"] and key in ("accuracy", "mean_rank"):
+            continue  # two cosines that are equal by the formula are not after rounding
+        yield f"loss: {key}, {dtype}", _difference(getattr(got.observed, key), value), bound
+
+
+def _difference(got: Tensor, wanted: Tensor) -> float:
+    """Relative to what is wanted, where that is not small; 0 between two that are no numbers."""
+    one, other = float(got), float(wanted)
+    if math.isnan(one) and math.isnan(other):
+        return 0.0
+    return abs(one - other) / max(abs(other), 0.1)
+
+
+def loss_tasks(options: Options) -> dict[str, list[Task]]:
+    """By option set."""
+    device, shapes = str(options.device), SHAPES[:2] if options.tiny else SHAPES
+    narrow = torch.empty(0, 1, dtype=torch.float16, device=options.device)
+    ways = [("float32", Path.CHUNKED), ("float64", Path.CHUNKED)]
+    path = Path.CHUNKED if why_not_triton(narrow) is not None else Path.TRITON
+    ways += [(dtype, path) for dtype in ("bfloat16", "float16")]
+    ways += [("float32", path)] if path is Path.TRITON else []
+    return {
+        name: [(name, dtype, path.value, shapes, device) for dtype, path in ways]
+        for name in OPTION_SETS
+    }
+
+
+@contextmanager
+def started(
+    tasks: Sequence[Task], workers: int
+) -> Iterator[dict[Task, Callable[[float], list[Finding]]]]:
+    """Task -> what waits so many seconds for its findings; without workers they are done then."""
+    if not workers:
+        yield {task: lambda _, task=task: check_set(*task) for task in tasks}  # type: ignore[misc]
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        futures = {task: pool.submit(check_set, *task) for task in tasks}
+        yield {task: future.result for task, future in futures.items()}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_loss_correctness(options: Options) -> dict[str, Any]:
+    """Every option set against the formula in float64, in every dtype, and twice."""
+    checks, tasks = Checks(options), loss_tasks(options)
+    workers = min(_WORKERS, os.cpu_count() or 1) if options.cuda else 0
+    everything = [task for of_set in tasks.values() for task in of_set]
+    with started(everything, workers) as waiting:
+        for name, of_set in tasks.items():
+            group = partial(_add_findings, of_set, waiting)
+            checks.group(f"loss: {name}", group)
+    return checks.to_json()
+
+
+def _add_findings(
+    tasks: Sequence[Task],
+    waiting: dict[Task, Callable[[float], list[Finding]]],
+    options: Options,
+    checks: Checks,
+) -> None:
+    for task in tasks:
+        for finding in waiting[task](max(1.0, options.left - 3)):
+            checks.at_most(*finding)
+
+
+def check_loss_memory(options: Options) -> dict[str, Any]:
+    """What the loss holds beyond inputs and gradients, up to the largest batch under the cap."""
+    found: dict[str, Any] = {"ok": True, "bound_bytes": EXTRA_BYTES, "cases": []}
+    for size, mode, dtype in MEMORY_CASES[options.tiny]:
+        name = f"{'x'.join(map(str, size))}, {dtype}, {mode}"
+        if options.left < 5:
+            found["cases"].append({"case": name, "ok": False, "error": "no time left"})
+            continue
+        entry = guarded(name, partial(measure_extra, options, size, mode, dtype))
+        found["cases"].append({"case": name, **entry})
+        release()
+        options.note(found)
+    found["ok"] = all(entry["ok"] for entry in found["cases"])
+    return found
+
+
+def measure_extra(options: Options, size: loss.Size, mode: str, dtype: str) -> dict[str, Any]:
+    """One call under the cap, after one that compiles and fills cuBLAS's workspace."""
+    device = options.device
+    task = loss.make_task(size, mode, getattr(torch, dtype), device, 0.05, False)
+    release()
+    kept = torch.promote_types(task.query_MD.dtype, torch.float32)
+    out = tuple(torch.empty_like(x, dtype=kept) for x in (task.query_MD, task.doc_ND))
+    candidates = Candidates(target=torch.arange(size[0], device=device))
+
+    def call() -> InfoNCEResult:
+        return info_nce(
+            task.query_MD,
+            task.doc_ND,
+            candidates,
+            temperature=task.temperature,
+            softmaxes=SOFTMAXES[mode],
+            out=(out[0], out[1]),
+        )
+
+    with capped(options, options.cap_bytes):
+        call()
+        with Peak(options, [task.query_MD, task.doc_ND, *out, candidates.target]) as peak:
+            start = time.perf_counter()
+            result = call()
+            synchronize(device)
+            seconds = time.perf_counter() - start
+    error = None
+    if mode in MODES:
+        wanted = loss.wanted_gradients(task)
+        error = max(loss.relative_error([x], y) for x, y in zip(out, wanted, strict=True))
+    extra = peak.allocated - peak.before
+    right = bool(result.loss.isfinite()) and all(bool(x.isfinite().all()) for x in out)
+    right = right and (error is None or error <= loss.BOUNDS[task.query_MD.dtype])
+    return {
+        "ok": right and extra <= EXTRA_BYTES,
+        "path": result.path.value,
+        "extra_bytes": extra,
+        "held_bytes": peak.before,
+        "reserved_bytes": peak.reserved,
+        "seconds": round(seconds, 4),
+        "tflops": round(6e-12 * math.prod(size) / seconds, 3),
+        "max_rel_error": error,
+    }

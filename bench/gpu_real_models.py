@@ -1,0 +1,179 @@
+"""Models of real size with random weights, made on the device one matrix at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from gpu_options import Options, message_of, say
+from torch import Tensor, nn
+
+from lowmem_cft import recipe as recipes
+from lowmem_cft.backbone import attach_adapter, keep_weight_layout, linear_names
+from lowmem_cft.configs import config_without_weights
+from lowmem_cft.dropout import DropoutClock
+from lowmem_cft.encoder import Encoder
+from lowmem_cft.recipe import Recipe
+from lowmem_cft.tracing import skeleton, with_layers
+
+LLAMA_8B: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+}
+
+MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "MiniCPM-2B": ("cft-minicpm-2b", ()),
+    "Gemma-2B": ("cft-gemma-2b", ()),
+    "Phi-2": ("cft-phi-2", ()),
+    "LLaMA-8B": ("prompteol-llama-7b", ("lora.rank=16",)),
+}
+"""Name -> recipe whose adapter and loss are used, and what is changed of it."""
+
+
+def make_recipe(preset: str, overrides: Sequence[str] = ()) -> Recipe:
+    return recipes.load(preset, overrides)
+
+
+def config_for(name: str, recipe: Recipe, tiny: bool) -> Any:
+    """The model's shapes, or a small model of the same architecture."""
+    if name == "LLaMA-8B":
+        from transformers import LlamaConfig
+
+        config: Any = LlamaConfig(**LLAMA_8B)
+    else:
+        config = config_without_weights(recipe.model)
+    if not tiny:
+        return config
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    config.hidden_size, config.intermediate_size, config.vocab_size = 128, 320, 128
+    config.num_hidden_layers, config.num_attention_heads = 8, 4
+    if groups is not None:
+        config.num_key_value_heads = 4 if groups == heads else 1
+    if getattr(config, "head_dim", None) is not None:
+        config.head_dim = 32
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, 1)
+    return config
+
+
+def no_nf4(options: Options) -> str | None:
+    """Why there are no 4-bit weights here; None if there are."""
+    try:
+        import bitsandbytes as bnb
+
+        bare = nn.Linear(64, 64, bias=False, device="meta")
+        layer = four_bit(bare, torch.float32, True, options.device)
+        x = torch.ones(2, 64, device=options.device, requires_grad=True)
+        out = layer(x)
+        torch.autograd.backward(out.sum())
+        assert bool(out.isfinite().all()), "its result is no number"
+        say(f"  bitsandbytes {bnb.__version__} computes on {options.device}")
+    except Exception as error:
+        return message_of(error)
+    return None
+
+
+def four_bit(linear: Any, dtype: torch.dtype, double: bool, device: torch.device) -> Any:
+    """An NF4 layer of random weights in the place of a linear layer without any."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    size = (linear.out_features, linear.in_features)
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=double,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight = torch.empty(size, dtype=dtype, device=device).normal_(std=0.02)
+    layer.weight = Params4bit(
+        weight, requires_grad=False, compress_statistics=double, quant_type="nf4", module=layer
+    ).to(device)
+    if linear.bias is not None:  # else it would have torch's default dtype
+        layer.bias = nn.Parameter(torch.empty_like(linear.bias), requires_grad=False)
+    return layer
+
+
+def build_base(config: Any, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> Any:
+    """The recipe's base of random weights, made on the device one matrix at a time."""
+    base = skeleton(config, dtype)
+    if recipe.model.quantization == "nf4":
+        for name in linear_names(base):
+            parent, _, child = name.rpartition(".")
+            linear = base.get_submodule(name)
+            layer = four_bit(linear, dtype, recipe.model.double_quantization, device)
+            setattr(base.get_submodule(parent), child, layer)
+        base.is_loaded_in_4bit = True  # which peft asks
+    for module in base.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                module._parameters[name] = nn.Parameter(_filled(module, name, values), False)
+    _fill_buffers(base, config, dtype, device)
+    keep_weight_layout(base)
+    base.requires_grad_(False)
+    base.eval()
+    return base
+
+
+def _filled(module: nn.Module, name: str, values: Tensor) -> Tensor:
+    """As a new model has it: norms pass on what comes in, biases are 0, the rest is random."""
+    if values.ndim == 1:
+        one = name == "weight" and "Gemma" not in type(module).__name__  # Gemma's count from 1
+        return values.fill_(float(one))
+    return values.normal_(std=0.02)
+
+
+def _fill_buffers(base: Any, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Rotary frequencies and the like, which no checkpoint has: those of a model of one layer."""
+    from transformers import AutoModel
+
+    small = with_layers(config, 1)
+    small.vocab_size = 8
+    for key in ("intermediate_size", "ffn_dim"):
+        if hasattr(small, key):
+            setattr(small, key, 8)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(small, key, 1)
+    real = dict(AutoModel.from_config(small, dtype=dtype).named_buffers())
+    for name, _ in list(base.named_buffers()):
+        owner, _, last = name.rpartition(".")
+        base.get_submodule(owner)._buffers[last] = real[name].to(device)
+
+
+def attach(base: Any, recipe: Recipe) -> Encoder:
+    clock = DropoutClock(seed=recipe.train.seed)
+    model = attach_adapter(base, recipe.lora, clock, seed=recipe.train.seed)
+    section = recipe.embedding
+    return Encoder(model, pooling=section.pooling, normalize=section.normalize, clock=clock)
+
+
+def nudge_adapter(encoder: Encoder) -> None:
+    """Make B something else than 0, so that no gradient is 0."""
+    for name, parameter in encoder.model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+
+
+def weight_bytes(base: nn.Module) -> tuple[int, int]:
+    """4-bit matrices with their scales, and everything else that is frozen."""
+    quantized = plain = 0
+    for name, parameter in base.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            tensors = [parameter, state.absmax, state.code]
+            if state.nested:
+                tensors += [state.state2.absmax, state.state2.code, state.offset]
+            quantized += sum(tensor.nbytes for tensor in tensors)
+        elif "lora_" not in name:
+            plain += parameter.nbytes
+    return quantized, plain + sum(buffer.nbytes for buffer in base.buffers())

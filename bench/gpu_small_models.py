@@ -1,0 +1,279 @@
+"""Small models, batches and their gradients by plans and by one plain backward."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_options import Options
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowmem_cft.backbone import attach_adapter, set_checkpointing, trainable_parameters
+from lowmem_cft.batches import RowTable, StepTexts, step_texts
+from lowmem_cft.configs import disable_base_dropout
+from lowmem_cft.dropout import DropoutClock
+from lowmem_cft.encoder import Encoder
+from lowmem_cft.plan import StepPlan
+from lowmem_cft.recipe import LoraSection, LossSection
+from lowmem_cft.step import ContrastiveStep, StepReport
+from lowmem_cft.tokens import TokenStore, pad
+from lowmem_cft_kernels.reference import reference_loss
+
+FAMILIES = ("llama", "gemma", "phi", "opt", "granite")
+POOLING = {"gemma": "mean", "phi": "weighted-mean"}
+STEP, PAD = 7, 3
+
+
+def small_config(family: str, tiny: bool, *, layers: int = 3, smooth: bool = True) -> Any:
+    """A small configuration; besides `tiny`, heads are as wide as those of the real models.
+
+    `smooth`: no ReLU. Where a rounding turns a sign its gradient jumps: 1e-3 in float32.
+    """
+    import transformers as t
+
+    heads = 2
+    width = 16 if tiny else {"llama": 128, "gemma": 256, "phi": 80}.get(family, 64)
+    hidden = 128 if family == "gemma" else heads * width
+    values: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": PAD,
+    }
+    gated = {**values, "intermediate_size": 2 * hidden, "num_key_value_heads": 1}
+    makers = {
+        "llama": lambda: t.LlamaConfig(**gated),
+        "gemma": lambda: t.GemmaConfig(**gated, head_dim=width),
+        "phi": lambda: t.PhiConfig(**values, intermediate_size=256, partial_rotary_factor=0.4),
+        "opt": lambda: t.OPTConfig(
+            **values,
+            ffn_dim=2 * hidden,
+            word_embed_proj_dim=hidden,
+            activation_function="gelu" if smooth else "relu",
+        ),
+        "granite": lambda: t.GraniteConfig(
+            **gated,
+            embedding_multiplier=12.0,
+            residual_multiplier=1.4 / layers**0.5,
+            attention_multiplier=width**-0.5,
+        ),
+    }
+    config = makers[family]()
+    disable_base_dropout(config)
+    return config
+
+
+def compute_norms_in_float64(model: nn.Module) -> None:
+    """RMS norms of transformers compute in float32 whatever comes in: 1e-8 of noise in float64."""
+    for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm"):
+            continue
+        offset = 1.0 if "Gemma" in type(module).__name__ else 0.0
+        epsilon = getattr(module, "variance_epsilon", None) or module.eps
+
+        def norm(x: Tensor, m: Any = module, o: float = offset, e: Any = epsilon) -> Tensor:
+            out: Tensor = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * (m.weight + o)
+            return out
+
+        module.forward = norm
+
+
+def make_encoder(
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dropout: float = 0.2,
+    round_to: torch.dtype | None = None,
+    pooling: Any = "eos",
+) -> Encoder:
+    """A random encoder, the same in every dtype and on every device; nothing of it is zero.
+
+    `round_to`: a dtype that all weights are rounded to first.
+    """
+    from transformers import AutoModel
+
+    draw = torch.Generator().manual_seed(0)
+
+    def random_like(tensor: Tensor, std: float) -> Tensor:
+        return torch.randn(tensor.shape, generator=draw, dtype=torch.float32).mul_(std)
+
+    torch.manual_seed(1)
+    base = AutoModel.from_config(config)
+    for parameter in base.parameters():
+        parameter.data += random_like(parameter, 0.05)
+        parameter.data = parameter.data.to(round_to or dtype).to(device, dtype)
+    for module in base.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    base.requires_grad_(False)
+    if dtype == torch.float64:
+        compute_norms_in_float64(base)
+    clock = DropoutClock(seed=5)
+    model = attach_adapter(base, LoraSection(rank=4, dropout=dropout), clock, seed=2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # B is zero at the start, which would hide errors in A's gradient
+            values = random_like(parameter, 0.05).to(round_to or torch.float32)
+            parameter.data = values.to(device, parameter.dtype)
+    return Encoder(model, pooling=pooling, normalize=True, clock=clock)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts and the rows that point into them."""
+
+    store: TokenStore
+    texts: StepTexts
+
+    @property
+    def tokens(self) -> int:
+        return int(self.store.lengths[self.texts.text_P].sum())
+
+
+def make_batch(rows: int, num_texts: int, longest: int) -> Batch:
+    """Random triplets over few texts, so that some occur several times."""
+    draw = np.random.default_rng(3)
+    lengths = draw.integers(2, longest + 1, size=num_texts)
+    store = TokenStore.from_lists([draw.integers(4, 60, size=n).tolist() for n in lengths])
+    anchor_N, positive_N, negative_N = draw.integers(0, num_texts, size=(3, rows))
+    table = RowTable(anchor_N, positive_N, negative_N[:, None])
+    texts = step_texts(
+        table,
+        np.arange(rows),
+        hard_negatives="batch",
+        mask_duplicates=True,
+        encode_twins_once=True,
+    )
+    return Batch(store, texts)
+
+
+def batch_for(options: Options) -> Batch:
+    return make_batch(6, 14, 12) if options.tiny else make_batch(16, 40, 40)
+
+
+Gradients = dict[str, Tensor]
+
+
+def taken_gradients(model: nn.Module) -> Gradients:
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert found, "no gradients at all"
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def planned_gradients(
+    encoder: Encoder,
+    batch: Batch,
+    plan: StepPlan,
+    during: AbstractContextManager[Any] | None = None,
+) -> tuple[Gradients, StepReport]:
+    """Of one step by the plan; `during` is entered for the step and nothing else."""
+    step = ContrastiveStep(
+        encoder,
+        batch.store,
+        PAD,
+        LossSection(temperature=0.1),
+        trainable_parameters(encoder.model),
+        chunk_cost=2,
+    )
+    encoder.model.zero_grad(set_to_none=True)
+    set_checkpointing(encoder.model, plan.checkpoint_every)
+    with encoder.training_mode(STEP), during or nullcontext():
+        report = step(batch.texts, plan)
+    return taken_gradients(encoder.model), report
+
+
+def plain_gradients(
+    encoder: Encoder, batch: Batch, during: AbstractContextManager[Any] | None = None
+) -> Gradients:
+    """Of one forward over all texts and one backward by the libraries' own layers.
+
+    The encoder has no layers of ours any more after it.
+    """
+    taken = 0
+    for module in encoder.model.modules():
+        ours = module.__dict__.get("forward")
+        if isinstance(ours, partial) and ours.func.__module__.startswith("lowmem_cft."):
+            del module.__dict__["forward"]
+            taken += "lora_A" in module._modules
+    assert taken, "LoRA layers had no forward of ours"
+    set_checkpointing(encoder.model, 0)
+    texts = batch.texts
+    with encoder.training_mode(STEP), during or nullcontext():
+        padded = pad(batch.store, texts.text_P, PAD, "left")
+        emb_SD = encoder(padded)[texts.place_S.to(encoder.device)]
+        query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
+        candidates = texts.candidates.to(encoder.device)
+        torch.autograd.backward(reference_loss(query_MD, doc_ND, candidates, temperature=0.1)[0])
+    return taken_gradients(encoder.model)
+
+
+def greatest_error(got: Gradients, wanted: Gradients) -> float:
+    """Over the tensors, the greatest difference by the greatest magnitude.
+
+    A tensor below a thousandth of the largest one is measured by that.
+    """
+    assert got.keys() == wanted.keys()
+    sizes = {name: float(tensor.abs().max()) for name, tensor in wanted.items()}
+    floor = max(sizes.values()) / 1000
+    assert floor > 0, "all gradients are zero"
+    return max(
+        float((got[name].double() - tensor.double()).abs().max()) / max(sizes[name], floor)
+        for name, tensor in wanted.items()
+    )
+
+
+def summed_error(got: Gradients, wanted: Gradients) -> float:
+    """Of relative errors in the 2-norm: single elements differ by luck."""
+    pairs = [(got[name].double(), tensor.double()) for name, tensor in wanted.items()]
+    return sum(float((g - w).norm() / w.norm()) for g, w in pairs)
+
+
+def plans_for(batch: Batch) -> dict[str, StepPlan]:
+    """Every dial at its ends and between."""
+    tokens = batch.tokens
+    few, many = max(1, tokens // 8), max(1, tokens // 3)
+    base = StepPlan(backward_tokens=few, forward_tokens=many)
+    return {
+        "none kept": base,
+        "some kept": replace(base, kept_tokens=tokens // 2),
+        "all kept": replace(base, kept_tokens=None),
+        "checkpointed": replace(base, kept_tokens=tokens // 2, checkpoint_every=1),
+        "every second, all kept": replace(base, kept_tokens=None, checkpoint_every=2),
+        "offloaded": replace(base, offload_embeddings=True, kept_tokens=tokens // 2),
+        "single texts": StepPlan(
+            backward_tokens=1,
+            forward_tokens=9,
+            checkpoint_every=2,
+            offload_embeddings=True,
+            workspace_bytes=1,
+        ),
+    }
+
+
+class FailAt(TorchDispatchMode):
+    """Runs out of memory at the k-th operation that makes floating-point numbers, once."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.left = k
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        in_place = str(func).split(".")[1].endswith("_")  # allocates nothing
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not in_place and any(tensor.is_floating_point() for tensor in made):
+            self.left -= 1
+            if self.left == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory: injected")
+        return result
