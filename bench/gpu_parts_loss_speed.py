@@ -103,13 +103,10 @@ def check_loss_speed(options: Options) -> dict[str, Any]:
         )
         rows += found["rows"]
         options.note({**found, "rows": rows})
-    headline_size, headline_dtype = loss.HEADLINE[kind]
-    headline = {}
-    for name, rival in {"speedup_vs_st": "st", "speedup_vs_eager": "eager"}.items():
-        found[name], headline[name] = loss.speedup(rows, rival, headline_size, headline_dtype)
+    found |= loss.headline(rows, kind)
     ours = [row for row in rows if row["impl"].startswith("ours")]
     right = any(row["status"] == "ok" for row in ours) and not any(map(loss.is_bad, ours))
-    found |= {"ok": right, "headline": headline, "rows": rows}
+    found |= {"ok": right, "rows": rows}
     print_table(found)
     if options.picture is not None and importlib.util.find_spec("matplotlib") is not None:
         plot(found, options.picture)

@@ -25,7 +25,10 @@ from torch.nn import functional as F
 from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates, Path, choose_path, info_nce
 
 MODES = ("one_way", "symmetric")
-ST_MINI_BATCHES = (32, 256, 1024, 4096)
+ST_DEFAULT = 32
+"""Rows of its mini-batches, of texts and of scores alike, where a user says nothing."""
+ST_MINI_BATCHES = (256, 1024, 4096)
+"""Others, which take the memory for that many texts in the encoder too."""
 
 Pieces = tuple[list[Tensor], list[Tensor]]
 """Gradients of queries and of documents, each as consecutive rows in one or more tensors."""
@@ -180,11 +183,10 @@ class SentenceTransformersLoss(Side):
     asked for anything. Each mini-batch size is a variant.
     """
 
-    name = "st"
     package = "sentence_transformers"
 
-    def __init__(self, mini_batches: Sequence[int] = ST_MINI_BATCHES) -> None:
-        self.mini_batches = mini_batches
+    def __init__(self, name: str, mini_batches: Sequence[int]) -> None:
+        self.name, self.mini_batches = name, mini_batches
 
     @staticmethod
     def kind() -> Any:
@@ -401,7 +403,8 @@ def make_sides(
         *(Ours(path) for path in paths),
         Eager(),
         Compiled(),
-        SentenceTransformersLoss(mini_batches),
+        SentenceTransformersLoss("st", [ST_DEFAULT]),
+        SentenceTransformersLoss("st-best", mini_batches),
         MemEff(),
         InfCL(),
         CutCrossEntropy(),

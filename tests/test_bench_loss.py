@@ -107,7 +107,7 @@ def test_rows_line_and_picture(
 
     out, picture = tmp_path / "found.json", tmp_path / "found.png"
     here, rivals = (
-        ["ours", "ours_reference", "eager", "st"],
+        ["ours", "ours_reference", "eager", "st", "st-best"],
         ["ours_triton", "memeff", "inf_cl", "cce", "liger"],
     )
     arguments = [
@@ -143,6 +143,7 @@ def test_rows_line_and_picture(
     assert rows["eager", "one_way"]["extra_bytes"] >= 2 * 4 * SIZE[0] * SIZE[1]
     assert rows["ours", "one_way"]["by_ours"] == 1
     assert found["speedup_vs_st"] == rows["st", "one_way"]["by_ours"]
+    assert found["speedup_vs_st_best"] == rows["st-best", "one_way"]["by_ours"]
     assert found["speedup_vs_eager"] == rows["eager", "one_way"]["by_ours"]
     assert set(found["headline"].values()) == {"24x48x32 float32 one_way"}
     assert found["peak_tflops"]["float32"] > 0
