@@ -13,6 +13,7 @@ The temperature needs no pass of its own: with G = d loss / d z, d loss / d temp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,7 +22,15 @@ from torch import Tensor
 
 from lowmem_cft_kernels.denominators import column_share, join, mean_loss, row_share
 from lowmem_cft_kernels.options import Direction, Negatives
-from lowmem_cft_kernels.problem import Block, Problem, add_at, row_blocks, through_norm
+from lowmem_cft_kernels.problem import (
+    Block,
+    Problem,
+    add_at,
+    num_bytes_as_units,
+    row_blocks,
+    through_norm,
+    with_units,
+)
 from lowmem_cft_kernels.tally import Tally
 
 WORKSPACE_BYTES = 60 * 2**20
@@ -29,6 +38,9 @@ WORKSPACE_BYTES = 60 * 2**20
 
 _HELD_SHARE = 0.6
 """Of the workspace, what logits may take that are held from the first pass for the second."""
+
+_UNITS_SHARE = 0.3
+"""Of the workspace, what embeddings may take that are normalised, or widened, once for all."""
 
 _TILE_BYTES = 4 * 2**20
 """Columns held in the compute dtype at once, where they come in another."""
@@ -58,13 +70,9 @@ def _tiles(col_CD: Tensor, compute: torch.dtype) -> Iterator[tuple[slice, Tensor
         yield columns, col_CD[columns].to(compute)
 
 
-def _products(
-    row_RD: Tensor, col_CD: Tensor, inverse_R: Tensor | None, scale_C: Tensor | None
-) -> Tensor:
-    """(R, C) in the dtype of the rows, scaled by rows and columns."""
+def _products(row_RD: Tensor, col_CD: Tensor, scale_C: Tensor | None) -> Tensor:
+    """(R, C) in the dtype of the rows, scaled by columns."""
     out_RC = row_RD.new_empty((len(row_RD), len(col_CD)))
-    if inverse_R is not None:
-        row_RD = row_RD * inverse_R[:, None]
     for columns, tile_CD in _tiles(col_CD, row_RD.dtype):
         torch.matmul(row_RD, tile_CD.T, out=out_RC[:, columns])
     return out_RC if scale_C is None else out_RC.mul_(scale_C)
@@ -106,15 +114,23 @@ class _Scores:
     hidden_col_RC: Tensor | None
 
 
+def _row_scale(problem: Problem, block: Block, rows: slice) -> Tensor:
+    """(R, 1), or a scalar: inverse norms by the temperature."""
+    if block.row_inverse_R is None:
+        return problem.temperature.reciprocal()
+    return (block.pick(block.row_inverse_R, rows) / problem.temperature)[:, None]
+
+
+def _scaled_rows(problem: Problem, block: Block, rows: slice) -> Tensor:
+    """(R, D): of unit length if normalised, by the temperature: R D products instead of R C."""
+    row_RD = block.pick(block.row_RD, rows).to(problem.compute)
+    return row_RD * _row_scale(problem, block, rows)
+
+
 def _logits(problem: Problem, block: Block, rows: slice) -> Tensor:
     """(R, C): s / temperature, without hardness and unmasked."""
-    compute, temperature = problem.compute, problem.temperature
-    row_RD = block.pick(block.row_RD, rows).to(compute)
-    inverse_R = None if block.row_inverse_R is None else block.pick(block.row_inverse_R, rows)
-    scale_C = None if block.col_inverse_C is None else block.col_inverse_C / temperature
-    logit_RC = _products(row_RD, block.col_CD, inverse_R, scale_C)
-    if scale_C is None:
-        logit_RC.div_(temperature)
+    temperature = problem.temperature
+    logit_RC = _products(_scaled_rows(problem, block, rows), block.col_CD, block.col_inverse_C)
     if block.has_positives:  # the same number as in the loss, whatever order it was added in
         assert block.target_RP is not None
         logit_RC.scatter_(1, block.target_RP[rows], problem.positive_MP[rows] / temperature)
@@ -142,8 +158,8 @@ def _scores(
     guide_RC, unit_of = logit_RC, temperature
     if (guide := block.guide) is not None:
         guide_RG = block.pick(guide.row_RG, rows).to(compute)
-        inverse_R = block.pick(guide.row_inverse_R, rows)
-        guide_RC = _products(guide_RG, guide.col_CG, inverse_R, guide.col_inverse_C)
+        guide_RG = guide_RG * block.pick(guide.row_inverse_R, rows)[:, None]
+        guide_RC = _products(guide_RG, guide.col_CG, guide.col_inverse_C)
         unit_of = torch.ones_like(temperature)
     hidden = []
     for bound in (block.row_bound_R[rows, None], block.col_bound_C if columns_too else None):
@@ -209,31 +225,37 @@ class Chunked:
     def __init__(
         self, problem: Problem, d_query_MD: Tensor, d_doc_ND: Tensor, workspace_bytes: int
     ) -> None:
-        self.problem = problem
+        self.given = problem
         self.d_query_MD, self.d_doc_ND = d_query_MD, d_doc_ND
-        documents, self.held_MN = problem.queries_with_documents, None
-        if documents.row_RD.dtype != problem.compute:
-            workspace_bytes = max(workspace_bytes // 2, workspace_bytes - _TILE_BYTES)
-        num_logits = len(documents.row_RD) * len(documents.col_CD)
-        held_bytes = num_logits * problem.compute.itemsize
+        documents, self.held_MN, left = problem.queries_with_documents, None, workspace_bytes
+        shape = (len(documents.row_RD), len(documents.col_CD))
+        held_bytes = math.prod(shape) * problem.compute.itemsize
         if problem.documents_choose and held_bytes <= workspace_bytes * _HELD_SHARE:
-            shape = (len(documents.row_RD), len(documents.col_CD))
             self.held_MN = torch.empty(shape, dtype=problem.compute, device=d_query_MD.device)
-            workspace_bytes -= held_bytes
-        self.size = queries_per_block(problem, workspace_bytes)
+            left -= held_bytes
+        unit_bytes = num_bytes_as_units(problem)
+        if 0 < unit_bytes <= workspace_bytes * _UNITS_SHARE:
+            problem = with_units(problem)
+            left -= unit_bytes
+        elif documents.row_RD.dtype != problem.compute:
+            left -= min(_TILE_BYTES, left // 2)
+        self.problem = problem
+        self.size = queries_per_block(problem, left)
         self.tally = Tally.empty(problem)
         self.product = torch.zeros((), dtype=problem.compute, device=d_query_MD.device)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Loss and d loss / d temperature."""
-        problem = self.problem
+        problem, given = self.problem, self.given.queries_with_documents
         self.d_query_MD.zero_()
         self.d_doc_ND.zero_()
         loss = self._two_passes() if problem.documents_choose else self._one_pass()
-        block = problem.queries_with_documents
-        if block.row_inverse_R is not None and block.col_inverse_C is not None:
-            through_norm(block.row_RD, block.row_inverse_R, self.d_query_MD)
-            through_norm(block.col_CD, block.col_inverse_C, self.d_doc_ND)
+        if given.row_inverse_R is not None and given.col_inverse_C is not None:
+            if problem is not self.given:
+                self.d_query_MD *= given.row_inverse_R[:, None]
+                self.d_doc_ND *= given.col_inverse_C[:, None]
+            through_norm(given.row_RD, given.row_inverse_R, self.d_query_MD)
+            through_norm(given.col_CD, given.col_inverse_C, self.d_doc_ND)
         return loss, -self.product / problem.temperature
 
     # -- log-sum-exps ---------------------------------------------------------------------------
@@ -367,18 +389,18 @@ class Chunked:
         if block.has_positives:
             assert block.target_RP is not None
             grad_RC.scatter_add_(1, block.target_RP[rows], -problem.weight_MP[rows])
-        if block.row_inverse_R is not None and block.col_inverse_C is not None:
-            grad_RC.mul_(block.pick(block.row_inverse_R, rows)[:, None])
-            grad_RC.mul_(block.col_inverse_C / problem.temperature)
-        else:
-            grad_RC.div_(problem.temperature)
-        row_RD = block.pick(block.row_RD, rows).to(compute)
-        d_row_RD = torch.zeros_like(row_RD)
+        if block.col_inverse_C is not None:
+            grad_RC.mul_(block.col_inverse_C)
+        row_RD = _scaled_rows(problem, block, rows)
+        d_row_RD = None
         for columns, tile_CD in _tiles(block.col_CD, compute):
-            d_row_RD.addmm_(grad_RC[:, columns], tile_CD)
+            part_RD = grad_RC[:, columns] @ tile_CD
+            d_row_RD = part_RD if d_row_RD is None else d_row_RD.add_(part_RD)
+        assert d_row_RD is not None
         if block.learns:
             self._d_columns(block).addmm_(grad_RC.T, row_RD)
         self.product += torch.tensordot(row_RD, d_row_RD)
+        d_row_RD.mul_(_row_scale(problem, block, rows))
         if block.pick_R is None:
             self.d_query_MD[rows] += d_row_RD
         else:

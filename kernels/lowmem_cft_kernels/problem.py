@@ -359,6 +359,47 @@ def _bounds(
     return bound_M, bound_N
 
 
+def _sides_to_widen(problem: Problem) -> dict[int, tuple[Tensor, Tensor | None]]:
+    """By identity, the embeddings that are not yet of unit length or in the compute dtype."""
+    sides = {}
+    for block in problem.blocks:
+        for x_ND, inverse_N in (
+            (block.row_RD, block.row_inverse_R),
+            (block.col_CD, block.col_inverse_C),
+        ):
+            if inverse_N is not None or x_ND.dtype != problem.compute:
+                sides[id(x_ND)] = x_ND, inverse_N
+    return sides
+
+
+def num_bytes_as_units(problem: Problem) -> int:
+    """What `with_units` would hold; 0 where embeddings are as it would make them."""
+    sides = _sides_to_widen(problem).values()
+    return sum(x_ND.numel() for x_ND, _ in sides) * problem.compute.itemsize
+
+
+def with_units(problem: Problem) -> Problem:
+    """The same with embeddings in the compute dtype, and of unit length where normalised.
+
+    Gradients are then those of the unit vectors.
+    """
+    units = {
+        key: x_ND.to(problem.compute) if inverse_N is None else x_ND * inverse_N[:, None]
+        for key, (x_ND, inverse_N) in _sides_to_widen(problem).items()
+    }
+    blocks = (
+        replace(
+            block,
+            row_RD=units.get(id(block.row_RD), block.row_RD),
+            col_CD=units.get(id(block.col_CD), block.col_CD),
+            row_inverse_R=None,
+            col_inverse_C=None,
+        )
+        for block in problem.blocks
+    )
+    return replace(problem, blocks=tuple(blocks))
+
+
 def strips(num_rows: int, row_bytes: int, *, cuda: bool) -> Iterator[slice]:
     """Ranges of rows of a few MiB."""
     yield from row_blocks(num_rows, max(1, _STRIP_BYTES[cuda] // row_bytes))
