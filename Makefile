@@ -1,7 +1,8 @@
 # make demo   set up, train the embedded small model, print scores and one line of JSON
 # make test   set up, pass the tests
 # make lint   style, types, import contracts
-# make lowest the tests that touch transformers, on the oldest transformers supported
+# make lowest the tests that touch transformers or compile kernels, on the oldest transformers and
+#             triton supported
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,7 +36,8 @@ lint: $(VENV)/.dev
 lowest: $(VENV)/.lowest
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest -n auto tests/test_gradcache.py \
 	  tests/test_backbone.py tests/test_train.py tests/test_minicpm.py tests/test_imports.py \
-	  tests/test_oom.py tests/test_planner.py tests/test_last_layer.py
+	  tests/test_oom.py tests/test_planner.py tests/test_last_layer.py tests/test_compile.py \
+	  tests/kernels/test_triton_compile.py
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 10); \
@@ -52,9 +54,9 @@ $(VENV)/.dev: $(VENV)/.run
 	touch $@
 
 # Laid over the environment: the lower bounds of pyproject.toml for what changes most.
-$(VENV)/.lowest: $(VENV)/.dev
+$(VENV)/.lowest: $(VENV)/.dev Makefile
 	$(PIP) install --quiet --upgrade --target $(VENV)/lowest --no-deps \
-	  transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+	  transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 triton==3.6.0
 	touch $@
 
 clean:

@@ -5,6 +5,7 @@ The assembler and `cuobjdump` come with triton; no driver, GPU or C compiler is 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,12 +32,17 @@ SHARED_LIMIT = {
 REGISTER_FILE = 64 * 1024
 """32-bit registers of one multiprocessor, the same for all of these."""
 
+_MMA = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+_ASYNC_COPY = re.compile(r"\bcp\.async\.(?:ca|cg|bulk)\b")
+
 
 @dataclass(frozen=True)
 class Resources:
     """What one kernel takes: registers per thread, bytes of stack and local memory, shared bytes.
 
-    Registers that do not fit are spilled to the stack (STACK) or to local memory (LOCAL).
+    Registers that do not fit are spilled to the stack (STACK) or to local memory (LOCAL). `mma` and
+    `async_copies` count instructions in the PTX: products on tensor cores, and copies to shared
+    memory that a thread does not wait for.
     """
 
     capability: int
@@ -44,6 +51,8 @@ class Resources:
     local: int
     shared: int
     threads: int
+    mma: int = 0
+    async_copies: int = 0
 
     def check(self) -> None:
         """Assert that nothing spills and that one block fits a multiprocessor."""
@@ -64,6 +73,8 @@ def compile_for(
     options: Mapping[str, Any] | None = None,
 ) -> Resources:
     """Compile a `triton.jit` kernel as a launch would, for compute capability 75, 80, ....
+
+    It is compiled here and now: the user's cache is neither read nor filled.
 
     Args:
         types: triton's types of the arguments, `{"x_ptr": "*fp16", "count": "i32"}`.
@@ -87,11 +98,15 @@ def compile_for(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options=dict(options or {}),
-    )
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+    ):
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options=dict(options or {}),
+        )
     usage = _usage(compiled.asm["cubin"])
     return Resources(
         capability=capability,
@@ -101,6 +116,8 @@ def compile_for(
         # cuobjdump counts static shared memory only; triton asks for its own at launch
         shared=max(usage["SHARED"], compiled.metadata.shared),
         threads=32 * compiled.metadata.num_warps,
+        mma=len(_MMA.findall(compiled.asm["ptx"])),
+        async_copies=len(_ASYNC_COPY.findall(compiled.asm["ptx"])),
     )
 
 

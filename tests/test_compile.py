@@ -1,11 +1,9 @@
-"""Every Triton kernel compiles for every supported GPU, none of which has to be here.
+"""The dropout kernel compiles for every supported GPU, none of which has to be here.
 
 triton is imported plainly: where it is missing these tests fail, they are not skipped.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import triton
@@ -20,12 +18,6 @@ TARGETS = [
     for dtype in ("fp32", "fp16", "bf16")
     if (capability, dtype) != (75, "bf16")  # Turing has no bfloat16
 ]
-
-
-@pytest.fixture(autouse=True)
-def _own_triton_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile here and now: neither read nor fill the user's cache."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
@@ -84,6 +76,14 @@ def test_shared_memory_of_a_launch_is_counted() -> None:
     found = compile_for(_matmul_kernel, 80, types, {"BLOCK": 64}, divisible=types)
     assert found.shared >= 2 * 64 * 64 * 2
     found.check()
+
+
+def test_instructions_are_counted() -> None:
+    types = {"a_ptr": "*fp16", "b_ptr": "*fp16", "out_ptr": "*fp32"}
+    for capability, on_tensor_cores in ((75, False), (80, True), (90, True)):
+        found = compile_for(_matmul_kernel, capability, types, {"BLOCK": 64}, divisible=types)
+        assert bool(found.mma) is on_tensor_cores
+        assert not found.async_copies, "there is no loop to copy ahead in"
 
 
 def test_a_block_that_does_not_fit_is_found() -> None:

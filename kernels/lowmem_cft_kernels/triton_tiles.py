@@ -297,8 +297,11 @@ def lse_kernel(  # type: ignore[no-untyped-def]
         unit = LOG2E / temperature
         rc_above = rc_row > tl.load(best_ptr + r_place)[:, None] * unit
         rc_visible = rc_row > float("-inf")
-        tl.store(above_ptr + r_out, tl.sum(rc_above.to(tl.int32), 1), mask=r_inside)
-        tl.store(seen_ptr + r_out, tl.sum(rc_visible.to(tl.int32), 1), mask=r_inside)
+        # counted in floats: for compute capability 7.5, integers are packed by way of the stack
+        r_above = tl.sum(tl.where(rc_above, 1.0, 0.0), 1).to(tl.int32)
+        tl.store(above_ptr + r_out, r_above, mask=r_inside)
+        r_visible = tl.sum(tl.where(rc_visible, 1.0, 0.0), 1).to(tl.int32)
+        tl.store(seen_ptr + r_out, r_visible, mask=r_inside)
         r_sum = tl.sum(tl.where(rc_visible, rc_row, 0.0), 1) / unit
         tl.store(sum_ptr + r_out, r_sum, mask=r_inside)
     if col_top_ptr is not None:

@@ -1,0 +1,39 @@
+"""The loss's kernels compile for every supported GPU, none of which has to be here.
+
+triton is imported plainly: where it is missing these tests fail, they are not skipped.
+"""
+
+from __future__ import annotations
+
+import pytest
+import triton
+
+from loss_resources import Target, key, measure, numbers, targets, written
+
+TARGETS = list(targets())
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"sm_{t[0]}-{t[1]}-{t[2]}")
+def test_resources(target: Target) -> None:
+    capability, dtype, name = target
+    expected = written()
+    found = measure(target)
+    second = "scale_kernel" if name == "one-way" else "gradient_kernel"
+    assert found.keys() == {"lse_kernel", second}
+    for kernel, resources in found.items():
+        print(kernel, resources)
+        resources.check()
+        multiplies = kernel != "scale_kernel"
+        # triton from 3.2 on has products on tensor cores from compute capability 8.0 on only
+        on_tensor_cores = multiplies and dtype != "fp32" and capability >= 80
+        assert bool(resources.mma) is on_tensor_cores
+        assert bool(resources.async_copies) is (multiplies and capability >= 80)
+        if triton.__version__ == expected["triton"]:
+            wanted = expected["kernels"][key(target, kernel)]
+            assert numbers(resources) == wanted, "see tests/loss_resources.py"
+
+
+def test_what_is_written_down_is_what_is_measured() -> None:
+    keys = written()["kernels"].keys()
+    assert {k.rpartition(" ")[0] for k in keys} == {key(t, "").strip() for t in TARGETS}
+    assert len(keys) == 2 * len(TARGETS)

@@ -1,0 +1,319 @@
+"""The Triton path against the formula, in triton's interpreter; and what it holds, counted.
+
+bfloat16 is left out of the interpreter: it cuts off where a GPU rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from pathlib import Path as File
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from eager import eagerly
+from interpreted import Done, Job, interpret
+from launches import recorded
+from loss_cases import (
+    SOFTMAXES,
+    Case,
+    Shape,
+    assert_agrees,
+    assert_same_bits,
+    assert_substantial,
+    errors,
+    make_case,
+    option_sets,
+    singles,
+)
+from lowmem_cft.live_bytes import LiveBytes
+from lowmem_cft_kernels import (
+    Bank,
+    Candidates,
+    FalseNegatives,
+    Hardness,
+    InfoNCEResult,
+    Negatives,
+    Path,
+)
+
+SETS = option_sets()
+ALONE_AND_MANY = [*singles(), *(name for name in SETS if name.startswith("a dozen"))]
+WORKSPACES = (1, 20_000, 1 << 25)
+MIDDLE = (37, 53, 40)
+WIDE = (20, 150, 24)
+"""More columns than the narrowest rectangle has."""
+
+
+def by_reference(case: Case) -> InfoNCEResult:
+    """In float64, of the inputs as they were rounded."""
+    return case.to(torch.float64).run(Path.REFERENCE)
+
+
+def assert_all_agree(
+    jobs: dict[str, Job], done: list[Done], bound: float = 1e-5, *, saturated: bool = False
+) -> None:
+    """Each with the formula; a failure names its job."""
+    for (name, job), one in zip(jobs.items(), done, strict=True):
+        wanted = by_reference(job.case)
+        assert torch.isfinite(wanted.loss)
+        if len(job.case.query_MD) > 2 and not saturated:
+            assert_substantial(wanted)
+        try:
+            assert_agrees(job.case, one.result, wanted, bound)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, {job.keywords}: {error}") from error
+
+
+def launches(done: list[Done], kernel: str) -> int:
+    return sum(one.launches[kernel] for one in done)
+
+
+# agreement
+
+
+PARTS = 3
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_set_in_float32(part: int, tmp_path: File) -> None:
+    """In small tiles, one or several to a rectangle, and one or several rectangles to a block."""
+    names = list(SETS)[part::PARTS]
+    jobs = {
+        name: Job(
+            make_case(SETS[name], WIDE, torch.float32),
+            {"workspace_bytes": WORKSPACES[i % 3]},
+            rows=(16, None)[i % 2],
+        )
+        for i, name in enumerate(names)
+    }
+    assert len(jobs) > 80
+    done = interpret(tmp_path, list(jobs.values()), small_tiles=True)
+    assert_all_agree(jobs, done)
+    for kernel in ("lse_kernel", "gradient_kernel"):
+        assert launches(done, kernel) > 3 * len(jobs)
+    assert launches(done, "scale_kernel") > 10
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4), (2, 3, 5), (53, 7, 8), MIDDLE, (16, 24, 2304)])
+def test_shapes_alone_and_many(shape: Shape, tmp_path: File) -> None:
+    """In the tiles that are shipped."""
+    agree_on(shape, ALONE_AND_MANY, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(129, 257, 65), (8, 12, 2560), (3, 1500, 33)])
+def test_larger_shapes(shape: Shape, tmp_path: File) -> None:
+    names = ["plain", "symmetric", "normalize", *ALONE_AND_MANY[-5:]]
+    assert sum(name.startswith("a dozen") for name in names) == 5
+    agree_on(shape, names, tmp_path)
+
+
+def agree_on(shape: Shape, names: list[str], folder: File) -> None:
+    cases = {name: make_case(SETS[name], shape, torch.float32) for name in names}
+    jobs = {
+        name: Job(case, {"workspace_bytes": 100_000 << 5 * (i % 2)})
+        for i, (name, case) in enumerate(cases.items())
+    }
+    assert_all_agree(jobs, interpret(folder, list(jobs.values())))
+
+
+def test_float16_loses_at_most_twice_what_eager_loses(tmp_path: File) -> None:
+    jobs = [
+        Job(make_case(SETS[name], MIDDLE, torch.float16), {"workspace_bytes": WORKSPACES[i % 3]})
+        for i, name in enumerate(ALONE_AND_MANY)
+    ]
+    for name, job, one in zip(ALONE_AND_MANY, jobs, interpret(tmp_path, jobs), strict=True):
+        got, wanted = one.result, by_reference(job.case)
+        assert got.d_query_MD.dtype == got.loss.dtype == torch.float32
+        halves = {x: getattr(got, x).half() for x in ("d_query_MD", "d_doc_ND")}
+        found = errors(job.case, dataclasses.replace(got, **halves), wanted)
+        for field, lost in errors(job.case, eagerly(job.case), wanted).items():
+            assert lost > 0, "eager is exact: nothing was compared"
+            assert found[field] <= 2 * lost, f"{name}: {field}"
+
+
+@pytest.mark.parametrize("scale", [1, 4], ids=["norm 1", "norm 4"])
+def test_low_temperature(scale: int, tmp_path: File) -> None:
+    jobs = {}
+    for name in ALONE_AND_MANY:
+        case = make_case(SETS[name], MIDDLE, torch.float32).having(temperature=0.005)
+        case = dataclasses.replace(  # by a power of two: exact
+            case, query_MD=case.query_MD * scale, doc_ND=case.doc_ND * scale
+        )
+        jobs[name] = Job(case, {"workspace_bytes": 50_000})
+    # a logit of up to 200 * 1.3^2 * scale^2 is off by a few units in its last place
+    bound = 16 * 2**-24 * 1.7 * scale**2 / 0.005
+    done = interpret(tmp_path, list(jobs.values()))
+    assert_all_agree(jobs, done, bound, saturated=scale > 1)
+
+
+# nothing else is read or written
+
+
+def test_bits_do_not_depend_on_the_run_nor_on_what_memory_held(tmp_path: File) -> None:
+    """The second run is watched: addresses are arguments', memory holds NaN until written."""
+    jobs = []
+    for i, name in enumerate(ALONE_AND_MANY):
+        dtype = (torch.float32, torch.float16)[i % 2]
+        job = Job(
+            make_case(SETS[name], WIDE, dtype), {"workspace_bytes": WORKSPACES[i % 3]}, rows=16
+        )
+        jobs += [job, dataclasses.replace(job, watched=True)]
+    done = interpret(tmp_path, jobs, small_tiles=True)
+    for first, watched in zip(done[::2], done[1::2], strict=True):
+        assert_same_bits(watched.result, first.result)
+        assert watched.launches == first.launches
+        assert watched.addresses > 10_000
+        assert watched.allocated > 4
+
+
+def inside(x: Tensor) -> Tensor:
+    """The same amid a larger buffer that holds NaN, or integers that hide and choose others."""
+    filler = torch.nan if x.is_floating_point() else 1
+    margins = [(2, 3)] * x.ndim
+    buffer = torch.full([a + size + b for size, (a, b) in zip(x.shape, margins, strict=True)], 0)
+    buffer = buffer.to(x.dtype).fill_(filler)
+    view = buffer[tuple(slice(a, a + size) for size, (a, _) in zip(x.shape, margins, strict=True))]
+    return view.copy_(x)
+
+
+def surrounded(value: Any) -> Any:
+    """Tensors in it are inside larger buffers."""
+    if isinstance(value, Tensor):
+        return inside(value.detach()) if value.ndim else value.detach()
+    if isinstance(value, Candidates | FalseNegatives | Bank):
+        fields = {name: surrounded(held) for name, held in vars(value).items()}
+        return dataclasses.replace(value, **fields)
+    return value
+
+
+def test_inputs_and_gradients_amid_larger_buffers(tmp_path: File) -> None:
+    jobs = {}
+    for i, name in enumerate(ALONE_AND_MANY):
+        case = make_case(SETS[name], MIDDLE, torch.float32)
+        options = {option: surrounded(value) for option, value in case.options.items()}
+        case = Case(
+            *(surrounded(x) for x in (case.query_MD, case.doc_ND, case.candidates)), options
+        )
+        assert not case.query_MD.is_contiguous()
+        out = tuple(inside(torch.zeros(x.shape)) for x in (case.query_MD, case.doc_ND))
+        keywords = {"workspace_bytes": WORKSPACES[i % 3], "out": out}
+        jobs[name] = Job(case, keywords, rows=16, watched=True)
+    done = interpret(tmp_path, list(jobs.values()))
+    assert_all_agree(jobs, done)
+    for one in done:
+        for gradient in (one.result.d_query_MD, one.result.d_doc_ND):
+            storage = gradient.untyped_storage()
+            numbers = torch.empty(0).set_(storage)
+            assert numbers.numel() == (len(gradient) + 5) * (gradient.shape[1] + 5)
+            assert not gradient.isnan().any()
+            assert int(numbers.isnan().sum()) == numbers.numel() - gradient.numel()
+
+
+def test_the_watch_sees_what_lies_beyond(tmp_path: File) -> None:
+    job = Job(make_case(frozenset({"symmetric"}), MIDDLE, torch.float32), watched=True)
+    interpret(tmp_path, [job])
+    for read_or_written in ("row_ptr", "row_top_ptr"):
+        told_less = dataclasses.replace(job, withheld=read_or_written)
+        with pytest.raises(AssertionError, match="addresses outside of the arguments"):
+            interpret(tmp_path, [told_less])
+
+
+# what is held, counted on tensors without memory
+
+
+@pytest.fixture
+def without_memory() -> Iterator[None]:
+    """Tensors have no numbers: what looks at them is left out, what depends on them is given."""
+    public = importlib.import_module("lowmem_cft_kernels.info_nce")
+    with (
+        FakeTensorMode(),
+        mock.patch.object(public, "check_shapes", return_value=None),
+        mock.patch.object(Candidates, "validate", return_value=None),
+        mock.patch.object(torch, "bincount", lambda x, minlength: x.new_empty(minlength)),
+    ):
+        yield
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64)
+
+
+def large_case(name: str, shape: Shape, dtype: torch.dtype) -> Case:
+    """Plain, with other softmaxes, or with these and everything else."""
+    num_queries, num_docs, width = shape
+    softmaxes, _, everything = name.partition(" ")
+    case = make_case(frozenset(), (1, 1, 1), dtype)
+    if softmaxes in SOFTMAXES:
+        case = case.having(softmaxes=SOFTMAXES[softmaxes])
+    query_MD = torch.empty(num_queries, width, dtype=dtype)
+    doc_ND = torch.empty(num_docs, width, dtype=dtype)
+    if not everything:
+        return Case(query_MD, doc_ND, Candidates(target=integers(num_queries)), case.options)
+    candidates = Candidates(
+        target=integers(num_queries, 3),
+        owner_N=integers(num_docs),
+        own_only=True,
+        query_keys=integers(num_queries, 2),
+        doc_keys=integers(num_docs),
+    )
+    guides = {"query_guide_MG": torch.empty(num_queries, 64, dtype=dtype)}
+    guides["doc_guide_NG"] = torch.empty(num_docs, 64, dtype=dtype)
+    bank = Bank(
+        doc_CD=torch.empty(num_docs // 2, width, dtype=dtype),
+        keys_C=integers(num_docs // 2),
+        guide_CG=torch.empty(num_docs // 2, 64, dtype=dtype),
+    )
+    case = case.having(
+        false_negatives=FalseNegatives(margin=0.1, **guides),
+        hardness=Hardness(strength=3.0, on=Negatives.IN_BATCH),
+        weight_M=torch.empty(num_queries),
+        bank=bank,
+        normalize=True,
+    )
+    return Case(query_MD, doc_ND, candidates, case.options)
+
+
+def live_bytes(case: Case, **keywords: Any) -> tuple[int, int]:
+    """Most bytes of tensors alive at once, beside inputs and gradients; launches."""
+    out = tuple(torch.empty(x.shape) for x in (case.query_MD, case.doc_ND))
+    with recorded() as kernels, LiveBytes([*case.tensors(), *out]) as live:
+        case.run(Path.TRITON, out=out, **keywords)
+    return live.peak, sum(kernel.count for kernel in kernels.values())
+
+
+LARGE = ["plain", "symmetric", "gte", "symmetric with everything", "gte with everything"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.usefixtures("without_memory")
+def test_a_batch_of_thousands_stays_within_its_workspace(name: str, dtype: torch.dtype) -> None:
+    case = large_case(name, (8192, 16384, 256), dtype)
+    bank = case.options["bank"]
+    count = case.candidates.target.numel() + len(case.doc_ND)
+    count += 0 if bank is None else len(bank.doc_CD)
+    few_numbers = 16 * count * torch.float32.itemsize
+    peaks = []
+    for workspace in (2**26, 2**27):
+        peak, num_launches = live_bytes(case, workspace_bytes=workspace)
+        assert workspace / 2 < peak <= workspace + few_numbers
+        assert num_launches >= 4
+        peaks.append(peak)
+    assert peaks[1] > 1.5 * peaks[0], "the measure does not see the workspace"
+
+
+@pytest.mark.parametrize("name", ["plain", "symmetric", "gte"])
+@pytest.mark.usefixtures("without_memory")
+def test_64_mib_are_enough_for_the_largest_batch(name: str) -> None:
+    """Each matrix of its similarities would take 16 GiB in 16 bit."""
+    case = large_case(name, (65_536, 131_072, 2304), torch.bfloat16)
+    peak, num_launches = live_bytes(case)
+    assert 2**25 < peak <= 2**26
+    assert num_launches > 500
