@@ -31,19 +31,6 @@ def mean_loss(problem: Problem, queries: slice, lse_BP: Sequence[Tensor]) -> Ten
     return (weight_BP * mean_BP.masked_fill(weight_BP == 0, 0.0)).sum()
 
 
-def _log_shares(problem: Problem, queries: slice, lse_BP: Tensor) -> Tensor:
-    weight_BP = problem.weight_MP[queries] / len(problem.softmaxes)
-    return (weight_BP.log() - lse_BP).masked_fill(weight_BP == 0, -torch.inf)
-
-
-def row_shift(problem: Problem, block: Block, queries: slice, lse_BP: Tensor) -> Tensor:
-    """(R, 1), rho of `problem`; infinite where the row has no weight."""
-    share_BP = _log_shares(problem, queries, lse_BP)
-    if block.direction is Direction.DOC_TO_DOC:
-        return -share_BP.reshape(-1, 1)
-    return -share_BP.logsumexp(dim=1, keepdim=True)
-
-
 def row_share(
     problem: Problem, block: Block, queries: slice, lse_BP: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -80,17 +67,13 @@ def column_share(problem: Problem, lse_MP: Tensor) -> tuple[Tensor, Tensor]:
     return shift_N, factor_N
 
 
-def column_shift(problem: Problem, lse_MP: Tensor) -> Tensor:
-    """(N,), gamma of `problem`; infinite for documents that are nobody's positive.
+def row_shift(problem: Problem, block: Block, queries: slice, lse_BP: Tensor) -> Tensor:
+    """(R, 1), rho of `problem`; infinite where the row has no weight."""
+    shift_R1, factor_R1 = row_share(problem, block, queries, lse_BP)
+    return shift_R1 - factor_R1.log()
 
-    Sums over a document's pairs in one order, whatever the device: sorted, then cut into segments.
-    """
-    num_docs = len(problem.queries_with_documents.col_CD)
-    share = _log_shares(problem, slice(0, len(lse_MP)), lse_MP).flatten()
-    target, order = problem.target_MP.flatten().sort(stable=True)
-    count_N = torch.bincount(target, minlength=num_docs)
-    top_N = share.new_full((num_docs,), -torch.inf)
-    top_N.scatter_reduce_(0, target, share[order], "amax").nan_to_num_(neginf=0.0)
-    shifted = torch.exp(share[order] - top_N[target])
-    total_N = torch.segment_reduce(shifted, "sum", lengths=count_N, unsafe=True, initial=0)
-    return -(total_N.log_().add_(top_N))
+
+def column_shift(problem: Problem, lse_MP: Tensor) -> Tensor:
+    """(N,), gamma of `problem`; infinite for documents that are nobody's positive."""
+    shift_N, factor_N = column_share(problem, lse_MP)
+    return shift_N - factor_N.log()

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eager import eagerly
 from loss_cases import (
     Case,
     Shape,
@@ -28,7 +28,6 @@ from loss_cases import (
 from lowmem_cft_kernels import Candidates, Hardness, InfoNCEResult, Path, choose_path, info_nce
 from lowmem_cft_kernels.masks import NO_TARGET
 from lowmem_cft_kernels.problem import make_problem
-from lowmem_cft_kernels.reference import reference_loss
 
 SETS = option_sets()
 EVERY_SET = pytest.mark.parametrize("name", SETS)
@@ -120,43 +119,6 @@ def test_16_bit_inputs_are_worked_on_in_float32(name: str) -> None:
         got = chunked(case)
         assert got.d_query_MD.dtype == got.loss.dtype == torch.float32
         assert_agrees(case, got, by_reference(case), 1e-5)
-
-
-class _EagerProducts(TorchFunctionMode):
-    """Similarities by products of 16-bit matrices, as by a model that runs in this dtype."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype, self.count = dtype, 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in (Tensor.__matmul__, Tensor.matmul) and args[0].requires_grad:
-            self.count += 1
-            return (args[0].to(self.dtype) @ args[1].to(self.dtype)).float()
-        return func(*args, **(kwargs or {}))
-
-
-def eagerly(case: Case) -> InfoNCEResult:
-    """The formula with 16-bit products, a float32 cross entropy and 16-bit gradients."""
-    query_MD, doc_ND = (x.clone().requires_grad_() for x in (case.query_MD, case.doc_ND))
-    temperature = torch.tensor(case.temperature, requires_grad=True)
-    wide = case.to(torch.float32).options
-    options = {**wide, "temperature": temperature}
-    with _EagerProducts(case.query_MD.dtype) as products:
-        loss, seen = reference_loss(query_MD.float(), doc_ND.float(), case.candidates, **options)
-    assert products.count == 3
-    gradients = torch.autograd.grad(loss, (query_MD, doc_ND, temperature))
-    assert gradients[0].dtype == query_MD.dtype
-    return InfoNCEResult(
-        loss=loss.detach(),
-        d_query_MD=gradients[0],
-        d_doc_ND=gradients[1],
-        d_temperature=gradients[2],
-        observed=seen,
-        path=Path.REFERENCE,
-    )
 
 
 @EVERY_SET
