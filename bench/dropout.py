@@ -27,10 +27,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measure import machine, median, print_line, synchronize, versions
 
 from lowmem_cft.dropout import DropoutClock, IdentityDropout
 from lowmem_cft_kernels.dropout import identity_dropout
+from measure import machine, median, print_line, synchronize, versions
 
 SHAPES = [(512, 576), (2048, 576), (2048, 1536), (8192, 2304)]
 DTYPES = [torch.float32, torch.bfloat16]

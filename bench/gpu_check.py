@@ -60,6 +60,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from measure import machine, print_line, run_limited, versions, write_whole
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where nothing is installed
@@ -72,7 +73,6 @@ from gpu_parts_loss import check_loss_correctness, check_loss_memory
 from gpu_parts_loss_speed import check_loss_speed, check_sanitizer, check_tiles
 from gpu_parts_memory import check_memory
 from gpu_real_models import MODELS
-
 from lowmem_cft.backbone import quiet_libraries
 from lowmem_cft.recipe import parse_bytes
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import median, synchronize, write_whole
 from torch import Tensor
 
 from lowmem_cft.live_bytes import LiveBytes
 from lowmem_cft.planner import MARGINS
+from measure import median, synchronize, write_whole
 
 STARTED = time.perf_counter()
 

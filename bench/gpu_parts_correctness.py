@@ -10,6 +10,8 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from gpu_options import Checks, Options, capped, release, say
 from gpu_real_models import attach, build_base, make_recipe, no_nf4, nudge_adapter
 from gpu_small_models import (
@@ -30,8 +32,6 @@ from gpu_small_models import (
     small_config,
     summed_error,
 )
-from torch import Tensor
-
 from lowmem_cft.dropout import DropoutClock, IdentityDropout
 from lowmem_cft.encoder import Encoder
 from lowmem_cft.oom import DoesNotFit

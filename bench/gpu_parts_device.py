@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from gpu_options import Options, matrix_peak, say, seconds_of
 from measure import median, versions
 

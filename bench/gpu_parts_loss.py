@@ -12,16 +12,16 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
-import loss
 import torch
+from torch import Tensor
+
+import loss
 from gpu_loss_cases import OPTION_SETS, Case, Shape, make_case
 from gpu_options import Checks, Options, Peak, capped, guarded, release
 from loss_sides import MODES
-from measure import synchronize
-from torch import Tensor
-
 from lowmem_cft_kernels import GTE, ONE_WAY, SYMMETRIC, Candidates, InfoNCEResult, Path, info_nce
 from lowmem_cft_kernels.info_nce import why_not_triton
+from measure import synchronize
 
 Finding = tuple[str, str, float, float]
 """Kind, name, value and bound of a check."""

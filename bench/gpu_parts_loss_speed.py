@@ -16,7 +16,6 @@ import loss
 from gpu_options import Options, say
 from loss_report import Row, plot, print_table
 from loss_sides import make_sides
-
 from lowmem_cft_kernels import tune
 from lowmem_cft_kernels.tiles import Tile, capability_of, room_bytes
 

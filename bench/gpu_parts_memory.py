@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from gpu_options import Options, Peak, capped, guarded, matrix_peak, release, say
 from gpu_real_models import (
     MODELS,
@@ -21,9 +23,6 @@ from gpu_real_models import (
     weight_bytes,
 )
 from gpu_small_models import STEP, Batch
-from measure import synchronize
-from torch import Tensor, nn
-
 from lowmem_cft.backbone import choose_dtype, set_checkpointing, trainable_parameters
 from lowmem_cft.batches import RowTable, step_texts
 from lowmem_cft.encoder import Encoder
@@ -34,6 +33,7 @@ from lowmem_cft.recipe import MemorySection, Recipe
 from lowmem_cft.step import ContrastiveStep
 from lowmem_cft.tokens import TokenStore
 from lowmem_cft_kernels import Candidates, info_nce
+from measure import synchronize
 
 _LOSS_SECONDS = 30.0
 """Kept of the part's time for the loss phase."""

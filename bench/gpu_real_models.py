@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gpu_options import Options, message_of, say
 from torch import Tensor, nn
 
+from gpu_options import Options, message_of, say
 from lowmem_cft import recipe as recipes
 from lowmem_cft.backbone import attach_adapter, keep_weight_layout, linear_names
 from lowmem_cft.configs import config_without_weights

@@ -19,7 +19,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # where nothing is in
 sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from gpu_loss_cases import OPTION_SETS, make_case
-
 from lowmem_cft_kernels import choose_path
 
 SHAPE = (37, 53, 40)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_options import Options
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gpu_options import Options
 from lowmem_cft.backbone import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.batches import RowTable, StepTexts, step_texts
 from lowmem_cft.configs import disable_base_dropout

@@ -25,7 +25,6 @@ from unittest.mock import patch
 import numpy as np
 import numpy.typing as npt
 import torch
-from measure import machine, median, reset_peak, synchronize
 from torch import Tensor, nn
 
 from lowmem_cft import backbone, corpus, memory
@@ -49,6 +48,7 @@ from lowmem_cft.tokens import cut_by_length, pad
 from lowmem_cft.train import memory_limit
 from lowmem_cft_kernels import Candidates, info_nce
 from lowmem_cft_kernels.reference import reference_loss
+from measure import machine, median, reset_peak, synchronize
 
 Indices = npt.NDArray[np.int64]
 
@@ -371,10 +371,10 @@ def load_st(task: Task, folder: Path) -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BitsAndBytesConfig
-    from vs_sentence_transformers import lay_out
 
     from lowmem_cft.export import prepared_tokenizer
     from lowmem_cft.tokens import overhead
+    from vs_sentence_transformers import lay_out
 
     source, recipe, device = task.source, task.recipe, task.device
     text_format = corpus.query_format(recipe)

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from test_train import corpus_files, make_recipe  # noqa: F401 (fixtures)
 
 from conftest import ROOT
 from lowmem_cft import __version__, cli, recipe
 from lowmem_cft_kernels import Path as LossPath
+from test_train import corpus_files, make_recipe  # noqa: F401 (fixtures)
 
 Run = Callable[..., tuple[int, str, str]]
 PATHS = "|".join(path.value for path in LossPath)
