@@ -243,7 +243,7 @@ def test_a_learned_temperature_has_the_plain_gradient(softmaxes: Any) -> None:
         assert_same(got, {k: 8 * v for k, v in wanted.items() if k != "raw"}, 1e-10)
         assert_same({"raw": ours.raw.grad}, {"raw": 8 * times * wanted["raw"]}, 1e-10)
     assert torch.equal(report.found.temperature, ours())
-    assert float(ours()) == pytest.approx(0.1)
+    assert ours().item() == pytest.approx(0.1)
     assert not report.found.temperature.requires_grad
 
 
