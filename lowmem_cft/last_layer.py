@@ -54,10 +54,15 @@ def _forward(
     rows: ReadRows,
     clock: DropoutClock,
     x: Tensor,
+    *others: Any,
+    **more: Any,
 ) -> Tensor:
-    """(..., F) -> (..., G) with zeros in the rows that are not read."""
-    if rows.row_B is None or not module.training:
-        return original(x)
+    """(..., F) -> (..., G) with zeros in the rows that are not read.
+
+    A module that takes more than x (BLOOM's add a residual) is computed whole.
+    """
+    if rows.row_B is None or not module.training or others or more:
+        return original(x, *others, **more)
     x_LF = x.reshape(-1, x.shape[-1])
     token_key_L, clock.token_key_L = clock.token_key_L, rows.token_key_B
     try:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BloomConfig, BloomModel
 
 from conftest import FAMILIES
+from lowmem_cft.encoder import Encoder
 from lowmem_cft.tokens import pad
 from plain import make_batch, make_encoder, use_plain_layers
 
@@ -50,3 +52,18 @@ def test_evaluation_goes_through_transformers_own_layers() -> None:
         hidden = encoder.model(input_ids=padded.ids_BT).last_hidden_state
         use_plain_layers(encoder.model)
         assert torch.equal(hidden, encoder.model(input_ids=padded.ids_BT).last_hidden_state)
+
+
+def test_a_module_that_takes_more_is_computed_whole() -> None:
+    """BLOOM's layers after attention add a residual, so that rows cannot be picked from x alone."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0)
+    config.attention_dropout = 0.0
+    encoder = Encoder(BloomModel(config).double().eval(), pooling="eos", normalize=True)
+    padded = pad(make_batch(4, 1).store, np.arange(9), 3)
+    with torch.no_grad():
+        wanted = encoder(padded)
+        with encoder.training_mode(1):
+            got = encoder(padded)
+    assert wanted.std() > 0
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
