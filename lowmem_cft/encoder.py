@@ -19,6 +19,7 @@ from torch import Tensor
 from lowmem_cft.batch import TokenBatch, token_positions
 from lowmem_cft.dropout import DropoutClock
 from lowmem_cft.last_layer import ReadRows, read_only
+from lowmem_cft.prefix import Prefix
 
 Pooling = Literal["last", "eos", "mean", "weighted-mean"]
 
@@ -68,8 +69,10 @@ class Encoder:
         self.pooling: Pooling = pooling
         self.normalize = normalize
         self.clock = clock or DropoutClock()
+        self.prefix_tried = (0, 0)
+        """Tokens of a shared prefix and of the longest text that were found to embed the same."""
         self._read = ReadRows()
-        if pooling in ("last", "eos"):
+        if self.reads_last:
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
             read_only(base, self._read, self.clock)
 
@@ -77,6 +80,11 @@ class Encoder:
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether the embedding is read at the last token alone."""
+        return self.pooling in ("last", "eos")
 
     @contextmanager
     def training_mode(self, step: int) -> Iterator[None]:
@@ -88,12 +96,16 @@ class Encoder:
         finally:
             self.model.eval()
 
-    def __call__(self, batch: TokenBatch, place_B: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, batch: TokenBatch, place_B: Tensor | None = None, prefix: Prefix | None = None
+    ) -> Tensor:
         """emb_BD (B, D), float32 or wider.
 
         Args:
             batch: the chunk, on any device.
             place_B: int64 (B,), the texts' places in the logical batch, for dropout; 0.. if None.
+            prefix: what stands before every text of the chunk, which has to be right-padded and
+                read at its last tokens; only without gradients.
         """
         batch = batch.to(self.device)
         position_BT = token_positions(batch.mask_BT)
@@ -102,13 +114,18 @@ class Encoder:
             if place_B is None:
                 place_B = torch.arange(batch.ids_BT.shape[0])
             state = self._enter(batch, place_B.to(self.device), position_BT)
-        if batch.right_padded:
-            # A causal model's real tokens never see what is padded behind them, and the padding
-            # gets no gradient: without a mask attention takes its fastest way and copies nothing.
-            where: dict[str, Tensor] = {}
-        else:
-            where = {"attention_mask": batch.mask_BT.long(), "position_ids": position_BT}
-        hidden_BTH = self.model(input_ids=batch.ids_BT, use_cache=False, **where).last_hidden_state
+        # A causal model's real tokens never see what is padded behind them, and the padding gets
+        # no gradient: without a mask attention takes its fastest way and copies nothing.
+        where: dict[str, Any] = {"use_cache": False}
+        if prefix is not None:
+            assert batch.right_padded
+            assert self.reads_last
+            assert not torch.is_grad_enabled()
+            # Positions go on behind what the cache holds, as in generation.
+            where = {"use_cache": True, "past_key_values": prefix.cache}
+        elif not batch.right_padded:
+            where |= {"attention_mask": batch.mask_BT.long(), "position_ids": position_BT}
+        hidden_BTH = self.model(input_ids=batch.ids_BT, **where).last_hidden_state
         emb_BD = pool(hidden_BTH, batch.mask_BT, self.pooling)
         emb_BD = F.normalize(emb_BD, dim=-1) if self.normalize else emb_BD
         if state is not None and emb_BD.requires_grad:
@@ -124,7 +141,7 @@ class Encoder:
         token_key_L = self.clock.token_key_L
         assert token_key_L is not None
         read = ReadRows()
-        if self.pooling in ("last", "eos"):
+        if self.reads_last:
             row_B = last_rows(batch.mask_BT)
             read = ReadRows(row_B, token_key_L[row_B])
         self._resume(token_key_L, read)

@@ -107,6 +107,17 @@ def load_model(
         ValueError: nothing of that name, or an unfinished run.
     """
     recipe, adapter = _find(name, recipe_name, overrides)
+    return load_by_recipe(recipe, device, say, adapter)
+
+
+def load_by_recipe(
+    recipe: recipes.Recipe, device: torch.device, say: Say, adapter: Path | None = None
+) -> LoadedModel:
+    """Load a recipe's base model, with an adapter if one is given, to embed as the recipe says.
+
+    Raises:
+        ValueError: there is no such model.
+    """
     backbone = load_backbone(recipe.model, device, say)
     model = backbone.model
     if adapter is not None:

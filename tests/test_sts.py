@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import pearsonr, rankdata, spearmanr
 
-from lowmem_cft.sts import DEMO_PAIRS, SETS, cosine_spearman, find_set, sets_in
+from lowmem_cft.correlation import cosine_spearman, paired_cosine, pearson, spearman
+from lowmem_cft.sts import PROTOCOLS, SETS, Place, StsSet, find_in, protocol_named, sets_in
 
 Vectors = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -113,6 +114,15 @@ def test_a_zero_vector_is_like_nothing() -> None:
     assert got == pytest.approx(float(spearmanr(wanted, gold).statistic), abs=1e-12)
 
 
+def test_equal_vectors_are_tied() -> None:
+    first, _, _ = make_pairs(500, 8, ties=False)
+    a = first.astype(np.float64)
+    plain = (a * a).sum(axis=1) / np.linalg.norm(a, axis=1) ** 2
+    assert len(set(plain)) > 1, "rounding would tell them apart"
+    assert set(paired_cosine(first, first)) == {1.0}
+    assert set(paired_cosine(0 * first, 0 * first)) == {0.0}
+
+
 @pytest.mark.parametrize("num_pairs", [0, 1, 5])
 def test_constant_scores(num_pairs: int) -> None:
     vectors = np.random.default_rng(0).normal(size=(num_pairs, 4)).astype(np.float32)
@@ -121,7 +131,19 @@ def test_constant_scores(num_pairs: int) -> None:
         cosine_spearman(vectors, vectors, np.full(num_pairs, 2.5))
 
 
-# --- where sets lie ---------------------------------------------------------------------------
+def test_pearson_equals_scipy_and_collapse_scores_zero() -> None:
+    first, second, gold = make_pairs(200, 7, ties=True)
+    cosine = paired_cosine(first, second)
+    assert cosine == pytest.approx(cosines(first, second), abs=1e-12)
+    assert pearson(cosine, gold) == pytest.approx(
+        float(pearsonr(cosine, gold).statistic), abs=1e-12
+    )
+    assert 0.1 < pearson(cosine, gold) < 0.9
+    assert pearson(cosine, gold) != spearman(cosine, gold)
+    assert pearson(np.full(200, 0.5), gold) == 0.0
+
+
+# --- which sets there are, and where they lie -------------------------------------------------
 
 
 def touch(folder: Path, name: str) -> Path:
@@ -131,61 +153,70 @@ def touch(folder: Path, name: str) -> Path:
     return path
 
 
-def test_demo_needs_no_folder() -> None:
-    assert find_set("demo", None) == (DEMO_PAIRS, None)
-    assert DEMO_PAIRS.is_file()
+ENTRIES = [
+    pytest.param(entry, id=f"{name}-{entry.name}")
+    for name, sets in (
+        ("mteb", [*PROTOCOLS["mteb"].sets, SETS["STSBenchmark-dev"]]),
+        ("senteval", PROTOCOLS["senteval"].sets),
+    )
+    for entry in sets
+]
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_every_set_is_found_in_each_of_its_files(name: str, tmp_path: Path) -> None:
-    for file in reversed(SETS[name].files):  # the first found counts, so the last comes first
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_set_is_found_in_each_of_its_files(entry: StsSet, tmp_path: Path) -> None:
+    assert find_in(entry, tmp_path) is None
+    # the first found counts, so the last comes first: originals, a saved data set, own text
+    for file in reversed(entry.originals):
         path = touch(tmp_path, file)
-        assert find_set(name, tmp_path) == (path, SETS[name].num_pairs)
-        assert sets_in(tmp_path) == [name]
+        assert find_in(entry, tmp_path) == Place(path, False, entry.where)
+    if entry.saved is not None:
+        assert entry.hub is not None
+        touch(tmp_path, f"{entry.saved}/dataset_dict.json")
+        wanted = Place(tmp_path / entry.saved, True, split=entry.hub.split)
+        assert find_in(entry, tmp_path) == wanted
+    for file in reversed(entry.files):
+        path = touch(tmp_path, file)
+        assert find_in(entry, tmp_path) == Place(path, True)
 
 
-def test_numbers_of_pairs() -> None:
-    test_sets = [name for name in SETS if name != "STSBenchmark-dev"]
-    assert {name: SETS[name].num_pairs for name in test_sets} == {
-        "STS12": 3108,
-        "STS13": 1500,
-        "STS14": 3750,
-        "STS15": 3000,
-        "STS16": 1186,
+def test_the_protocols_sets_and_sizes() -> None:
+    sizes = {
+        name: {entry.name: entry.num_pairs for entry in protocol.sets}
+        for name, protocol in PROTOCOLS.items()
+    }
+    shared = {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS16": 1186}
+    assert sizes["mteb"] == {
+        **shared,
         "STS17": 250,
         "STSBenchmark-test": 1379,
         "SICK-R": 9927,
         "BIOSSES": 100,
     }
+    assert sizes["senteval"] == {**shared, "STSBenchmark-test": 1379, "SICK-R": 4927}
+    assert set(SETS) == {*sizes["mteb"], "STSBenchmark-dev"}
 
 
-def test_a_file_is_a_set(tmp_path: Path) -> None:
-    path = touch(tmp_path, "pairs.tsv")
-    assert find_set(str(path), None) == (path, None)
-    assert find_set(str(path), tmp_path) == (path, None)
-
-
-def test_no_sets_in_an_empty_folder(tmp_path: Path) -> None:
+def test_sets_in_a_folder(tmp_path: Path) -> None:
     assert sets_in(tmp_path) == []
-
-
-def test_unknown_set(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"eval set 'STS18': no such file, and none of STS12, .*"):
-        find_set("STS18", tmp_path)
-    with pytest.raises(ValueError, match=r"STSBenchmark-dev.*BIOSSES or demo"):
-        find_set(str(tmp_path), None)  # a folder is no file
-
-
-def test_no_data_folder() -> None:
-    with pytest.raises(
-        ValueError, match=r"eval set STS12: set LOWMEM_CFT_DATA .* holds STS12/STS12\.tsv"
-    ):
-        find_set("STS12", None)
-
-
-def test_set_missing_in_the_folder(tmp_path: Path) -> None:
     touch(tmp_path, "STS13/STS13.tsv")
-    with pytest.raises(ValueError, match="eval set STS12: none of") as caught:
-        find_set("STS12", tmp_path)
-    assert str(tmp_path) in str(caught.value)
-    assert all(file in str(caught.value) for file in SETS["STS12"].files)
+    touch(tmp_path, "BIOSSES/BIOSSES.mteb.tsv")
+    assert sets_in(tmp_path) == ["STS13", "BIOSSES"]
+
+
+def test_unknown_protocol() -> None:
+    assert protocol_named("senteval") is PROTOCOLS["senteval"]
+    with pytest.raises(ValueError, match="got 'glue', wanted one of mteb, senteval"):
+        protocol_named("glue")
+
+
+def test_revisions_are_those_that_mteb_pins() -> None:
+    mteb = pytest.importorskip("mteb", reason="mteb is not installed (it needs Python 3.11)")
+    from lowmem_cft.task_result import task_name
+
+    for entry in PROTOCOLS["mteb"].sets:
+        wanted = mteb.get_task(task_name(entry.name)).metadata.dataset
+        assert entry.hub is not None
+        assert {"path": entry.hub.path, "revision": entry.hub.revision} == {
+            key: wanted[key] for key in ("path", "revision")
+        }, entry.name

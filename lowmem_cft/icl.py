@@ -1,0 +1,238 @@
+"""Which demonstration helps most: each is scored on a set of pairs, every score is kept at once.
+
+The way of the PromptEOL paper (arXiv 2307.16645): one demonstration a model, the best of a list on
+STS-B dev.
+
+P: pairs, B: bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import yaml
+
+from lowmem_cft.bootstrap import interval, resampled_spearman
+from lowmem_cft.correlation import Floats, spearman
+from lowmem_cft.demonstrations import PROMPTEOL, Demonstration, check_template
+from lowmem_cft.evaluate import Embed, LoadedSet, score_pairs
+from lowmem_cft.inference import embed_texts
+from lowmem_cft.loading import RECORD, LoadedModel, load_model
+from lowmem_cft.recipe import TEXT_SLOT
+from lowmem_cft.sts_data import pairs_sha256
+from lowmem_cft.tokens import TextFormat
+from lowmem_cft.trials import Trial, TrialFile
+
+EmbedUnder = Callable[[str], Embed]
+"""A template to what embeds texts under it."""
+
+_READ = {"embedding.pooling": "last", "text.append_eos": "false"}
+"""How PromptEOL reads a base model: at the template's last token."""
+
+
+class Observer(Protocol):
+    """What a search tells: see `console.Screen`."""
+
+    def say(self, text: str) -> None: ...
+
+    def begin(self, num_steps: int, done: int, what: str = ...) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class SearchedModel:
+    """A model and the template without a demonstration."""
+
+    name: str
+    loaded: LoadedModel
+    template: str
+
+    def embed_under(self, say: Callable[[str], None]) -> EmbedUnder:
+        """Texts are embedded as the model's recipe says, but for the template.
+
+        Of notes on the model only the first is said: under every template it is the same.
+        """
+        loaded, text = self.loaded, self.loaded.recipe.text
+        said: list[str] = []
+
+        def say_once(note: str) -> None:
+            if not said:
+                say(note)
+            said.append(note)
+
+        def under(template: str) -> Embed:
+            return partial(
+                embed_texts,
+                loaded.encoder,
+                loaded.tokenizer,
+                text_format=TextFormat(template, text.append_eos, text.max_tokens),
+                token_budget=loaded.recipe.eval.token_budget,
+                say=say_once,
+            )
+
+        return under
+
+    def identity(self) -> dict[str, Any]:
+        """All of the model that scores depend on."""
+        recipe = self.loaded.recipe
+        return {
+            "model": self.name,
+            "weights": weights_digest(self.loaded.encoder.model),
+            "quantization": recipe.model.quantization,
+            "dtype": str(self.loaded.backbone.dtype).removeprefix("torch."),
+            "pooling": recipe.embedding.pooling,
+            "append_eos": recipe.text.append_eos,
+            "max_tokens": recipe.text.max_tokens,
+        }
+
+    def as_recipe(self, template: str) -> str:
+        """YAML for a recipe that embeds under the template."""
+        recipe = self.loaded.recipe
+        values = {
+            "text": {"template": template, "append_eos": recipe.text.append_eos},
+            "embedding": {"pooling": recipe.embedding.pooling},
+        }
+        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6)
+        return text
+
+
+def load_searched(
+    name: str,
+    template: str | None,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    recipe_name: str | None = None,
+    overrides: Sequence[str] = (),
+) -> SearchedModel:
+    """Load a run's folder or a base model for a search.
+
+    Args:
+        template: the one that demonstrations are put before; without it the model's recipe's if
+            that goes on after the text, else PromptEOL's.
+
+    Raises:
+        ValueError: nothing of that name, a template without its slot, or a model whose tokenizer
+            puts a template around every text itself.
+    """
+    if template is not None:
+        check_template(template)
+    _check_bare(Path(name).expanduser())
+    if recipe_name is None:
+        overrides = [*(f"{key}={value}" for key, value in _READ.items()), *overrides]
+    loaded = load_model(name, device, say, recipe_name=recipe_name, overrides=overrides)
+    if template is None:
+        own = loaded.recipe.text.template
+        template = PROMPTEOL if own.endswith(TEXT_SLOT) else own
+    return SearchedModel(name, loaded, template)
+
+
+def _check_bare(folder: Path) -> None:
+    if not (folder / RECORD).is_file():
+        return
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if record["kind"] != "adapter" and record["recipe"]["text"]["template"] != TEXT_SLOT:
+        raise ValueError(
+            f"{folder}: its tokenizer puts its template around every text, so no demonstration "
+            "can stand before it; give the run's folder, or the base model"
+        )
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Of the first values of every weight: tells a model trained on from what it was."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        first = weight.detach().flatten()[:256].contiguous().cpu()
+        digest.update(name.encode() + first.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def sampled(scored_set: LoadedSet, limit: int | None, seed: int = 0) -> LoadedSet:
+    """`limit` pairs drawn at random, always the same ones, in the set's order.
+
+    Not the first ones: sets are ordered by where their pairs come from.
+    """
+    if limit is None or limit >= len(scored_set.pairs):
+        return scored_set
+    drawn = sorted(random.Random(seed).sample(range(len(scored_set.pairs)), limit))
+    return replace(scored_set, pairs=[scored_set.pairs[i] for i in drawn])
+
+
+def set_identity(scored_set: LoadedSet) -> dict[str, Any]:
+    """All of the set that scores depend on."""
+    pairs = scored_set.pairs
+    return {"set": scored_set.name, "pairs": len(pairs), "sha256": pairs_sha256(pairs)[:16]}
+
+
+def search(
+    embed_under: EmbedUnder,
+    scored_set: LoadedSet,
+    template: str,
+    demonstrations: Sequence[Demonstration],
+    folder: Path,
+    identity: Mapping[str, Any],
+    observer: Observer,
+) -> list[Trial]:
+    """Score the template without and with each demonstration; those in the folder are not redone.
+
+    Args:
+        folder: holds `trials.jsonl` and `plain.npy`, the cosines without a demonstration.
+        identity: what else the scores depend on, as JSON values.
+
+    Returns:
+        The trials, best first; of equal ones the earlier. One is without a demonstration.
+
+    Raises:
+        ValueError: the folder is of another search, or the set cannot be scored.
+    """
+    file = TrialFile(folder, {"template": template, **identity})
+    wanted: list[Demonstration | None] = [None, *demonstrations]
+    plain = folder / "plain.npy"
+    done = {one for one in file.trials if one is not None or plain.is_file()}
+    left = [one for one in wanted if one not in done]
+    if len(left) < len(wanted):
+        observer.say(f"{len(wanted) - len(left)} of {len(wanted)} are in {file.path}")
+    observer.begin(len(wanted), len(wanted) - len(left), what="demonstrations")
+    plain_P: Floats = np.load(plain) if None in done else np.empty(0)
+    for place, one in enumerate(left, len(wanted) - len(left) + 1):
+        under = template if one is None else one.before(template)
+        scored = score_pairs(embed_under(under), scored_set)
+        if one is None:
+            plain_P = scored.cosine_P
+            _save(plain, plain_P)
+        trial = _trial(one, scored_set.name, scored.gold_P, plain_P, scored.cosine_P)
+        file.add(trial)
+        observer.advance(1)
+        observer.say(f"{place}/{len(wanted)}  {trial.describe()}")
+    found = [file.trials[one] for one in wanted]
+    return sorted(found, key=lambda trial: -trial.spearman)
+
+
+def _save(path: Path, values: Floats) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.save(file, values)
+    partial.replace(path)
+
+
+def _trial(
+    one: Demonstration | None, name: str, gold_P: Floats, plain_P: Floats, cosine_P: Floats
+) -> Trial:
+    score = spearman(cosine_P, gold_P)
+    if one is None:
+        own = interval(resampled_spearman(name, gold_P, [cosine_P])[0])
+        return Trial(None, None, score, own.low, own.high)
+    plain_B, own_B = resampled_spearman(name, gold_P, [plain_P, cosine_P])
+    own, gain = interval(own_B), interval(own_B - plain_B)
+    above = score - spearman(plain_P, gold_P)
+    return Trial(one.sentence, one.word, score, own.low, own.high, above, gain.low, gain.high)

@@ -1,0 +1,75 @@
+"""Tokens that many texts begin with, run once: their keys and values in every layer.
+
+A causal model computes the same for them in each text, so a chunk needs only what comes behind
+them: its queries see the prefix's keys and values, and nothing of a chunk is kept for the next.
+
+Shape suffixes: B texts of a chunk, K tokens of the prefix, T padded tokens behind it, A attention
+heads of keys and values, D numbers of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NotShared(RuntimeError):
+    """The backbone keeps something else of its prefix than keys and values; says what."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """`cache`: transformers' Cache of K tokens for one text, which fits any number and stays so."""
+
+    num_tokens: int
+    cache: Any
+
+
+@torch.no_grad()
+def run_prefix(model: Any, ids_K: Tensor) -> Prefix:
+    """Run int64 (K,) tokens through a base model, adapter attached, in evaluation mode.
+
+    Raises:
+        NotShared: what it keeps of them is more than keys and values, or other.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    num_tokens = len(ids_K)
+    output = model(input_ids=ids_K[None], use_cache=True)
+    cache = getattr(output, "past_key_values", None)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(base).__name__
+    if cache is None:
+        raise NotShared(f"{name} keeps no keys and values")
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise NotShared(f"{name} keeps a {type(layer).__name__}, not keys and values alone")
+        window = getattr(layer, "sliding_window", num_tokens + 1)
+        kept = 0 if layer.keys is None or layer.keys.ndim != 4 else layer.keys.shape[2]
+        if kept != min(num_tokens, window - 1) or layer.get_seq_length() != num_tokens:
+            raise NotShared(f"{name} keeps {kept} of {num_tokens} tokens' keys and values")
+        layer.update = partial(_behind, layer.keys, layer.values)
+    return Prefix(num_tokens, cache)
+
+
+def _behind(
+    key_1AKD: Tensor,
+    value_1AKD: Tensor,
+    key_BATD: Tensor,
+    value_BATD: Tensor,
+    *others: Any,
+    **more: Any,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, A, K + T, D) of prefix and chunk: a cache layer's `update` that keeps none.
+
+    One layer's are joined at a time, and are gone when the layer is done.
+    """
+    return _joined(key_1AKD, key_BATD), _joined(value_1AKD, value_BATD)
+
+
+def _joined(prefix_1AKD: Tensor, x_BATD: Tensor) -> Tensor:
+    return torch.cat([prefix_1AKD.expand(x_BATD.shape[0], -1, -1, -1), x_BATD], dim=2)
