@@ -164,54 +164,118 @@ def demo(overrides: Overrides = None, offline: Offline = False) -> None:
 
 @app.command("eval")
 def evaluate_model(
-    model: Annotated[str, typer.Argument(help="Run folder, exported model, or base model.")],
-    sets: Annotated[
-        Optional[list[str]],
-        typer.Option("--set-name", "-s", help="STS set, or a file of pairs; all found if absent."),
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Run folder, exported model, sentence-transformers folder, or base model."
+        ),
+    ],
+    suite: Annotated[
+        Optional[str],
+        typer.Option(help="sts: all sets of a protocol, none left out. transfer: seven tasks."),
     ] = None,
-    out: Annotated[Optional[Path], typer.Option(help="Write the scores as JSON here.")] = None,
+    protocol: Annotated[
+        Optional[str],
+        typer.Option(help="mteb (nine sets; --suite sts takes it) or senteval (seven sets)."),
+    ] = None,
+    names: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--set-name",
+            "-s",
+            help="STS set, file of pairs or saved data set; a transfer task with --suite transfer.",
+        ),
+    ] = None,
+    clean_up: Annotated[
+        bool, typer.Option("--clean-up", help="PromptEOL's text clean-up, for its templates.")
+    ] = False,
+    out: Annotated[
+        Optional[Path],
+        typer.Option(help="Write the scores as JSON here; a run's folder is the default."),
+    ] = None,
+    mteb_out: Annotated[
+        Optional[Path], typer.Option(help="Write mteb's TaskResult JSON into this folder.")
+    ] = None,
+    float32: Annotated[
+        bool,
+        typer.Option("--float32", help="Compute in float32: slower, and the same in any batch."),
+    ] = False,
+    resamples: Annotated[
+        Optional[int],
+        typer.Option(min=1, help="Bootstrap resamples of STS pairs; 1000 if absent."),
+    ] = None,
+    limit: Annotated[
+        Optional[int],
+        typer.Option(min=1, help="Transfer: rows of a split at most; not the protocol's then."),
+    ] = None,
+    solver: Annotated[
+        Optional[str],
+        typer.Option(help="Transfer: senteval (Adam, stopped early; the default) or converged."),
+    ] = None,
     recipe: Annotated[
         Optional[str], typer.Option(help="For a base model: the recipe that says how to embed.")
     ] = None,
     overrides: Overrides = None,
     offline: Offline = False,
 ) -> None:
-    """Score a model on STS sets."""
+    """Score a model on STS sets, with intervals, or on transfer tasks."""
+    _check_json_name(out)
     _go_offline(offline)
-    from lowmem_cft import evaluate, sts
-    from lowmem_cft.backbone import choose_device
-    from lowmem_cft.console import score_table
-    from lowmem_cft.loading import load_model
-    from lowmem_cft.run import library_versions, write_json
+    from lowmem_cft import eval_command, task_result
+    from lowmem_cft.console import report_table
+    from lowmem_cft.eval_report import Report
 
-    folder = evaluate.data_folder()
-    names = sets or (sts.sets_in(folder) if folder else ["demo"])
-    if not names:
-        raise ValueError(f"LOWMEM_CFT_DATA: {folder} holds none of {', '.join(sts.SETS)}")
-    loaded_sets = [evaluate.load_set(name, folder, offline=offline) for name in names]
-    _check_writable(out)
+    options = eval_command.Options(
+        model,
+        suite,
+        protocol,
+        names or [],
+        clean_up=clean_up,
+        mteb_out=mteb_out,
+        float32=float32,
+        resamples=resamples,
+        limit=limit,
+        solver=solver,
+        recipe=recipe,
+        overrides=overrides or [],
+        offline=offline,
+    )
+    score = eval_command.prepare(options)
+    run = Path(model).expanduser()
+    into_run = out is None and (run / "recipe.yaml").is_file()
+    for place in (run / "eval.json" if into_run else out, mteb_out):
+        _check_writable(place)
     with _screen() as screen:
-        loaded = load_model(
-            model, choose_device(), screen.say, recipe_name=recipe, overrides=overrides or []
-        )
-        scores = []
-        for one in loaded_sets:
-            scores.append(
-                evaluate.score_set(
-                    loaded.encoder,
-                    loaded.tokenizer,
-                    one,
-                    loaded.text_format,
-                    loaded.recipe.eval.token_budget,
-                )
-            )
-            screen.say(f"{one.name}: {100 * scores[-1].spearman:.2f}")
-    _print(score_table(scores))
-    result = {"model": model, **evaluate.as_json(scores), "versions": library_versions()}
-    if out is None and (Path(model) / "recipe.yaml").is_file():
-        out = Path(model) / "eval.json"
+        result = score(screen.say)
+    _print(report_table(result))
+    place = run / result.file_name if into_run else out
+    if place is not None:
+        eval_command.write(result, place)
+        typer.echo(f"written: {place}")
+    if mteb_out is not None and isinstance(result, Report):
+        written = task_result.write_task_results(result, mteb_out)
+        typer.echo(f"written: {len(written)} files in {mteb_out}")
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="RUN_A", help="Run folder, or a file of eval.")],
+    b: Annotated[Path, typer.Argument(metavar="RUN_B", help="What to compare with it.")],
+    out: Annotated[Optional[Path], typer.Option(help="Write the comparison as JSON here.")] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples.")] = 1000,
+) -> None:
+    """Compare two evaluated models: the paired difference of their scores, with its interval."""
+    from lowmem_cft import compare as comparing
+    from lowmem_cft.console import comparison_table
+    from lowmem_cft.run import write_json
+
+    found = comparing.compare(a, b, resamples)
+    _check_writable(out)
+    _print(comparison_table(found))
+    typer.echo(f"A: {found.a.model} ({found.a.path})")
+    typer.echo(f"B: {found.b.model} ({found.b.path})")
     if out is not None:
-        write_json(out, result)
+        write_json(out, comparing.as_json(found))
         typer.echo(f"written: {out}")
 
 
@@ -284,6 +348,7 @@ def embed(
             loaded.text_format,
             token_budget=loaded.recipe.eval.token_budget,
             on_progress=screen.advance,
+            say=screen.say,
         )
     _write_vectors(out, texts, vectors)
     typer.echo(f"{out}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers")
@@ -318,6 +383,147 @@ def recipes() -> None:
         typer.echo(name)
 
 
+@app.command("icl-search")
+def icl_search(
+    model: Annotated[str, typer.Argument(help="Run folder, or base model.")],
+    demonstrations: Annotated[
+        Optional[Path],
+        typer.Option(help="File with columns sentence and word; the 72 shipped if absent."),
+    ] = None,
+    template: Annotated[
+        Optional[str],
+        typer.Option(help="Put demonstrations before this; the model's own, else PromptEOL's."),
+    ] = None,
+    set_name: Annotated[
+        str,
+        typer.Option("--set-name", "-s", help="STS set, file of pairs, or demo (embedded pairs)."),
+    ] = "STSBenchmark-dev",
+    limit: Annotated[
+        Optional[int], typer.Option(min=2, help="Score on this many of its pairs, drawn once.")
+    ] = None,
+    clean_up: Annotated[
+        bool, typer.Option("--clean-up", help="PromptEOL's text clean-up.")
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="How many to list.")] = 10,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder of the scores; icl/MODEL if absent.")
+    ] = None,
+    recipe: Annotated[
+        Optional[str], typer.Option(help="For a base model: the recipe that says how to embed.")
+    ] = None,
+    overrides: Overrides = None,
+    offline: Offline = False,
+) -> None:
+    """Find the demonstration that helps most; the same command goes on where one was stopped."""
+    _go_offline(offline)
+    from lowmem_cft import icl
+    from lowmem_cft.backbone import choose_device
+    from lowmem_cft.demonstrations import SHIPPED, read_demonstrations
+    from lowmem_cft.sts_data import data_folder, load_set
+    from lowmem_cft.trials import top_table
+
+    found = read_demonstrations(demonstrations or SHIPPED)
+    whole = load_set(set_name, data_folder(), offline=offline, cleaned_up=clean_up)
+    scored_set = icl.sampled(whole, limit)
+    folder = out or Path("icl") / Path(model).name
+    _check_writable(folder)
+    with _screen() as screen:
+        searched = icl.load_searched(
+            model,
+            template,
+            choose_device(),
+            screen.say,
+            recipe_name=recipe,
+            overrides=overrides or [],
+        )
+        screen.say(f"template: {searched.template}")
+        trials = icl.search(
+            searched.embed_under(screen.say),
+            scored_set,
+            searched.template,
+            found,
+            folder,
+            searched.identity() | icl.set_identity(scored_set),
+            screen,
+        )
+    _print(top_table(trials, top))
+    best = trials[0]
+    if best.sentence is None:
+        typer.echo("No demonstration beats the template alone.")
+    else:
+        typer.echo(
+            f"The best of {len(found)} on the pairs it was chosen by: luck is in its gain, "
+            "so report other sets."
+        )
+    typer.echo(searched.as_recipe(best.template(searched.template)), nl=False)
+
+
+@app.command()
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="cft (arXiv 2408.00690) or prompteol (2307.16645).")],
+    model: Annotated[str, typer.Option(help="minicpm-2b, opt-1.3b, ...; a wrong one lists them.")],
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder of it all; reproductions/PAPER-MODEL if absent.")
+    ] = None,
+    hours: Annotated[
+        Optional[float], typer.Option(help="Cut training to about so many hours on this device.")
+    ] = None,
+    budget: Annotated[
+        Optional[str], typer.Option(help="Memory, such as 12GiB; changes time, not results.")
+    ] = None,
+    stages: Annotated[
+        Optional[list[str]],
+        typer.Option("--stage", help="Do only these; also stages that the paper has not."),
+    ] = None,
+    redo: Annotated[
+        Optional[list[str]], typer.Option(help="Do this stage anew; the others stay.")
+    ] = None,
+    transfer_rows: Annotated[
+        Optional[int], typer.Option(min=20, help="Cut transfer tasks to so many rows a split.")
+    ] = None,
+    icl_pairs: Annotated[
+        Optional[int], typer.Option(min=2, help="Choose demonstrations by so many pairs.")
+    ] = None,
+    demonstrations: Annotated[
+        Optional[Path], typer.Option(help="File with columns sentence and word.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show stages, FLOPs, time and memory, and stop.")
+    ] = False,
+    overrides: Overrides = None,
+    offline: Offline = False,
+) -> None:
+    """Run a paper stage by stage and report beside its figures; the same command goes on."""
+    _go_offline(offline)
+    from lowmem_cft.console import stage_table
+    from lowmem_cft.papers import Request
+    from lowmem_cft.reproduce import Reproduction
+
+    request = Request(
+        paper,
+        model,
+        hours,
+        budget,
+        tuple(overrides or ()),
+        transfer_rows,
+        icl_pairs,
+        None if demonstrations is None else str(demonstrations),
+    )
+    folder = out or Path("reproductions") / f"{paper}-{model}"
+    with _screen() as screen:
+        asked = Reproduction(request, folder, stages, offline=offline)
+        screen.say(asked.share.describe())
+        for departure in asked.departures():
+            screen.say(f"not as published: {departure}")
+        if not dry_run:
+            report = asked.run(screen, redo=redo or [])
+    if dry_run:
+        _print(stage_table(asked.estimates()))
+        return
+    for file in report:
+        typer.echo(f"written: {file}")
+
+
 def _read_lines(file: Path) -> list[str]:
     if not file.is_file():
         raise ValueError(f"no such file: {file}")
@@ -349,6 +555,11 @@ def _write_vectors(out: Path, texts: list[str], vectors: Any) -> None:
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
         pq.write_table(pa.table({"text": texts, "embedding": column}), partial)
     partial.replace(out)
+
+
+def _check_json_name(out: Path | None) -> None:
+    if out is not None and out.suffix != ".json":
+        raise ValueError(f"--out: got {out.name}, wanted a name that ends in .json")
 
 
 def _check_writable(out: Path | None) -> None:

@@ -17,9 +17,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lowmem_cft.clean_up import NAME as CLEAN_UP
+from lowmem_cft.compare import Comparison
+from lowmem_cft.eval_report import Report
 from lowmem_cft.evaluate import SetScore
 from lowmem_cft.planner import GIB
 from lowmem_cft.planning import RecipePlan
+from lowmem_cft.sts_data import DIGITS
+from lowmem_cft.transfer_report import TransferReport
 
 _LINES = 20
 """Progress lines of a run whose output is no terminal."""
@@ -128,17 +133,151 @@ def before_after_table(before: Sequence[SetScore], after: Sequence[SetScore]) ->
     return table
 
 
-def score_table(scores: Sequence[SetScore]) -> Table:
-    """Spearman x 100, a row per set, and the mean."""
-    table = Table(title="Spearman x 100")
-    for column in ("set", "pairs", "Spearman"):
-        table.add_column(column, justify="left" if column == "set" else "right")
+def _between(low: float, high: float) -> str:
+    return f"{100 * low:.2f}-{100 * high:.2f}"
+
+
+_KINDS = {
+    "sha256": "sha256 of the file",
+    "revision": "revision on the hub",
+    "pairs": "sha256 of the pairs",
+}
+
+
+def _data_notes(scores: Sequence[SetScore]) -> str:
+    """What the digits beside the scores are, and which texts are not the protocol's."""
+    kinds: dict[str, list[str]] = {}
     for score in scores:
-        pairs = f"{score.num_pairs}"
-        if score.set_pairs not in (None, score.num_pairs):
-            pairs += f" of {score.set_pairs}"
-        table.add_row(score.name, pairs, f"{100 * score.spearman:.2f}")
-    if len(scores) > 1:
-        mean = sum(score.spearman for score in scores) / len(scores)
-        table.add_row("mean", "", f"{100 * mean:.2f}", style="bold")
+        kinds.setdefault(score.version.partition(":")[0], []).append(score.name)
+    notes = [
+        f"data: {_KINDS[kind]}" + (f" ({', '.join(names)})" if len(kinds) > 1 else "")
+        for kind, names in kinds.items()
+    ]
+    if not all(score.own_text for score in scores):
+        notes.append("*: the original text, where the protocol scores a prepared one")
+    return "\n".join(notes)
+
+
+def score_table(found: Report) -> Table:
+    """Correlations x 100 with the interval of Spearman's, a row per set, and the mean."""
+    table = Table(title=f"{found.label}, x 100", caption=_data_notes(found.scores))
+    for column in ("set", "pairs", "Spearman", "95 %", "Pearson", "data"):
+        left = column in ("set", "data")  # a file's path is long, and not cut
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    for score, interval in zip(found.scores, found.intervals, strict=True):
+        table.add_row(
+            score.name + ("" if score.own_text else "*"),
+            str(score.num_pairs),
+            f"{100 * score.spearman:.2f}",
+            _between(interval.low, interval.high),
+            "" if score.pearson is None else f"{100 * score.pearson:.2f}",
+            score.version.partition(":")[2],
+        )
+    if len(found.sets) > 1:
+        of = "" if found.protocol is None else f" of {len(found.protocol.sets)}"
+        table.add_row(
+            "mean" if found.complete else f"mean of {len(found.sets)}{of}",
+            str(sum(score.num_pairs for score in found.scores)),
+            f"{100 * found.mean:.2f}",
+            _between(found.mean_interval.low, found.mean_interval.high),
+            f"{100 * found.mean_pearson:.2f}",
+            "",
+            style="bold",
+        )
+    return table
+
+
+def transfer_table(found: TransferReport) -> Table:
+    """Accuracies in percent, a row per task, and the mean."""
+    table = Table(title="Transfer tasks, accuracy in %", caption=_transfer_notes(found))
+    for column in ("task", "accuracy", "dev", "rows", "sha256 of the file"):
+        left = column in ("task", "sha256 of the file")
+        table.add_column(column, justify="left" if left else "right")
+    mark = "" if found.limit is None else "*"
+    for score in found.scores:
+        rows = [
+            f"{used:,}"
+            + ("" if used == score.task_rows[split] else f" of {score.task_rows[split]:,}")
+            + ("" if split == "all" else f" {split}")
+            for split, used in score.num_rows.items()
+        ]
+        table.add_row(
+            score.name + mark,
+            f"{100 * score.accuracy:.2f}",
+            f"{100 * score.dev_accuracy:.2f}",
+            "\n".join(rows),
+            "\n".join(checksum[:DIGITS] for checksum in score.checksums.values()),
+        )
+    if len(found.scores) > 1:
+        of = "" if found.all_tasks else f" of {len(found.scores)} of {found.num_tasks}"
+        table.add_row(
+            f"mean{of}{mark}",
+            f"{100 * found.mean:.2f}",
+            f"{100 * found.mean_dev:.2f}",
+            "",
+            "",
+            style="bold",
+        )
+    return table
+
+
+def _transfer_notes(found: TransferReport) -> str:
+    """Protocols with their tasks, what was embedded, and what departs from the protocol."""
+    tasks: dict[str, list[str]] = {}
+    for score in found.scores:
+        tasks.setdefault(score.protocol, []).append(score.name)
+    notes = [f"{', '.join(names)}: {protocol}" for protocol, names in tasks.items()]
+    notes.append(f"embeddings: {found.embeddings}")
+    if found.cleaned_up:
+        notes.append(CLEAN_UP)
+    if found.limit is not None:
+        notes.append(f"*: {found.limit} rows a split at most; not the protocol's figure")
+    return "\n".join(notes)
+
+
+def report_table(found: Report | TransferReport) -> Table:
+    """The table of what `eval` scored."""
+    return score_table(found) if isinstance(found, Report) else transfer_table(found)
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Spearman x 100 of A and B, and B less A with its interval."""
+    table = Table(title=f"{found.a.label}, x 100")
+    for column in ("set", "pairs", "A", "B", "B - A", "95 % of B - A"):
+        table.add_column(column, justify="left" if column == "set" else "right")
+    for entry in (*found.sets, found.mean):
+        if entry is found.mean and len(found.sets) == 1:
+            continue
+        table.add_row(
+            entry.name,
+            str(entry.num_pairs),
+            f"{100 * entry.a:.2f}",
+            f"{100 * entry.b:.2f}",
+            f"{100 * entry.difference:+.2f}",
+            f"{100 * entry.interval.low:+.2f} to {100 * entry.interval.high:+.2f}",
+            style="bold" if entry is found.mean else None,
+        )
+    return table
+
+
+def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Stages of a reproduction with their estimates, and the sum of what is left."""
+    table = Table(title="Stages (estimates)")
+    for column in ("stage", "what", "TFLOP", "hours here", "GiB", ""):
+        table.add_column(column, justify="left" if column in ("stage", "what", "") else "right")
+    for row in rows:
+        effort = [f"{row['tflop']:,.0f}", f"{row['hours']:.2f}", f"{row['memory_gib']:.1f}"]
+        if not row["memory_gib"]:
+            effort = ["", "", ""]
+        table.add_row(row["stage"], row["what"], *effort, "done" if row["done"] else "")
+    left = [row for row in rows if not row["done"]]
+    table.add_row(
+        "left",
+        "",
+        f"{sum(row['tflop'] for row in left):,.0f}",
+        f"{sum(row['hours'] for row in left):.2f}",
+        f"{max((row['memory_gib'] for row in left), default=0.0):.1f}",
+        "",
+        style="bold",
+    )
     return table

@@ -28,7 +28,7 @@ from torch import Tensor
 from lowmem_cft import recipe as recipes
 from lowmem_cft.cache import whole_folder
 
-_MAY_CHANGE = ("memory", "eval", "output")
+MAY_CHANGE = ("memory", "eval", "output")
 """Sections that a resumed run may change: they do not define what is trained."""
 
 
@@ -137,7 +137,7 @@ def _check_resumable(run: RunFolder, recipe: recipes.Recipe) -> None:
         )
     old = recipes.parse(yaml.safe_load(run.recipe.read_text(encoding="utf-8")), str(run.recipe))
     for section in type(recipe).model_fields:
-        if section in _MAY_CHANGE or getattr(old, section) == getattr(recipe, section):
+        if section in MAY_CHANGE or getattr(old, section) == getattr(recipe, section):
             continue
         before, after = getattr(old, section).model_dump(), getattr(recipe, section).model_dump()
         changed = [key for key in before if before[key] != after[key]]

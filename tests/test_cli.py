@@ -65,7 +65,19 @@ def test_version_and_help(command: Run) -> None:
 def test_the_commands_are_frozen() -> None:
     """A command that appears or goes is seen in review."""
     names = {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback}
-    assert names == {"train", "demo", "eval", "export", "embed", "doctor", "plan", "recipes"}
+    assert names == {
+        "train",
+        "demo",
+        "eval",
+        "compare",
+        "export",
+        "embed",
+        "doctor",
+        "plan",
+        "recipes",
+        "icl-search",
+        "reproduce",
+    }
 
 
 def test_recipes_lists_presets(command: Run) -> None:

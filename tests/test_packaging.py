@@ -39,6 +39,8 @@ def test_wheel_holds_both_packages_recipes_and_data(tmp_path: Path) -> None:
         "lowmem_cft/recipes/demo.yaml",
         "lowmem_cft/data/triplets.jsonl",
         "lowmem_cft/data/sts_pairs.tsv",
+        "lowmem_cft/data/demonstrations.tsv",
+        "lowmem_cft/data/published.yaml",
         "lowmem_cft/data/README.md",
         "lowmem_cft_kernels/__init__.py",
         "lowmem_cft_kernels/py.typed",

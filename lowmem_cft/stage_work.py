@@ -1,0 +1,218 @@
+"""What the stages of a reproduction do: evaluate, train, search, transfer. Each gives JSON values."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_cft import corpus, eval_report, icl, run, transfer_report
+from lowmem_cft import recipe as recipes
+from lowmem_cft.backbone import choose_device
+from lowmem_cft.demonstrations import Demonstration
+from lowmem_cft.evaluate import Embed, LoadedSet, score_pairs
+from lowmem_cft.inference import embed_texts
+from lowmem_cft.interrupt import Interrupted
+from lowmem_cft.loading import LoadedModel, load_by_recipe
+from lowmem_cft.pipeline import run_recipe
+from lowmem_cft.recipe import Recipe
+from lowmem_cft.stages import Observer
+from lowmem_cft.sts import Protocol
+from lowmem_cft.transfer_data import TransferTask
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _loaded(recipe: Recipe, adapter: Path | None, observer: Observer) -> Iterator[LoadedModel]:
+    """The model, and its memory back afterwards: a later stage loads another."""
+    device = choose_device()
+    loaded = load_by_recipe(recipe, device, observer.say, adapter)
+    try:
+        yield loaded
+    finally:
+        del loaded
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _embed(loaded: LoadedModel) -> Embed:
+    return partial(
+        embed_texts,
+        loaded.encoder,
+        loaded.tokenizer,
+        text_format=loaded.text_format,
+        token_budget=loaded.recipe.eval.token_budget,
+    )
+
+
+def evaluate_sets(
+    recipe: Recipe,
+    adapter: Path | None,
+    sets: Sequence[LoadedSet],
+    protocol: Protocol | None,
+    out: Path,
+    observer: Observer,
+    *,
+    cleaned_up: bool = False,
+) -> dict[str, Any]:
+    """Score the sets (already cleaned up, if so) and write the report to `out`.
+
+    Returns:
+        The report (see `eval_report.as_json`), with the name of its file under `report`.
+    """
+    with _loaded(recipe, adapter, observer) as loaded:
+        scored = []
+        observer.begin(len(sets), 0, what="sets")
+        for one in sets:
+            scored.append(score_pairs(_embed(loaded), one))
+            observer.advance(1)
+            observer.say(f"{one.name}: {100 * scored[-1].score.spearman:.2f}")
+    found = eval_report.report(recipe.model.id, scored, protocol=protocol, cleaned_up=cleaned_up)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    eval_report.write(found, out)
+    return {**eval_report.as_json(found), "report": f"{out.parent.name}/{out.name}"}
+
+
+def describe_data(recipe: Recipe, scored_texts: set[str], *, offline: bool) -> dict[str, Any]:
+    """What is trained on, and how many of its texts stand in the evaluation sets."""
+    sources, reports = corpus.read_sources(recipe.data, offline=offline)
+    texts = {
+        text
+        for rows in sources
+        for row in rows
+        for text in (row.anchor, row.positive, *row.negatives)
+    }
+    listed = [
+        {
+            "path": section.path,
+            "where": section.where,
+            "rows": len(rows),
+            "skipped": sum(report.skipped.values()),
+            "sha256": sha256_of(Path(section.path)) if Path(section.path).is_file() else None,
+        }
+        for section, rows, report in zip(recipe.data.sources, sources, reports, strict=True)
+    ]
+    digest = hashlib.sha256()
+    for rows in sources:
+        for row in rows:
+            digest.update(repr((row.anchor, row.positive, tuple(row.negatives))).encode())
+    return {
+        "sources": listed,
+        "rows": sum(len(rows) for rows in sources),
+        "rows_sha256": digest.hexdigest(),
+        "distinct_texts": len(texts),
+        "texts_in_evaluation": len(texts & scored_texts),
+    }
+
+
+def train(recipe: Recipe, observer: Observer, *, offline: bool) -> dict[str, Any]:
+    """Train as the recipe says, going on with what its folder holds."""
+    assert recipe.output.name is not None
+    folder = run.RunFolder(Path(recipe.output.folder) / recipe.output.name)
+    if not _is_finished(folder, recipe):
+        same = folder.recipe.is_file() and _trains_the_same(folder, recipe)
+        started = [folder.checkpoint, folder.checkpoint.with_name("checkpoint.old")]
+        resume = same and any(path.is_dir() for path in started)
+        try:
+            run_recipe(recipe, observer, resume=resume, overwrite=not resume, offline=offline)
+        except Interrupted as error:
+            raise Interrupted(
+                f"stopped in training ({recipe.output.name}); all is saved, and the same command "
+                "goes on from there"
+            ) from error
+    metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in folder.log.read_text(encoding="utf-8").splitlines()]
+    before = metrics["before"][0]
+    points = [[0, before["spearman"]]]
+    points += [[line["step"], line["spearman"]] for line in lines if "spearman" in line]
+    return {
+        "run": recipe.output.name,
+        "steps": metrics["steps"],
+        "learning_rate": recipe.train.learning_rate,
+        "logical_batch": recipe.train.logical_batch,
+        "rows": metrics["rows"],
+        "losses": [[line["step"], line["loss"]] for line in lines],
+        "curve": {"set": before["name"], "points": points},
+        "metrics": metrics,
+    }
+
+
+def _trains_the_same(folder: run.RunFolder, recipe: Recipe) -> bool:
+    before = recipes.load(str(folder.recipe))
+    ours = recipe.model_dump()
+    return all(
+        ours[name] == values
+        for name, values in before.model_dump().items()
+        if name not in run.MAY_CHANGE
+    )
+
+
+def _is_finished(folder: run.RunFolder, recipe: Recipe) -> bool:
+    if not (folder.metrics.is_file() and folder.recipe.is_file() and folder.adapter.is_dir()):
+        return False
+    metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    exported = recipe.output.export == "none" or "export" in metrics
+    return exported and _trains_the_same(folder, recipe)
+
+
+def search_demonstration(
+    recipe: Recipe,
+    scored_set: LoadedSet,
+    demonstrations: Sequence[Demonstration],
+    folder: Path,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Score every demonstration before the recipe's template; trials are kept in the folder."""
+    with _loaded(recipe, None, observer) as loaded:
+        template = recipe.text.template
+        searched = icl.SearchedModel(recipe.model.id, loaded, template)
+        trials = icl.search(
+            searched.embed_under(observer.say),
+            scored_set,
+            template,
+            demonstrations,
+            folder,
+            searched.identity() | icl.set_identity(scored_set),
+            observer,
+        )
+    return {
+        "trials": [vars(trial) for trial in trials],
+        "set": scored_set.name,
+        "pairs": len(scored_set.pairs),
+        "template": template,
+        "best_template": trials[0].template(template),
+    }
+
+
+def score_transfer(
+    recipe: Recipe,
+    adapter: Path | None,
+    tasks: Callable[[], list[TransferTask]],
+    observer: Observer,
+    *,
+    cleaned_up: bool = False,
+) -> dict[str, Any]:
+    """Accuracy of logistic regressions on raw embeddings, those before normalisation."""
+    listed = tasks()
+    raw = recipe.embedding.model_copy(update={"normalize": False})
+    with _loaded(recipe.model_copy(update={"embedding": raw}), adapter, observer) as loaded:
+        found = transfer_report.score_tasks(
+            listed,
+            _embed(loaded),
+            model=recipe.model.id,
+            device=choose_device(),
+            cleaned_up=cleaned_up,
+            say=observer.say,
+        )
+    return transfer_report.as_json(found)

@@ -1,0 +1,142 @@
+"""A list of stages: none is done twice, none on other inputs, none before what it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem_cft.stages import Effort, Records, Stage, digest, run_stages
+
+
+class Heard:
+    """An observer that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def begin(self, num_steps: int, done: int, what: str = "") -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+    def step(self, line: dict[str, Any]) -> None: ...
+
+    def scored(self, step: int, scores: list[Any]) -> None: ...
+
+
+class Bench:
+    """Two stages, the second on the first's result, and how often each was done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.records, self.done = Records(folder), list[str]()
+        self.inputs: dict[str, dict[str, Any]] = {"first": {"a": {"b": 1}}, "second": {"c": 2}}
+
+    def stage(self, name: str, needs: tuple[str, ...] = ()) -> Stage:
+        def work(observer: Any) -> dict[str, Any]:
+            self.done.append(name)
+            return {"of": name}
+
+        return Stage(
+            name,
+            "evaluate",
+            f"the {name}",
+            lambda: self.inputs[name],
+            work,
+            needs,
+            lambda: Effort(3.0, 0),
+        )
+
+    def run(
+        self, *, redo: tuple[str, ...] = (), done: Callable[[], object] = lambda: None
+    ) -> Heard:
+        heard = Heard()
+        stages = [self.stage("first"), self.stage("second", ("first",))]
+        run_stages(stages, self.records, heard, redo=redo, done=done)
+        return heard
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_each_is_done_once(bench: Bench) -> None:
+    reports: list[int] = []
+    bench.run(done=lambda: reports.append(len(bench.done)))
+    assert bench.done == ["first", "second"]
+    assert reports == [1, 2]
+    heard = bench.run()
+    assert bench.done == ["first", "second"]
+    assert [text.endswith("done before") for text in heard.said] == [True, True]
+
+
+def test_a_record_says_what_it_rests_on(bench: Bench) -> None:
+    bench.run()
+    first, second = bench.records.get("first"), bench.records.get("second")
+    assert first is not None
+    assert second is not None
+    assert first["inputs"] == {"a": {"b": 1}, "needs": {}}
+    assert first["inputs_sha256"] == digest(first["inputs"])
+    assert second["inputs"]["needs"] == {"first": first["inputs_sha256"]}
+    assert second["result"] == {"of": "second"}
+    assert second["flops"] == 3.0
+
+
+def test_order_of_keys_does_not_count() -> None:
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+
+
+def test_what_fails_is_done_again(bench: Bench) -> None:
+    second = bench.stage("second", ("first",))
+
+    def fails(observer: Any) -> dict[str, Any]:
+        raise RuntimeError("power")
+
+    broken = Stage("second", "evaluate", "", second.inputs, fails, second.needs)
+    with pytest.raises(RuntimeError, match="power"):
+        run_stages([bench.stage("first"), broken], bench.records, Heard())
+    bench.run()
+    assert bench.done == ["first", "second"]
+
+
+def test_other_inputs_are_refused_before_any_work(bench: Bench) -> None:
+    bench.run()
+    bench.records.path("first").unlink()
+    bench.inputs["second"] = {"c": 5}
+    bench.run(redo=("second",))
+    bench.inputs["second"] = {"c": 7}
+    with pytest.raises(ValueError, match=r"c was 5, is 7.*--redo second"):
+        bench.run()
+    assert bench.done == ["first", "second", "first", "second"]
+
+
+def test_a_change_reaches_what_needs_it(bench: Bench) -> None:
+    bench.run()
+    bench.inputs["first"] = {"a": {"b": 2}}
+    with pytest.raises(ValueError, match=r"a\.b was 1, is 2"):
+        bench.run()
+    with pytest.raises(ValueError, match=r"second\.json.*needs\.first"):
+        bench.run(redo=("first",))
+    assert bench.done == ["first", "second", "first"]
+    bench.run(redo=("second",))
+    assert bench.run().said[0].endswith("done before")
+
+
+def test_what_is_needed_is_named(bench: Bench) -> None:
+    with pytest.raises(ValueError, match=r"stage second needs first: .*--stage first"):
+        run_stages([bench.stage("second", ("first",))], bench.records, Heard())
+    assert bench.done == []
+
+
+@pytest.mark.parametrize("text", ["{", json.dumps({"result": 1}), "\xff"])
+def test_a_damaged_record_is_named(bench: Bench, text: str) -> None:
+    bench.run()
+    bench.records.path("first").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"first\.json.*remove it"):
+        bench.run()
