@@ -145,3 +145,21 @@ def _few_threads() -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests neither read nor fill the user's cache."""
     monkeypatch.setenv("LOWMEM_CFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+_COSTS: dict[str, Any] = {}
+
+
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan changes no result, so the costs of the first tiny model serve them all."""
+    from lowmem_cft import footprint
+
+    trace = footprint.cost_model
+
+    def remembered(*args: Any, checkpointing: Any, **kwargs: Any) -> Any:
+        if checkpointing not in _COSTS:
+            _COSTS[checkpointing] = trace(*args, checkpointing=checkpointing, **kwargs)
+        return _COSTS[checkpointing]
+
+    monkeypatch.setattr(footprint, "cost_model", remembered)

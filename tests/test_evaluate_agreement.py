@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import WORDS
-from lowmem_cft import embedder, eval_report, evaluate, footprint, pipeline, task_result
+from lowmem_cft import embedder, eval_report, evaluate, pipeline, task_result
 from lowmem_cft.backbone import float32_arithmetic, keep_weight_layout
 from lowmem_cft.rows import ScoredPair
 from lowmem_cft.sts import PROTOCOLS, SETS, find_in
@@ -25,20 +25,7 @@ FOUR_DECIMALS = 0.5e-4
 MTEB = PROTOCOLS["mteb"]
 
 
-_COSTS: dict[str, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan changes no result, so the costs of the first tiny model serve them all."""
-    trace = footprint.cost_model
-
-    def remembered(*args: Any, checkpointing: Any, **kwargs: Any) -> Any:
-        if checkpointing not in _COSTS:
-            _COSTS[checkpointing] = trace(*args, checkpointing=checkpointing, **kwargs)
-        return _COSTS[checkpointing]
-
-    monkeypatch.setattr(footprint, "cost_model", remembered)
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,12 @@ def _write_data(folder: Path) -> None:
 
 
 @pytest.fixture
-def ask(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+def ask(
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    traced_once: None,
+) -> Ask:
     """Ask for a run that takes four steps, its ablations two."""
     data = tmp_path / "data"
     data.mkdir()
