@@ -191,7 +191,10 @@ class PaperStages:
             key = (recipe.text, recipe.loss.hard_negatives)
             if key not in self._step_efforts:
                 self._step_efforts[key] = self.efforts.step(recipe)
-            return _times(self._step_efforts[key], steps[0])
+            steps_alone = _times(self._step_efforts[key], steps[0])
+            scored = steps[0] // (recipe.eval.every or steps[0]) + 2  # before, on the way, after
+            scores = _times(self._evaluation_effort(True), scored)
+            return Effort(steps_alone.flops + scores.flops, steps_alone.memory_bytes)
 
         what = f"{what}, {steps[0]:,} steps"
         return Stage(name, "train", what, inputs, work, ("data",), effort)

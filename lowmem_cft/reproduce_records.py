@@ -156,7 +156,8 @@ class Evaluation(_Record):
 class Source(_Record):
     path: _Path
     rows: int
-    sha256: str
+    sha256: str | None
+    """Of a file; the hub's data sets and folders have none."""
 
 
 class Data(_Record):
@@ -164,6 +165,8 @@ class Data(_Record):
     rows: int
     published_rows: int
     distinct_texts: int
+    texts_in_evaluation: int
+    """Of the distinct texts, those that stand word for word in the sets that are scored."""
 
 
 class Curve(_Record):

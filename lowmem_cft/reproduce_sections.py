@@ -223,10 +223,14 @@ def data(found: Report) -> list[str]:
     one = found.data
     lines += [
         f"{share_of(one.rows, one.published_rows)} of the published number of rows; "
-        f"{one.distinct_texts:,} distinct texts.",
+        f"{one.distinct_texts:,} distinct texts, of which {one.texts_in_evaluation:,} stand word for "
+        "word in the sets that are scored.",
         "",
     ]
-    rows = [(source.path, f"{source.rows:,}", f"`{source.sha256}`") for source in one.sources]
+    rows = [
+        (source.path, f"{source.rows:,}", f"`{source.sha256}`" if source.sha256 else NONE)
+        for source in one.sources
+    ]
     return lines + text_table(("source", "rows", "sha256"), rows)
 
 

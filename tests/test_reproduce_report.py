@@ -137,6 +137,7 @@ class Fabricated:
             "rows": 27560,
             "published_rows": 275601,
             "distinct_texts": 70001,
+            "texts_in_evaluation": 12,
         }
         self.stage("data", "data", result)
 
@@ -266,6 +267,15 @@ def test_circumstances_and_stages(phi: Fabricated) -> None:
     assert "- Stages not run: ablation-lr-5e-3, evaluate-ablation-lr-5e-3." in text
     assert "- Beyond the paper, and not run either: icl-search." in text
     assert "- Trained on other data." in text
+
+
+def test_training_data_seen_in_evaluation_are_said(phi: Fabricated) -> None:
+    assert "70,001 distinct texts, of which 12 stand word for word" in phi.report()[0]
+    path = phi.folder / "stages" / "data.json"
+    record = json.loads(path.read_text("utf-8"))
+    record["result"]["sources"][0] |= {"path": "someone/rows", "sha256": None}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    assert row_of(phi.report()[0], "someone/rows")[1:] == ["27,560", "-"]
 
 
 def test_written_again_it_is_the_same(phi: Fabricated) -> None:
