@@ -12,10 +12,11 @@ from lowmem_cft import recipe as recipes
 from lowmem_cft.demonstrations import SHIPPED, Demonstration, read_demonstrations
 from lowmem_cft.effort import Efforts
 from lowmem_cft.evaluate import LoadedSet
-from lowmem_cft.papers import DEV_SET, LEARNING_RATES, PUBLISHED_ROWS, Request, Share
+from lowmem_cft.papers import DEV_PAIRS, DEV_SET, LEARNING_RATES, PUBLISHED_ROWS, Request, Share
 from lowmem_cft.recipe import Recipe
 from lowmem_cft.stages import Effort, Observer, Records, Stage, digest
 from lowmem_cft.sts_data import data_folder, load_set, load_sets
+from lowmem_cft.tokens import TextFormat
 from lowmem_cft.transfer_data import SPECS, TransferTask, load_tasks
 
 ONE_WORD = 'This sentence: "{text}" means in one word: '
@@ -41,6 +42,7 @@ class PaperStages:
         self._clean_up = not request.is_cft
         self._evaluation_efforts: dict[bool, Effort] = {}
         self._step_efforts: dict[Any, Effort] = {}
+        self._text_efforts: dict[TextFormat | None, Effort] = {}
 
     @cached_property
     def efforts(self) -> Efforts:
@@ -143,8 +145,9 @@ class PaperStages:
                 pairs = [pair for one in self._sets(of_ablation) for pair in one.pairs]
                 texts = [text for pair in pairs for text in (pair.sentence1, pair.sentence2)]
             except ValueError:  # not at hand; doing the stage says so
-                sizes = sum(entry.num_pairs for entry in self.request.protocol.sets)
-                texts = [f"{i} {_ASSUMED_TEXT}" for i in range(2 * sizes)]
+                whole = sum(entry.num_pairs for entry in self.request.protocol.sets)
+                num_pairs = DEV_PAIRS if of_ablation else whole
+                texts = [f"{i} {_ASSUMED_TEXT}" for i in range(2 * num_pairs)]
             self._evaluation_efforts[of_ablation] = self.efforts.embed(texts)
         return self._evaluation_efforts[of_ablation]
 
@@ -163,10 +166,18 @@ class PaperStages:
 
     def _data(self) -> Stage:
         def inputs() -> dict[str, Any]:
-            return {"data": self.recipe.data.model_dump(), "sets": self.request.protocol.name}
+            sources = self.recipe.data.sources
+            return {
+                "data": self.recipe.data.model_dump(),
+                "files": {one.path: _sha256_of_file(one.path) for one in sources},
+                "sets": {one.name: one.version for one in [*self._all_sets, self._dev_set]},
+            }
 
         def work(observer: Observer) -> dict[str, Any]:
-            pairs = [pair for one in self._all_sets for pair in one.pairs]
+            # as they are in the files: training texts are not cleaned up
+            sets = load_sets(self.request.protocol, None, offline=self.offline)
+            sets.append(load_set(DEV_SET, data_folder(), offline=self.offline))
+            pairs = [pair for one in sets for pair in one.pairs]
             texts = {text for pair in pairs for text in (pair.sentence1, pair.sentence2)}
             found = stage_work.describe_data(self.recipe, texts, offline=self.offline)
             observer.say(f"{found['rows']:,} rows, {found['distinct_texts']:,} distinct texts")
@@ -181,7 +192,10 @@ class PaperStages:
 
         def inputs() -> dict[str, Any]:
             values = recipe.model_dump(mode="json")
-            return {"recipe": {key: values[key] for key in values if key not in _NOT_INPUTS}}
+            return {
+                "recipe": {key: values[key] for key in values if key not in _NOT_INPUTS},
+                "rows_sha256": self.records.result("data")["rows_sha256"],
+            }
 
         def work(observer: Observer) -> dict[str, Any]:
             found = stage_work.train(recipe, observer, offline=self.offline)
@@ -197,17 +211,19 @@ class PaperStages:
             return Effort(steps_alone.flops + scores.flops, steps_alone.memory_bytes)
 
         what = f"{what}, {steps[0]:,} steps"
-        return Stage(name, "train", what, inputs, work, ("data",), effort)
+        forget = partial(stage_work.put_away, self.folder / "runs" / name)
+        return Stage(name, "train", what, inputs, work, ("data",), effort, forget)
 
     def _training_recipe(
         self, name: str, changed: dict[str, str], steps: tuple[int, int]
     ) -> Recipe:
         """The paper's recipe over so many steps, its warm-up cut alike, scored on the way."""
         ours, published = steps
-        warmup = round(self.recipe.train.warmup_steps * ours / published)
+        whole = self.request.whole_steps if name == "train" else published
+        warmup = round(self.recipe.train.warmup_steps * ours / whole)
         points = _TRAIN_POINTS if name == "train" else _ABLATION_POINTS
         every = self.recipe.eval.every
-        if every is None or ours < published:
+        if every is None or ours < whole:
             every = max(1, ours // points)
         return self.request.recipe(
             [
@@ -263,11 +279,14 @@ class PaperStages:
         tries = len(self._demonstrations)
 
         def effort() -> Effort:
-            one = self.efforts.embed([f"{i} {_ASSUMED_TEXT}" for i in range(2 * num_pairs)])
-            return _times(one, 1 + tries)
+            text = recipe.text
+            shown = self._demonstrations[0].before(text.template)
+            text_format = TextFormat(shown, text.append_eos, text.max_tokens)
+            return self._per_text(2 * num_pairs * (1 + tries), text_format)
 
         what = f"{tries} demonstrations on {num_pairs:,} pairs of {DEV_SET}"
-        return Stage("icl-search", "search", what, inputs, work, (), effort)
+        forget = partial(stage_work.put_away, self.folder / "icl")
+        return Stage("icl-search", "search", what, inputs, work, (), effort, forget)
 
     def _transfer(self, name: str, what: str, of: str | None, share: Share) -> Stage:
         limit = share.transfer_rows_per_split
@@ -295,8 +314,15 @@ class PaperStages:
         needs = () if of is None else (of,)
         return Stage(name, "transfer", what, inputs, work, needs, lambda: self._per_text(rows))
 
-    def _per_text(self, texts: int) -> Effort:
-        return _times(self.efforts.embed([_ASSUMED_TEXT]), texts)
+    def _per_text(self, texts: int, text_format: TextFormat | None = None) -> Effort:
+        if text_format not in self._text_efforts:
+            self._text_efforts[text_format] = self.efforts.embed([_ASSUMED_TEXT], text_format)
+        return _times(self._text_efforts[text_format], texts)
+
+
+def _sha256_of_file(path: str) -> str | None:
+    """None for what is no file here: a folder, a data set on the hub."""
+    return stage_work.sha256_of(Path(path)) if Path(path).is_file() else None
 
 
 def _times(effort: Effort, times: int) -> Effort:

@@ -7,6 +7,7 @@ prompteol   Scaling Sentence Embeddings with Large Language Models (arXiv 2307.1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,14 @@ LEARNING_RATES = ("5e-5", "5e-4", "5e-3")
 """The first paper's ablation."""
 DEV_SET, DEV_PAIRS = "STSBenchmark-dev", 1500
 """What ablations, curves and the choice of a demonstration are scored on."""
+
+
+def num_steps(recipe: Recipe) -> int:
+    """Over the published data, the last and smaller batch of an epoch counted, as the papers do."""
+    train = recipe.train
+    if train.steps is not None:
+        return train.steps
+    return math.ceil((train.epochs or 1.0) * PUBLISHED_ROWS / train.logical_batch)
 
 
 def models(paper: str) -> list[str]:
@@ -73,6 +82,16 @@ class Request:
         """The paper's own."""
         return PROTOCOLS["mteb" if self.is_cft else "senteval"]
 
+    @property
+    def published_steps(self) -> int:
+        """Optimizer steps of one epoch, by the paper's recipe whatever the user set."""
+        return num_steps(recipes.load(self.recipe_name))
+
+    @property
+    def whole_steps(self) -> int:
+        """Optimizer steps of the uncut run as the user set it."""
+        return num_steps(self.recipe())
+
     def recipe(self, assignments: Sequence[str] = ()) -> Recipe:
         """The paper's at full size, with what the user set and with more put over it."""
         budget = [] if self.budget is None else [f"memory.limit={self.budget}"]
@@ -95,7 +114,7 @@ class Share:
     def describe(self) -> str:
         """In one sentence."""
         ours, published = self.training_steps
-        said = f"{ours:,} of the published {published:,} training steps ({ours / published:.1%})"
+        said = f"{ours:,} of the paper's {published:,} training steps ({ours / published:.1%})"
         if self.ablation_steps is not None:
             said += "; ablations of {:,} of {:,} steps".format(*self.ablation_steps)
         return said
@@ -112,8 +131,8 @@ def departures(request: Request, share: Share, selected: Sequence[str]) -> list[
     if request.model == "smollm2-135m":
         said.append("The model is not one of the paper's: no published figure belongs to it.")
     ours, published = share.training_steps
-    if ours < published:
-        said.append(f"Training is cut to {ours:,} of {published:,} steps, and its warm-up with it.")
+    if ours != published:
+        said.append(f"Training has {ours:,} of {published:,} steps, and its warm-up accordingly.")
     ablation = share.ablation_steps
     if ablation and ablation[0] < ablation[1]:
         said.append("Ablations are cut to {:,} of {:,} steps.".format(*ablation))
@@ -131,6 +150,15 @@ def departures(request: Request, share: Share, selected: Sequence[str]) -> list[
             "Without hard negatives the paper also changed batch size and learning rate; here "
             "nothing else differs."
         )
+    else:
+        if recipe.model.quantization == "nf4":
+            said.append(
+                "Models are scored with 4-bit weights (NF4); the published figures are of 16-bit ones."
+            )
+        if ours != published:
+            said.append(
+                "The best of about ten checkpoints is kept, where the paper has one in 50 steps."
+            )
     rows = share.transfer_rows_per_split
     if rows is not None and any(name.startswith("transfer") for name in selected):
         said.append(f"Transfer tasks have at most {rows:,} rows a split.")

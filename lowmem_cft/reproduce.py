@@ -24,16 +24,16 @@ from lowmem_cft.paper_stages import PaperStages
 from lowmem_cft.papers import (
     ABLATION_STEPS,
     DEV_PAIRS,
-    PUBLISHED_ROWS,
     Request,
     Share,
     departures,
 )
 from lowmem_cft.reproduce_report import write_report
 from lowmem_cft.run import library_versions, write_json
-from lowmem_cft.stages import Observer, Records, Stage, run_stages
+from lowmem_cft.stages import Kind, Observer, Records, Stage, run_stages
 from lowmem_cft.transfer_data import SPECS
 
+_HALVINGS = 20
 _LEAST_ROWS, _LEAST_PAIRS = 500, 200
 """Of a transfer task's split, and of STS-B dev for demonstrations, however few hours there are."""
 
@@ -74,12 +74,18 @@ class Reproduction:
         """What the folder was begun with."""
         if not self._file.is_file():
             return None
-        before: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+        try:
+            before: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            asked = dict(before["request"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self._file}: cannot be read ({error!r}); choose another --out"
+            ) from error
         for key, value in json.loads(json.dumps(asdict(self.request))).items():
-            if before["request"].get(key) != value:
+            if key != "budget" and asked.get(key) != value:  # memory changes no result
                 raise ValueError(
-                    f"{self.folder} was begun with {key} = {before['request'].get(key)!r}, now it "
-                    f"is {value!r}; choose another --out"
+                    f"{self.folder} was begun with {key} = {asked.get(key)!r}, now it is "
+                    f"{value!r}; choose another --out"
                 )
         return before
 
@@ -102,7 +108,6 @@ class Reproduction:
     def _cut(self, factor: float) -> Share:
         """The whole run times the factor, but for what the user fixed."""
         request = self.request
-        published = request.recipe().train.num_steps(PUBLISHED_ROWS)
         rows, pairs = request.transfer_rows, request.icl_pairs
         if rows is None and factor < 1:
             most = max(size for spec in SPECS.values() for size in spec.splits.values())
@@ -111,32 +116,48 @@ class Reproduction:
             pairs = max(_LEAST_PAIRS, round(factor * DEV_PAIRS))
         ablation = (max(1, round(factor * ABLATION_STEPS)), ABLATION_STEPS)
         return Share(
-            (max(1, round(factor * published)), published),
+            (max(1, round(factor * request.whole_steps)), request.published_steps),
             ablation if request.is_cft else None,
             rows,
             (min(pairs, DEV_PAIRS), DEV_PAIRS),
         )
 
     def _factor(self) -> float:
-        """The share of training, search and transfer that fits the hours asked for."""
-        if self.request.hours is None:
+        """The share of the run that fits the hours asked for.
+
+        Of the paper's own stages and those chosen beside them, so that it does not hang on which of
+        them are done first. Scores on the way and least sizes are not cut, so it is searched for.
+        """
+        asked = self.request.hours
+        if asked is None or self._taken(1.0) <= asked:
             return 1.0
-        whole = self._hours(self._selected(self._cut(1.0)))
-        fixed = sum(hours for stage, hours in whole if stage.kind == "evaluate")
-        rest = sum(hours for _, hours in whole) - fixed
-        if self.request.hours <= fixed:
+        low, high = 0.0, 1.0
+        if self._taken(low) > asked:
             raise ValueError(
-                f"--hours: got {self.request.hours:g}, but evaluation alone takes about "
-                f"{fixed:.2g} h on this device; give more hours, or fewer stages with --stage"
+                f"--hours: got {asked:g}, but with one step of training it is still about "
+                f"{self._taken(low):.2g} h on this device, most of it evaluation; give more hours"
             )
-        return min(1.0, (self.request.hours - fixed) / rest) if rest else 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._taken(middle) <= asked else (low, middle)
+        return low
+
+    def _taken(self, factor: float) -> float:
+        """Hours of the run cut by a factor."""
+        stages = self._maker.make(self._cut(factor))
+        counted = [s for s in stages if self._maker.is_own(s) or s.name in (self._chosen or ())]
+        return sum(hours for _, hours in self._hours(counted))
 
     def _hours(self, stages: Sequence[Stage]) -> list[tuple[Stage, float]]:
-        found = [self.records.get(stage.name) for stage in stages]
-        rates = self._maker.efforts.rates(record for record in found if record is not None)
+        rates = self._rates
         return [
             (one, one.effort().flops / rates.get(one.kind, float("inf")) / 3600) for one in stages
         ]
+
+    @cached_property
+    def _rates(self) -> dict[Kind, float]:
+        found = [self.records.get(stage.name) for stage in self._maker.make(self._cut(1.0))]
+        return self._maker.efforts.rates(record for record in found if record is not None)
 
     def _selected(self, share: Share) -> list[Stage]:
         stages = self._maker.make(share)
@@ -178,7 +199,7 @@ class Reproduction:
         """Do the stages left, write the report.
 
         Args:
-            redo: names of stages to do in any case.
+            redo: names of stages to do anew, from their beginning; what they left is kept beside.
 
         Returns:
             The report's files.

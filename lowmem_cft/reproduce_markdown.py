@@ -104,19 +104,33 @@ def _steps(found: Report, what: str, stage: str, planned: tuple[int, int | None]
     steps = planned[0] if training is None else training.steps
     of = f"{steps:,}" if not planned[1] else f"{share_of(steps, planned[1])}"
     note = "planned, not done yet" if training is None else "done"
-    return f"{what}: {of} of the published optimizer steps, {note}."
+    # the first paper does not say how many its released adapters had
+    of_what = "one epoch's" if found.reproduction.paper == "cft" else "the published"
+    of_what = "the published" if stage != "train" else of_what
+    return f"{what}: {of} of {of_what} optimizer steps, {note}."
 
 
 def _circumstances(found: Report) -> list[str]:
     asked, dates = found.reproduction, found.dates
-    rows = [("command", f"`{asked.command}`"), ("recipe", asked.recipe)]
+    rows = [("last command", f"`{asked.command}`"), ("recipe", asked.recipe)]
     if dates is not None:
         rows.append(("dates", f"{dates[0]:%Y-%m-%d %H:%M} to {dates[1]:%Y-%m-%d %H:%M %Z}"))
         rows.append(("time in stages", hours(found.seconds)))
     rows += list(asked.machine.items())
-    versions = ", ".join(f"{name} {version}" for name, version in asked.versions.items())
-    rows.append(("versions", versions or NONE))
+    rows.append(("versions", _versions(found) or NONE))
     return ["## Machine, versions, command", "", *text_table(("what", "value"), rows)]
+
+
+def _versions(found: Report) -> str:
+    """Of what the stages were run with; several where they were updated between."""
+    seen: dict[str, list[str]] = {}
+    for versions in [one.versions for one in found.stages if one.versions] or [
+        found.reproduction.versions
+    ]:
+        for name, version in versions.items():
+            seen.setdefault(name, [])
+            seen[name] += [version] if version not in seen[name] else []
+    return ", ".join(f"{name} {' and '.join(versions)}" for name, versions in seen.items())
 
 
 # --- set by set ---------------------------------------------------------------------------
@@ -191,7 +205,7 @@ def _marks(found: Report, figures: Sequence[Figure]) -> list[str]:
     unverified = sorted({one.source for one in everywhere if not one.verified})
     lines = []
     if unverified:
-        lines.append(f"- {UNVERIFIED} The source is not verified: {'; '.join(unverified)}.")
+        lines.append(f"- {UNVERIFIED} Not verified: {'; '.join(unverified)}.")
     return lines + [f"- {BUG} {side}: a known bug. {bug}" for side, bug in found.sts.bugs.items()]
 
 

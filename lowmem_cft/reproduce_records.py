@@ -118,6 +118,7 @@ class Stage(_Record):
     seconds: float
     flops: float | None = None
     finished: datetime
+    versions: dict[str, str] = {}
     result: dict[str, Any]
 
 

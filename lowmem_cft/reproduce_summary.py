@@ -39,6 +39,7 @@ class StageLine:
     seconds: float
     flops: float | None
     finished: datetime
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def summarise(records: Records) -> Report:
             one.seconds,
             one.flops or None,
             one.finished,
+            one.versions,
         )
         for one in records.stages.values()
     ]

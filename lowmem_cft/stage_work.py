@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -132,7 +133,7 @@ def train(recipe: Recipe, observer: Observer, *, offline: bool) -> dict[str, Any
                 "goes on from there"
             ) from error
     metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
-    lines = [json.loads(line) for line in folder.log.read_text(encoding="utf-8").splitlines()]
+    lines = run.read_log(folder)
     before = metrics["before"][0]
     points = [[0, before["spearman"]]]
     points += [[line["step"], line["spearman"]] for line in lines if "spearman" in line]
@@ -146,6 +147,14 @@ def train(recipe: Recipe, observer: Observer, *, offline: bool) -> dict[str, Any
         "curve": {"set": before["name"], "points": points},
         "metrics": metrics,
     }
+
+
+def put_away(folder: Path) -> None:
+    """Rename to NAME.old, which goes if there is one, so that nothing is lost by a slip."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
 
 
 def _trains_the_same(folder: run.RunFolder, recipe: Recipe) -> bool:

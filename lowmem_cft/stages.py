@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from lowmem_cft.run import write_json
+from lowmem_cft.run import library_versions, write_json
 
 Kind = Literal["evaluate", "data", "train", "search", "transfer"]
 
@@ -56,6 +57,8 @@ class Stage:
     work: Callable[[Observer], dict[str, Any]]
     needs: tuple[str, ...] = ()
     effort: Callable[[], Effort] = lambda: Effort(0.0, 0)
+    forget: Callable[[], None] = lambda: None
+    """Put away what an earlier try left, so that `work` begins anew."""
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -71,6 +74,31 @@ class Records:
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
+
+    def _seconds_path(self, name: str) -> Path:
+        return self.folder / f"{name}.seconds"
+
+    def forget(self, name: str) -> None:
+        """As if it had never been tried."""
+        self.path(name).unlink(missing_ok=True)
+        self._seconds_path(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[Callable[[], float]]:
+        """Tells the seconds spent on a stage, tries that were stopped among them."""
+        path, started = self._seconds_path(name), time.perf_counter()
+        before = float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
+
+        def spent() -> float:
+            return before + time.perf_counter() - started
+
+        try:
+            yield spent
+        except BaseException:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{spent():.1f}", encoding="utf-8")
+            raise
+        path.unlink(missing_ok=True)
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The record, or None.
@@ -106,6 +134,7 @@ class Records:
             "inputs_sha256": digest(inputs),
             "seconds": round(seconds, 1),
             "flops": stage.effort().flops,
+            "versions": library_versions(),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "result": result,
         }
@@ -165,12 +194,17 @@ def run_stages(
     """Do the stages that have no record yet, in their order.
 
     Args:
-        redo: names of stages to do in any case.
+        redo: names of stages to do in any case, from their beginning.
         done: called after each.
 
     Raises:
-        ValueError: a stage is done with other inputs, or one that it needs is not done.
+        ValueError: a stage is done with other inputs, one that it needs is not done, or one to do
+            anew is not among them.
     """
+    names = [stage.name for stage in stages]
+    for name in redo:
+        if name not in names:
+            raise ValueError(f"--redo: got {name!r}, wanted one of {', '.join(names)}")
     check_unchanged(stages, records, redo)
     for place, stage in enumerate(stages, 1):
         title = f"[{place}/{len(stages)}] {stage.name}: {stage.what}"
@@ -186,7 +220,10 @@ def run_stages(
                 f"--stage {missing[0]}"
             )
         observer.say(title)
-        started = time.perf_counter()
-        result = stage.work(observer)
-        records.write(stage, inputs, time.perf_counter() - started, result)
+        if stage.name in redo:
+            stage.forget()
+            records.forget(stage.name)
+        with records.timed(stage.name) as spent:
+            result = stage.work(observer)
+            records.write(stage, inputs, spent(), result)
         done()

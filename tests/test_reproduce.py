@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from conftest import WORDS
 from lowmem_cft import (
@@ -24,6 +23,7 @@ from lowmem_cft import (
 )
 from lowmem_cft.papers import Request, models
 from lowmem_cft.reproduce import Reproduction
+from lowmem_cft.reproduce_records import read
 from lowmem_cft.sts import Protocol, StsSet
 from lowmem_cft.transfer_data import TaskSpec
 from test_cli import Run, command  # noqa: F401 (fixture)
@@ -91,7 +91,8 @@ def ask(
     monkeypatch.setattr(reproduce_plots, "draw", lambda found, out: [])  # they have their own test
     for module in (paper_stages, reproduce, transfer_data):
         monkeypatch.setattr(module, "SPECS", TASKS)
-    monkeypatch.setattr(reproduce, "PUBLISHED_ROWS", 32)
+    monkeypatch.setattr(papers, "PUBLISHED_ROWS", 32)
+    monkeypatch.setattr(papers, "num_steps", lambda recipe: -(-papers.PUBLISHED_ROWS // 8))
     monkeypatch.setattr(reproduce, "ABLATION_STEPS", 2)
     monkeypatch.setattr(reproduce, "DEV_PAIRS", 24)
 
@@ -168,6 +169,7 @@ def test_the_first_paper_whole(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_ablations_change_one_thing(ask: Ask) -> None:
+    ask(stages=["data"]).run(Heard())
     run = ask()
     stages = {stage.name: stage for stage in run.stages}
     baseline = stages["ablation-lr-5e-5"].inputs()["recipe"]
@@ -204,7 +206,7 @@ def test_the_second_paper_whole(ask: Ask) -> None:
     run = ask("prompteol", transfer_rows=30)
     run.run(Heard())
     records = _records(run)
-    assert list(records["base"]["result"]["sets"][0])
+    assert read(run.folder).reproduction.own_stages == [stage.name for stage in run.stages]
     assert set(records) == {
         *("base", "icl-search", "evaluate-icl", "data", "train", "evaluate"),
         *("transfer-base", "transfer-trained"),
@@ -269,7 +271,7 @@ def test_another_request_needs_another_folder(ask: Ask) -> None:
 
 
 def test_hours_cut_what_can_be_cut(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "PUBLISHED_ROWS", 80_000)
+    monkeypatch.setattr(papers, "PUBLISHED_ROWS", 80_000)
     monkeypatch.setattr(reproduce, "ABLATION_STEPS", 500)
     whole = sum(row["tflop"] for row in ask().estimates())
     rate = whole * 1e12 / (10 * 3600)  # the whole run takes ten hours
@@ -283,23 +285,25 @@ def test_hours_cut_what_can_be_cut(ask: Ask, monkeypatch: pytest.MonkeyPatch) ->
     ablation = run.share.ablation_steps
     assert ablation is not None
     assert ablation[0] / ablation[1] == pytest.approx(ours / published, rel=0.01)
-    assert f"{ours:,} of the published 10,000" in run.share.describe()
-    assert any(f"cut to {ours:,} of 10,000" in said for said in run.departures())
+    assert f"{ours:,} of the paper's 10,000" in run.share.describe()
+    assert any(f"has {ours:,} of 10,000 steps" in said for said in run.departures())
+    ask(stages=["data"], hours=4.0).run(Heard())
     recipe = {stage.name: stage for stage in run.stages}["train"].inputs()["recipe"]
     assert recipe["train"]["warmup_steps"] == round(100 * ours / published)
-    with pytest.raises(ValueError, match=r"evaluation alone takes about"):
-        _ = ask(hours=1e-6).share
-    assert ask(hours=400.0).share.training_steps == (10_000, 10_000)
+    with pytest.raises(ValueError, match=r"most of it evaluation; give more hours"):
+        _ = ask(folder="other", hours=1e-6).share
+    assert ask(folder="other", hours=400.0).share.training_steps == (10_000, 10_000)
 
 
 def test_the_share_stays_as_it_was_begun(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "PUBLISHED_ROWS", 80_000)
+    monkeypatch.setattr(papers, "PUBLISHED_ROWS", 80_000)
     rates = dict.fromkeys(("evaluate", "train", "search", "transfer"), 1e12)
     monkeypatch.setattr(effort.Efforts, "rates", lambda self, records: rates)
     whole = sum(row["hours"] for row in ask().estimates())
     run = ask(hours=whole / 2, stages=["data"])
     run.run(Heard())
     share = run.share
+    assert share.training_steps[0] < share.training_steps[1]
     rates.update(train=5e11)
     assert ask(hours=whole / 2).share == share
 
@@ -334,7 +338,7 @@ def test_dry_run_without_data(
     assert code == 0, said
     for name in ("icl-search", "transfer-trained", "TFLOP"):
         assert name in printed
-    assert "1,077 of the published 1,077 training steps" in said
+    assert "1,077 of the paper's 1,077 training steps" in said
     assert not out.exists()
 
 
@@ -355,10 +359,63 @@ def test_mistakes(command: Run, tmp_path: Path, arguments: list[str], message: s
     assert message in " ".join(said.split())
 
 
-def test_the_recipe_of_a_run_trains_the_same(ask: Ask) -> None:
-    """A run's own recipe, given to `lowmem-cft train`, is the stage's training."""
-    run = ask(stages=["data", "train"])
+def test_length_is_counted_by_the_papers_recipe_not_by_the_users() -> None:
+    for paper, model, steps in (
+        ("cft", "minicpm-2b", 4_594),
+        ("prompteol", "opt-1.3b", 1_077),
+        ("prompteol", "llama-13b", 1_379),
+    ):
+        assert Request(paper, model).published_steps == steps
+    shorter = Request("cft", "minicpm-2b", overrides=("train.steps=100",))
+    assert (shorter.whole_steps, shorter.published_steps) == (100, 4_594)
+    larger = Request("cft", "minicpm-2b", overrides=("train.logical_batch=600",))
+    assert (larger.whole_steps, larger.published_steps) == (460, 4_594)
+
+
+def test_anew_means_from_the_beginning(ask: Ask) -> None:
+    stages = ["data", "train", "icl-search"]
+    run = ask(stages=stages)
     run.run(Heard())
-    written = yaml.safe_load((run.folder / "runs" / "train" / "recipe.yaml").read_text("utf-8"))
-    assert written["train"]["steps"] == 4
-    assert written["train"]["logical_batch"] == 8
+    runs, trials = run.folder / "runs" / "train", run.folder / "icl" / "trials.jsonl"
+    before = [path.stat().st_mtime_ns for path in (runs / "log.jsonl", trials)]
+    heard = Heard()
+    ask(stages=stages).run(heard, redo=["train", "icl-search"])
+    after = [path.stat().st_mtime_ns for path in (runs / "log.jsonl", trials)]
+    assert all(late > early for early, late in zip(before, after, strict=True))
+    assert not any("going on after" in text or " are in " in text for text in heard.said)
+    assert (run.folder / "runs" / "train.old").is_dir()
+    with pytest.raises(ValueError, match=r"--redo: got 'trian', wanted one of data, train"):
+        ask(stages=stages).run(Heard(), redo=["trian"])
+
+
+def test_data_that_changed_are_noticed(ask: Ask, tmp_path: Path) -> None:
+    ask(stages=["data"]).run(Heard())
+    rows = tmp_path / "data" / "rows.jsonl"
+    rows.write_text(rows.read_text(encoding="utf-8").replace("cat", "dog"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data\.json: done with other inputs.*--redo data"):
+        ask(stages=["data"]).run(Heard())
+
+
+def test_memory_may_change_in_a_folder(ask: Ask) -> None:
+    ask(stages=["data"], budget="8GiB").run(Heard())
+    heard = Heard()
+    ask(stages=["data"], budget="4GiB").run(heard)
+    assert heard.said[0].endswith("done before")
+
+
+def test_a_damaged_file_of_the_request_is_named(ask: Ask) -> None:
+    run = ask(stages=["data"])
+    run.run(Heard())
+    (run.folder / "reproduction.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"reproduction\.json: cannot be read"):
+        ask(stages=["data"])
+
+
+def test_overlap_with_evaluation_is_of_texts_as_they_are(ask: Ask) -> None:
+    """Clean-up adds a full stop, and would hide that a training text is scored on."""
+    counts = []
+    for paper in ("cft", "prompteol"):
+        run = ask(paper, folder=paper, stages=["data"])
+        run.run(Heard())
+        counts.append(_records(run)["data"]["result"]["texts_in_evaluation"])
+    assert counts[0] == counts[1] > 0

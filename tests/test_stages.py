@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lowmem_cft import stages
 from lowmem_cft.stages import Effort, Records, Stage, digest, run_stages
 
 
@@ -107,13 +109,55 @@ def test_what_fails_is_done_again(bench: Bench) -> None:
 
 def test_other_inputs_are_refused_before_any_work(bench: Bench) -> None:
     bench.run()
-    bench.records.path("first").unlink()
-    bench.inputs["second"] = {"c": 5}
+    bench.inputs |= {"second": {"c": 7}, "third": {}}
+    listed = [bench.stage("third"), bench.stage("first"), bench.stage("second", ("first",))]
+    with pytest.raises(ValueError, match=r"c was 2, is 7.*--redo second"):
+        run_stages(listed, bench.records, Heard())
+    assert bench.done == ["first", "second"]
     bench.run(redo=("second",))
-    bench.inputs["second"] = {"c": 7}
-    with pytest.raises(ValueError, match=r"c was 5, is 7.*--redo second"):
-        bench.run()
-    assert bench.done == ["first", "second", "first", "second"]
+    assert bench.done == ["first", "second", "second"]
+
+
+def test_anew_forgets_what_was_there(bench: Bench) -> None:
+    bench.run()
+    forgotten: list[bool] = []
+
+    def forget() -> None:
+        forgotten.append(bench.records.path("first").is_file())
+
+    first = replace(bench.stage("first"), forget=forget)
+    run_stages([first], bench.records, Heard())
+    assert forgotten == []
+    run_stages([first], bench.records, Heard(), redo=["first"])
+    assert forgotten == [True]
+    with pytest.raises(ValueError, match=r"--redo: got 'frist', wanted one of first"):
+        run_stages([first], bench.records, Heard(), redo=["frist"])
+
+
+def test_seconds_of_stopped_tries_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds: float, error: bool) -> Stage:
+        def work(observer: Any) -> dict[str, Any]:
+            now[0] += seconds
+            if error:
+                raise KeyboardInterrupt
+            return {}
+
+        return replace(bench.stage("first"), work=work)
+
+    for seconds in (5.0, 7.0):
+        with pytest.raises(KeyboardInterrupt):
+            run_stages([takes(seconds, True)], bench.records, Heard())
+    run_stages([takes(1.0, False)], bench.records, Heard())
+    record = bench.records.get("first")
+    assert record is not None
+    assert record["seconds"] == 13.0
+    run_stages([takes(2.0, False)], bench.records, Heard(), redo=["first"])
+    again = bench.records.get("first")
+    assert again is not None
+    assert again["seconds"] == 2.0
 
 
 def test_a_change_reaches_what_needs_it(bench: Bench) -> None:
