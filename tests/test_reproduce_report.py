@@ -384,7 +384,14 @@ def test_a_model_of_no_paper(tmp_path: Path, paper: Paper, others: tuple[str, ..
 
 def test_a_size_without_a_fine_tuned_figure(tmp_path: Path) -> None:
     text, _ = Fabricated(tmp_path / "run", "prompteol", "opt-125m").report()
-    assert row_of(text, "**mean**")[2:8] == ["not run", "67.00", "not run", "67.46", "not run", "-"]
+    assert row_of(text, "**mean**")[2:8] == [
+        "not run",
+        "67.00 †",
+        "not run",
+        "67.46",
+        "not run",
+        "-",
+    ]
     assert "No fine-tuned figures of OPT 125M are published" in text
 
 
