@@ -179,6 +179,8 @@ def main(argv: Sequence[str]) -> int:
     distinct, prefix_distinct = options.texts, options.texts
     if options.quick:
         distinct, prefix_distinct = _QUICK_TEXTS, _QUICK_PREFIX_TEXTS
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds: got {options.rounds}, wanted at least 1")
     rounds = options.rounds or (1 if options.quick else 3)
     quiet_libraries()
     keep_freed_memory()  # for both sides: else the C library's page faults are measured too
@@ -241,14 +243,22 @@ def beside_st(
 def prefix_on_and_off(
     backbone: Backbone, ours: Callable[..., Vectors], dev: dict[str, list[str]], rounds: int
 ) -> tuple[int, list[dict[str, Any]]]:
-    """The demonstration's tokens, and the rows of `compare`."""
+    """The demonstration's tokens, and the rows of `compare`.
+
+    Raises:
+        RuntimeError: the prefix was not shared.
+    """
     template, tokens = demonstrated(backbone.tokenizer)
     under = TextFormat(template, append_eos=False, max_tokens=_NO_LIMIT)
     sides: dict[str, Side] = {
         "each": lambda texts: ours(texts, under, share_prefix=False),
         "once": lambda texts: ours(texts, under, say=_refuse),
     }
-    return tokens, compare(sides, dev, rounds, backbone.model.device)
+    rows = compare(sides, dev, rounds, backbone.model.device)
+    # rounding always tells the two apart; where sharing would save nothing it is left without a word
+    if not any(row["max_abs_diff"] for row in rows):
+        raise RuntimeError("no prefix was shared: take more --texts")
+    return tokens, rows
 
 
 def _refuse(reason: str) -> None:

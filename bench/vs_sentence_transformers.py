@@ -210,7 +210,7 @@ def described(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
     """The settings, for the JSON line."""
     dtype = encoder.model.dtype
     evaluated = recipe.eval.sets[0]
-    pairs = "" if recipe.eval.limit is None else f", first {recipe.eval.limit} pairs"
+    pairs = "" if recipe.eval.limit is None else f", {recipe.eval.limit} pairs drawn once"
     return {
         "model": recipe.model.id,
         "quantization": recipe.model.quantization,

@@ -245,12 +245,14 @@ def evaluate_model(
     into_run = out is None and (run / "recipe.yaml").is_file()
     for place in (run / "eval.json" if into_run else out, mteb_out):
         _check_writable(place)
+
+    def place_of(found: eval_command.Report) -> Optional[Path]:
+        return run / found.file_name if into_run else out
+
     with _screen() as screen:
-        result = score(screen.say)
+        result = eval_command.score_and_write(score, place_of, screen.say)
     _print(report_table(result))
-    place = run / result.file_name if into_run else out
-    if place is not None:
-        eval_command.write(result, place)
+    if (place := place_of(result)) is not None:
         typer.echo(f"written: {place}")
     if mteb_out is not None and isinstance(result, Report):
         written = task_result.write_task_results(result, mteb_out)
@@ -333,6 +335,7 @@ def embed(
     texts = _read_lines(file)
     _check_writable(out)
     from lowmem_cft.backbone import choose_device
+    from lowmem_cft.correlation import num_not_finite
     from lowmem_cft.inference import embed_texts
     from lowmem_cft.loading import load_model
 
@@ -349,6 +352,11 @@ def embed(
             token_budget=loaded.recipe.eval.token_budget,
             on_progress=screen.advance,
             say=screen.say,
+        )
+    if num_bad := num_not_finite(vectors):
+        raise ValueError(
+            f"{file}: {num_bad} of {len(texts)} embeddings are not finite, so {out} was not "
+            "written; use a wider model.dtype"
         )
     _write_vectors(out, texts, vectors)
     typer.echo(f"{out}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers")
@@ -423,8 +431,7 @@ def icl_search(
     from lowmem_cft.trials import top_table
 
     found = read_demonstrations(demonstrations or SHIPPED)
-    whole = load_set(set_name, data_folder(), offline=offline, cleaned_up=clean_up)
-    scored_set = icl.sampled(whole, limit)
+    scored_set = load_set(set_name, data_folder(), limit, offline=offline, cleaned_up=clean_up)
     folder = out or Path("icl") / Path(model).name
     _check_writable(folder)
     with _screen() as screen:
@@ -455,7 +462,9 @@ def icl_search(
             f"The best of {len(found)} on the pairs it was chosen by: luck is in its gain, "
             "so report other sets."
         )
-    typer.echo(searched.as_recipe(best.template(searched.template)), nl=False)
+    template = best.template(searched.template)
+    typer.echo(searched.advice(template))
+    typer.echo(searched.as_recipe(template), nl=False)
 
 
 @app.command()
@@ -476,7 +485,8 @@ def reproduce(
         typer.Option("--stage", help="Do only these; also stages that the paper has not."),
     ] = None,
     redo: Annotated[
-        Optional[list[str]], typer.Option(help="Do this stage anew; the others stay.")
+        Optional[list[str]],
+        typer.Option(help="Do this stage from its beginning, once; the others stay."),
     ] = None,
     transfer_rows: Annotated[
         Optional[int], typer.Option(min=20, help="Cut transfer tasks to so many rows a split.")

@@ -129,8 +129,10 @@ def compare(path_a: Path, path_b: Path, num_resamples: int = bootstrap.RESAMPLES
 def as_json(found: Comparison) -> dict[str, Any]:
     """Correlations -1 to 1; `difference` is B less A."""
     return {
-        "a": {"model": found.a.model, "report": str(found.a.path)},
-        "b": {"model": found.b.model, "report": str(found.b.path)},
+        **{
+            side: {"model": scores.model, "report": str(scores.path), "float32": scores.float32}
+            for side, scores in (("a", found.a), ("b", found.b))
+        },
         "protocol": found.a.label,
         "complete": found.a.complete,
         "mean": asdict(found.mean),

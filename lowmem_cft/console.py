@@ -242,14 +242,19 @@ def report_table(found: Report | TransferReport) -> Table:
 
 def comparison_table(found: Comparison) -> Table:
     """Spearman x 100 of A and B, and B less A with its interval."""
-    table = Table(title=f"{found.a.label}, x 100")
+    caption = None
+    if found.a.float32 != found.b.float32:
+        exact, other = "AB" if found.a.float32 else "BA"
+        caption = f"{exact} was computed in float32, {other} in its model's own dtype"
+    mean = "mean" if found.a.complete else f"mean of {len(found.sets)}"
+    table = Table(title=f"{found.a.label}, x 100", caption=caption)
     for column in ("set", "pairs", "A", "B", "B - A", "95 % of B - A"):
         table.add_column(column, justify="left" if column == "set" else "right")
     for entry in (*found.sets, found.mean):
         if entry is found.mean and len(found.sets) == 1:
             continue
         table.add_row(
-            entry.name,
+            mean if entry is found.mean else entry.name,
             str(entry.num_pairs),
             f"{100 * entry.a:.2f}",
             f"{100 * entry.b:.2f}",

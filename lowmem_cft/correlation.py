@@ -13,6 +13,11 @@ Floats = npt.NDArray[np.float64]
 Vectors = npt.NDArray[np.float32]
 
 
+def num_not_finite(emb_PD: Vectors) -> int:
+    """How many rows have a NaN or an infinity."""
+    return int((~np.isfinite(emb_PD).all(axis=1)).sum())
+
+
 def paired_cosine(emb1_PD: Vectors, emb2_PD: Vectors) -> Floats:
     """float64 (P,): cosine of row i of one with row i of the other; 0 for a zero vector.
 
@@ -30,8 +35,12 @@ def _defined(cosine_P: Floats, gold_P: Floats) -> bool:
     """Collapsed embeddings rank nothing and score 0.
 
     Raises:
-        ValueError: fewer than two pairs, or constant gold scores: no correlation is defined.
+        ValueError: fewer than two pairs, constant gold scores, or a cosine that is no number: no
+            correlation is defined.
     """
+    num_bad = int((~np.isfinite(cosine_P)).sum())
+    if num_bad:
+        raise ValueError(f"got {num_bad} of {len(cosine_P)} cosines that are not finite")
     if len(gold_P) < 2 or np.ptp(gold_P) == 0:
         raise ValueError(f"got {len(gold_P)} pairs with constant scores, wanted at least 2 values")
     return bool(np.ptp(cosine_P) > 0)
@@ -51,6 +60,6 @@ def cosine_spearman(emb1_PD: Vectors, emb2_PD: Vectors, gold_P: Floats) -> float
     """Spearman correlation (-1 to 1) of row-wise cosine similarity with the gold scores.
 
     Raises:
-        ValueError: fewer than two pairs, or constant scores: no correlation is defined.
+        ValueError: as in `_defined`.
     """
     return spearman(paired_cosine(emb1_PD, emb2_PD), gold_P)

@@ -19,10 +19,16 @@ from lowmem_cft import (
     transfer_report,
 )
 from lowmem_cft.backbone import choose_device
+from lowmem_cft.correlation import Floats
 from lowmem_cft.embedder import load_embedder
 from lowmem_cft.sources import Say
 
 Report = eval_report.Report | transfer_report.TransferReport
+Keep = Callable[[Report], None]
+Place = Callable[[Report], Path | None]
+"""Where a report is to lie, if it is to be written."""
+Score = Callable[[Say, Keep], Report]
+"""Loads the model and scores it; what is scored is told, and kept after each set but the last."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Options:
     offline: bool = False
 
 
-def prepare(options: Options) -> Callable[[Say], Report]:
+def prepare(options: Options) -> Score:
     """Read the data; the result loads the model and scores it.
 
     Raises:
@@ -60,6 +66,40 @@ def write(found: Report, out: Path) -> None:
         eval_report.write(found, out)
     else:
         transfer_report.write(found, out)
+
+
+def score_and_write(score: Score, place_of: Place, say: Say) -> Report:
+    """Score, and write the report where `place_of` says.
+
+    Until it is whole, the report so far lies in a file of its own beside that place, so that what
+    stops early loses one set at most.
+    """
+    unfinished: Path | None = None
+
+    def keep(found: Report) -> None:
+        nonlocal unfinished
+        if (place := place_of(found)) is not None:
+            before, unfinished = unfinished, place.with_name(f"unfinished-{place.name}")
+            write(found, unfinished)
+            if before != unfinished:
+                _remove(before)
+
+    try:
+        found = score(say, keep)
+        if (place := place_of(found)) is not None:
+            write(found, place)
+    except BaseException:  # Ctrl-C too
+        if unfinished is not None:
+            say(f"what was scored before it stopped is in {unfinished}")
+        raise
+    _remove(unfinished)
+    return found
+
+
+def _remove(report: Path | None) -> None:
+    if report is not None:
+        report.unlink(missing_ok=True)
+        eval_report.pairs_file(report).unlink(missing_ok=True)  # one of transfer tasks has none
 
 
 def _check_together(options: Options) -> None:
@@ -89,7 +129,7 @@ def _load(options: Options, say: Say, normalize: bool | None) -> evaluate.Embed:
     )
 
 
-def _prepare_sts(options: Options) -> Callable[[Say], Report]:
+def _prepare_sts(options: Options) -> Score:
     protocol = None
     if options.suite or options.protocol:
         protocol = sts.protocol_named(options.protocol or "mteb")
@@ -97,6 +137,8 @@ def _prepare_sts(options: Options) -> Callable[[Say], Report]:
         task_result.check_expressible(protocol, options.clean_up)
     names = list(options.names) or None
     sets = sts_data.load_sets(protocol, names, offline=options.offline, cleaned_up=options.clean_up)
+    if options.mteb_out is not None:
+        task_result.check_own_text(sets)
     return partial(_score_sts, options, protocol, sets)
 
 
@@ -105,23 +147,29 @@ def _score_sts(
     protocol: sts.Protocol | None,
     sets: Sequence[sts_data.LoadedSet],
     say: Say,
+    keep: Keep,
 ) -> eval_report.Report:
     embed = _load(options, say, None)
-    scored = []
+    scored: list[evaluate.ScoredSet] = []
+    drawn: dict[str, Floats] = {}
     for one in sets:
         scored.append(evaluate.score_pairs(embed, one))
         say(f"{one.name}: {100 * scored[-1].score.spearman:.2f}")
-    return eval_report.report(
-        options.model,
-        scored,
-        protocol=protocol,
-        cleaned_up=options.clean_up,
-        float32=options.float32,
-        num_resamples=options.resamples or bootstrap.RESAMPLES,
-    )
+        found = eval_report.report(
+            options.model,
+            scored,
+            protocol=protocol,
+            cleaned_up=options.clean_up,
+            float32=options.float32,
+            num_resamples=options.resamples or bootstrap.RESAMPLES,
+            drawn=drawn,
+        )
+        if one is not sets[-1]:
+            keep(found)
+    return found
 
 
-def _prepare_transfer(options: Options) -> Callable[[Say], Report]:
+def _prepare_transfer(options: Options) -> Score:
     known = {settings.solver: settings for settings in (transfer.SENTEVAL, transfer.CONVERGED)}
     settings = transfer.SENTEVAL
     if options.solver is not None:
@@ -142,6 +190,7 @@ def _score_transfer(
     settings: transfer.TransferSettings,
     tasks: Sequence[transfer_data.TransferTask],
     say: Say,
+    keep: Keep,
 ) -> transfer_report.TransferReport:
     return transfer_report.score_tasks(
         tasks,
@@ -152,4 +201,5 @@ def _score_transfer(
         cleaned_up=options.clean_up,
         float32=options.float32,
         say=say,
+        keep=keep,
     )

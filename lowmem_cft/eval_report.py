@@ -18,10 +18,14 @@ import numpy as np
 from lowmem_cft import bootstrap
 from lowmem_cft.bootstrap import Interval
 from lowmem_cft.clean_up import NAME as CLEAN_UP
-from lowmem_cft.correlation import Floats
+from lowmem_cft.correlation import Floats, spearman
 from lowmem_cft.evaluate import PROTOCOL, ScoredSet, SetScore
-from lowmem_cft.run import library_versions, write_json
-from lowmem_cft.sts import Protocol
+from lowmem_cft.run import library_versions, short_name, write_json
+from lowmem_cft.sts import SETS, Protocol
+from lowmem_cft.sts_data import DIGITS
+
+_ROUNDING = 1e-9
+"""So far a score may be from that of its pairs: one more digit than a library's rounding."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,26 @@ class Report:
 
     @property
     def file_name(self) -> str:
-        """In a run's folder; a report of fewer sets never replaces a whole one."""
-        parts = ["eval"]
-        if self.protocol is not None:
-            parts += [self.protocol.name] + ["partial"] * (not self.complete)
-        return "-".join(parts + ["clean-up"] * self.cleaned_up) + ".json"
+        """In a run's folder; a report of other sets or options never replaces this one."""
+        parts = ["eval", "sts" if self.protocol is None else self.protocol.name]
+        if not self.complete:
+            parts += ["partial"] * (self.protocol is not None)
+            parts.append(short_name(sorted(_name_of(scored) for scored in self.sets)))
+        parts += ["clean-up"] * self.cleaned_up + ["float32"] * self.float32
+        return "-".join(parts) + ".json"
 
     @property
     def label(self) -> str:
         """The protocol in words, with what departs from it."""
         label = PROTOCOL if self.protocol is None else self.protocol.scored
         return f"{label}, {CLEAN_UP}" if self.cleaned_up else label
+
+
+def _name_of(scored: ScoredSet) -> str:
+    """The set's name; of a file its stem, which others may have too, and which pairs are in it."""
+    name = scored.score.name
+    known = name in SETS or name == "demo"
+    return name if known else f"{Path(name).stem}-{scored.sha256[:DIGITS]}"
 
 
 def report(
@@ -79,12 +92,20 @@ def report(
     cleaned_up: bool = False,
     float32: bool = False,
     num_resamples: int = bootstrap.RESAMPLES,
+    drawn: dict[str, Floats] | None = None,
 ) -> Report:
-    """Resample the pairs of every set (at least one), for intervals."""
-    draws = [
-        bootstrap.resampled_spearman(s.score.name, s.gold_P, [s.cosine_P], num_resamples)[0]
-        for s in sets
-    ]
+    """Resample the pairs of every set (at least one), for intervals.
+
+    Args:
+        drawn: keeps the resampled correlations by set, where a report grows set by set.
+    """
+    drawn = {} if drawn is None else drawn
+    for s in sets:
+        if s.score.name not in drawn:
+            drawn[s.score.name] = bootstrap.resampled_spearman(
+                s.score.name, s.gold_P, [s.cosine_P], num_resamples
+            )[0]
+    draws = [drawn[s.score.name] for s in sets]
     return Report(
         model,
         protocol,
@@ -119,7 +140,8 @@ def as_json(found: Report) -> dict[str, Any]:
     }
 
 
-def _pairs_file(path: Path) -> Path:
+def pairs_file(path: Path) -> Path:
+    """Where the pairs of a report lie."""
     return path.with_suffix(".npz")
 
 
@@ -128,7 +150,7 @@ def write(found: Report, path: Path) -> None:
     arrays: dict[str, Any] = {}
     for i, scored in enumerate(found.sets):
         arrays[f"cosine_{i}"], arrays[f"gold_{i}"] = scored.cosine_P, scored.gold_P
-    pairs = _pairs_file(path)
+    pairs = pairs_file(path)
     partial = pairs.with_name(pairs.name + ".partial")
     with partial.open("wb") as stream:
         np.savez(stream, **arrays)
@@ -143,6 +165,7 @@ class Scores:
     path: Path
     model: str
     label: str
+    float32: bool
     complete: bool
     names: list[str]
     sha256: list[str]
@@ -164,7 +187,9 @@ def read(path: Path) -> Scores:
         listed = values["sets"]
         names = [str(entry["name"]) for entry in listed]
         sha256 = [str(entry["pairs_sha256"]) for entry in listed]
-        label, model, complete = str(values["protocol"]), str(values["model"]), values["complete"]
+        label, model = str(values["protocol"]), str(values["model"])
+        float32, complete = bool(values["float32"]), bool(values["complete"])
+        told = [float(entry["spearman"]) for entry in listed]
         sizes = [int(entry["num_pairs"]) for entry in listed]
     except (
         OSError,
@@ -175,7 +200,7 @@ def read(path: Path) -> Scores:
         AttributeError,
     ) as error:
         raise ValueError(f"{path}: no report of `lowmem-cft eval` ({error!r}); {again}") from error
-    pairs = _pairs_file(path)
+    pairs = pairs_file(path)
     try:
         with np.load(pairs) as arrays:
             cosines = [arrays[f"cosine_{i}"] for i in range(len(names))]
@@ -185,7 +210,20 @@ def read(path: Path) -> Scores:
             f"{pairs}: the similarities of every pair, which a comparison resamples, cannot be "
             f"read ({error}); {again}"
         ) from error
-    found = [len(cosine_P) for cosine_P in cosines]
-    if found != sizes:
-        raise ValueError(f"{pairs}: holds {found} pairs, {path.name} says {sizes}; {again}")
-    return Scores(path, model, label, bool(complete), names, sha256, cosines, golds)
+    for found in ([len(values_P) for values_P in side] for side in (cosines, golds)):
+        if found != sizes:
+            raise ValueError(f"{pairs}: holds {found} pairs, {path.name} says {sizes}; {again}")
+    for name, cosine_P, gold_P, wanted in zip(names, cosines, golds, told, strict=True):
+        if abs(_spearman(pairs, name, cosine_P, gold_P) - wanted) > _ROUNDING:
+            raise ValueError(
+                f"{pairs}: its pairs of {name} do not have the score in {path.name}, so they are "
+                f"of another model; {again}"
+            )
+    return Scores(path, model, label, float32, complete, names, sha256, cosines, golds)
+
+
+def _spearman(file: Path, name: str, cosine_P: Floats, gold_P: Floats) -> float:
+    try:
+        return spearman(cosine_P, gold_P)
+    except ValueError as error:
+        raise ValueError(f"{file}: {name}: {error}") from None

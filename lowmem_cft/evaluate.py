@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowmem_cft.correlation import Floats, Vectors, paired_cosine, pearson, spearman
+from lowmem_cft.correlation import (
+    Floats,
+    Vectors,
+    num_not_finite,
+    paired_cosine,
+    pearson,
+    spearman,
+)
 from lowmem_cft.encoder import Encoder
 from lowmem_cft.inference import embed_texts
 from lowmem_cft.sts import PROTOCOLS
@@ -63,11 +70,16 @@ def score_pairs(embed: Embed, loaded: LoadedSet) -> ScoredSet:
     """Embed the set's sentences and correlate the cosine of each pair with its gold score.
 
     Raises:
-        ValueError: fewer than two pairs, or constant gold scores.
+        ValueError: fewer than two pairs, constant gold scores, or embeddings that are not finite.
     """
     pairs = loaded.pairs
     texts = [pair.sentence1 for pair in pairs] + [pair.sentence2 for pair in pairs]
     emb_XD = embed(texts)
+    if num_bad := num_not_finite(emb_XD):
+        raise ValueError(
+            f"{loaded.name}: {num_bad} of {len(texts)} embeddings are not finite; use --float32 or "
+            "a wider model.dtype"
+        )
     cosine_P = paired_cosine(emb_XD[: len(pairs)], emb_XD[len(pairs) :])
     gold_P = np.array([pair.score for pair in pairs], dtype=np.float64)
     score = SetScore(

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,11 +25,12 @@ from lowmem_cft.correlation import Floats, spearman
 from lowmem_cft.demonstrations import PROMPTEOL, Demonstration, check_template
 from lowmem_cft.evaluate import Embed, LoadedSet, score_pairs
 from lowmem_cft.inference import embed_texts
-from lowmem_cft.loading import RECORD, LoadedModel, load_model
+from lowmem_cft.loading import RECORD, LoadedModel, load_model, says_how_it_embeds
 from lowmem_cft.recipe import TEXT_SLOT
 from lowmem_cft.sts_data import pairs_sha256
+from lowmem_cft.sts_data import sampled as sampled
 from lowmem_cft.tokens import TextFormat
-from lowmem_cft.trials import Trial, TrialFile
+from lowmem_cft.trials import Trial, TrialFile, read_plain, save_plain
 
 EmbedUnder = Callable[[str], Embed]
 """A template to what embeds texts under it."""
@@ -88,6 +88,7 @@ class SearchedModel:
         return {
             "model": self.name,
             "weights": weights_digest(self.loaded.encoder.model),
+            "lora_scaling": lora_scaling(self.loaded.encoder.model),
             "quantization": recipe.model.quantization,
             "dtype": str(self.loaded.backbone.dtype).removeprefix("torch."),
             "pooling": recipe.embedding.pooling,
@@ -104,6 +105,17 @@ class SearchedModel:
         }
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6)
         return text
+
+    def advice(self, template: str) -> str:
+        """What `as_recipe` is good for: a run or an export is evaluated by its own recipe alone."""
+        if not says_how_it_embeds(Path(self.name).expanduser()):
+            return f"Lines of a recipe for `lowmem-cft eval {self.name} --recipe RECIPE`:"
+        if template == self.loaded.recipe.text.template:
+            return f"{self.name} embeds so as it is:"
+        return (
+            f"{self.name} is always evaluated under the template it was trained with. To use this "
+            "one, train a recipe with these lines:"
+        )
 
 
 def load_searched(
@@ -122,13 +134,13 @@ def load_searched(
             that goes on after the text, else PromptEOL's.
 
     Raises:
-        ValueError: nothing of that name, a template without its slot, or a model whose tokenizer
-            puts a template around every text itself.
+        ValueError: nothing of that name, a template without its slot, a recipe or assignments for a
+            run or an export, or a model whose tokenizer puts a template around every text itself.
     """
     if template is not None:
         check_template(template)
     _check_bare(Path(name).expanduser())
-    if recipe_name is None:
+    if recipe_name is None and not says_how_it_embeds(Path(name).expanduser()):
         overrides = [*(f"{key}={value}" for key, value in _READ.items()), *overrides]
     loaded = load_model(name, device, say, recipe_name=recipe_name, overrides=overrides)
     if template is None:
@@ -149,23 +161,35 @@ def _check_bare(folder: Path) -> None:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Of the first values of every weight: tells a model trained on from what it was."""
+    """Of every tensor, whole: weights, buffers, and the scales of 4-bit weights.
+
+    A checkpoint's state has the scales but not every buffer (rotary frequencies are made anew).
+    """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        first = weight.detach().flatten()[:256].contiguous().cpu()
-        digest.update(name.encode() + first.view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
-def sampled(scored_set: LoadedSet, limit: int | None, seed: int = 0) -> LoadedSet:
-    """`limit` pairs drawn at random, always the same ones, in the set's order.
+def lora_scaling(model: torch.nn.Module) -> float | dict[str, float] | None:
+    """What LoRA layers multiply their product by (alpha / rank), which no weight tells.
 
-    Not the first ones: sets are ordered by where their pairs come from.
+    One number where all layers have the same, else one for each; None without an adapter.
     """
-    if limit is None or limit >= len(scored_set.pairs):
-        return scored_set
-    drawn = sorted(random.Random(seed).sample(range(len(scored_set.pairs)), limit))
-    return replace(scored_set, pairs=[scored_set.pairs[i] for i in drawn])
+    if not hasattr(model, "peft_config"):
+        return None
+    from peft.tuners.lora.layer import LoraLayer
+
+    of_layer = {
+        f"{name}.{adapter}": float(layer.scaling[adapter])
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+        for adapter in layer.active_adapters
+    }
+    first, *others = set(of_layer.values())
+    return of_layer if others else first
 
 
 def set_identity(scored_set: LoadedSet) -> dict[str, Any]:
@@ -198,31 +222,31 @@ def search(
     file = TrialFile(folder, {"template": template, **identity})
     wanted: list[Demonstration | None] = [None, *demonstrations]
     plain = folder / "plain.npy"
-    done = {one for one in file.trials if one is not None or plain.is_file()}
+    gold_P = np.array([pair.score for pair in scored_set.pairs], dtype=np.float64)
+    plain_P = np.empty(0)
+    done = set(file.trials)
+    if None in done:
+        try:
+            plain_P = read_plain(plain, file.trials[None], gold_P)
+        except ValueError as reason:
+            observer.say(f"{plain}: {reason}; the plain template is scored again")
+            done.remove(None)
     left = [one for one in wanted if one not in done]
     if len(left) < len(wanted):
         observer.say(f"{len(wanted) - len(left)} of {len(wanted)} are in {file.path}")
     observer.begin(len(wanted), len(wanted) - len(left), what="demonstrations")
-    plain_P: Floats = np.load(plain) if None in done else np.empty(0)
     for place, one in enumerate(left, len(wanted) - len(left) + 1):
         under = template if one is None else one.before(template)
         scored = score_pairs(embed_under(under), scored_set)
         if one is None:
             plain_P = scored.cosine_P
-            _save(plain, plain_P)
+            save_plain(plain, plain_P)
         trial = _trial(one, scored_set.name, scored.gold_P, plain_P, scored.cosine_P)
         file.add(trial)
         observer.advance(1)
         observer.say(f"{place}/{len(wanted)}  {trial.describe()}")
     found = [file.trials[one] for one in wanted]
     return sorted(found, key=lambda trial: -trial.spearman)
-
-
-def _save(path: Path, values: Floats) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, values)
-    partial.replace(path)
 
 
 def _trial(

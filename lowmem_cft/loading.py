@@ -55,11 +55,18 @@ def _prepared_text(recipe: recipes.Recipe, folder: Path) -> recipes.Recipe:
     return recipe.model_copy(update={"text": recipe.text.model_copy(update=text)})
 
 
+def says_how_it_embeds(folder: Path) -> bool:
+    """Whether the folder is a run's or an export of ours: its own recipe holds, and no other."""
+    return (folder / RECORD).is_file() or (folder / "recipe.yaml").is_file()
+
+
 def _find(
     name: str, recipe_name: str | None, overrides: Sequence[str]
 ) -> tuple[recipes.Recipe, Path | None]:
     """The recipe a model embeds by, and the folder of its adapter if it has one."""
     path = Path(name).expanduser()
+    if says_how_it_embeds(path) and (recipe_name is not None or overrides):
+        raise ValueError(f"{name} says itself how it embeds; leave out --recipe and --set")
     if (path / RECORD).is_file():
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         recipe = recipes.parse(record["recipe"], str(path / RECORD))
@@ -104,7 +111,8 @@ def load_model(
         overrides: for a base model, `--set` assignments.
 
     Raises:
-        ValueError: nothing of that name, or an unfinished run.
+        ValueError: nothing of that name, an unfinished run, or a recipe or assignments for a folder
+            that has a recipe of its own.
     """
     recipe, adapter = _find(name, recipe_name, overrides)
     return load_by_recipe(recipe, device, say, adapter)

@@ -33,6 +33,8 @@ _HISTORY = 10
 _HESSIAN_EVERY = 10
 """Steps after which the first guess of the Hessian is made anew."""
 _HALVINGS = 30
+_RIDGE = 1e-14
+"""Of a diagonal element, for each row of a Hessian: a hundred times float64's rounding."""
 _ROUNDING = 1e-14
 """Of a loss of about 1 in float64, summed over many rows."""
 
@@ -182,8 +184,15 @@ class _Fit:
             curvature_BMC = p_BMC * (1 - p_BMC) * self._share(rows)[..., None]
             for c, curvature_B in enumerate(curvature_BMC.mean(dim=1).T):
                 hessian_CEE[c].addmm_(x_BE.T, curvature_B[:, None] * x_BE)
-        hessian_CEE.diagonal(dim1=1, dim2=2).add_(self._penalty)
-        self._factor_CEE = torch.linalg.cholesky(hessian_CEE)
+        diagonal_CE = hessian_CEE.diagonal(dim1=1, dim2=2)
+        diagonal_CE.add_(self._penalty)
+        self._factor_CEE, failed_C = torch.linalg.cholesky_ex(hessian_CEE)
+        if bool(failed_C.any()):
+            # The penalty makes it positive definite, but in large features rounding hides that: by
+            # no more than a share of each diagonal element (Higham, Accuracy and Stability of
+            # Numerical Algorithms, theorem 10.7). A guess need not be exact.
+            diagonal_CE.mul_(1 + _RIDGE * size)
+            self._factor_CEE = torch.linalg.cholesky(hessian_CEE)
 
     def _first_guess(self, gradient_EMC: Tensor) -> Tensor:
         """The guessed inverse Hessian times the gradient."""

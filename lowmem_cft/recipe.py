@@ -249,7 +249,7 @@ class EvalSection(_Section):
     keep_best: bool = False
     """Export the adapter that scored best on the first set instead of the last one."""
     limit: Count | None = None
-    """Pairs per set, the first ones."""
+    """Pairs per set, drawn once at random, always the same; all if absent."""
     token_budget: Count = 16384
 
     @model_validator(mode="after")

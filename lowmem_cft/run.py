@@ -7,6 +7,7 @@ best/          the best-scoring adapter, where the recipe keeps it
 adapter/       the final adapter
 metrics.json   scores before and after, speed, peak memory
 model/         the exported model, which SentenceTransformer(path) loads
+eval-*.json    reports of `eval`, named by what was scored and how
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -170,6 +172,23 @@ def truncate_log(run: RunFolder, step: int) -> None:
     partial = run.log.with_name(run.log.name + ".partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     partial.replace(run.log)
+
+
+_LONGEST = 60
+"""Letters of a list of names in a file's name."""
+
+
+def short_name(names: Sequence[str]) -> str:
+    """A part of a file's name that tells lists of names apart.
+
+    It is the names themselves, where they are short and of plain letters; else a checksum is in it.
+    """
+    joined = "-".join(names)
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", joined)
+    if plain == joined and len(plain) <= _LONGEST:
+        return plain
+    digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{plain if len(plain) <= _LONGEST else f'{len(names)}-names'}-{digest}"
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -72,15 +73,18 @@ def _read(
     return pairs, f"pairs:{pairs_sha256(pairs)[:DIGITS]}"
 
 
-def _from_hub(hub: HubSet) -> list[ScoredPair]:
+def _from_hub(hub: HubSet, offline: bool) -> list[ScoredPair]:
     """Read once from the hub at the revision, then from the cache.
 
     Raises:
-        DataError: the hub cannot be reached, or has no such revision.
+        DataError: it is not in the cache, and offline, or the hub cannot be reached or has no such
+            revision.
     """
     parts = (hub.path.replace("/", "--"), hub.config or "default", hub.revision[:DIGITS], hub.split)
     folder = cache_folder() / "datasets" / "-".join(parts)
     if not folder.is_dir():
+        if offline:
+            raise DataError("offline, so the hub was not asked")
         import datasets
 
         try:
@@ -111,11 +115,9 @@ def _find_and_read(entry: StsSet, folder: Path | None, offline: bool) -> LoadedS
     tried = f"{looked} {entry.wanted}" if folder else f"{looked} (wanted in it: {entry.wanted})"
     if entry.hub is None:
         hub = "no data set on the hub has it"
-    elif offline:
-        hub = "offline, so the hub was not asked"
     else:
         try:
-            pairs = _from_hub(entry.hub)
+            pairs = _from_hub(entry.hub, offline)
         except DataError as error:
             hub = f"nor does the hub give it ({error})"
         else:
@@ -152,7 +154,7 @@ def load_set(
     protocol: Protocol | None = None,
     cleaned_up: bool = False,
 ) -> LoadedSet:
-    """Read a set's pairs, the first `limit` if given.
+    """Read a set's pairs, `limit` of them if given (see `sampled`).
 
     Args:
         name: a set of the protocol; without one also `STSBenchmark-dev`, `demo` for the embedded
@@ -171,7 +173,8 @@ def load_set(
             + ("" if protocol is None else f" under the {protocol.name} protocol")
             + "; get it anew, or name the file itself to score what is in it"
         )
-    pairs = loaded.pairs[:limit]
+    loaded = sampled(loaded, limit)
+    pairs = loaded.pairs
     if protocol is not None and protocol.name == "senteval":  # it cuts texts into words
         pairs = [
             _with_texts(p, " ".join(p.sentence1.split()), " ".join(p.sentence2.split()))
@@ -180,6 +183,17 @@ def load_set(
     if cleaned_up:
         pairs = [_with_texts(p, clean_up(p.sentence1), clean_up(p.sentence2)) for p in pairs]
     return replace(loaded, pairs=pairs)
+
+
+def sampled(loaded: LoadedSet, limit: int | None, seed: int = 0) -> LoadedSet:
+    """`limit` pairs drawn at random, always the same ones, in the set's order.
+
+    Not the first ones: sets are ordered by where their pairs come from.
+    """
+    if limit is None or limit >= len(loaded.pairs):
+        return loaded
+    drawn = sorted(random.Random(seed).sample(range(len(loaded.pairs)), limit))
+    return replace(loaded, pairs=[loaded.pairs[i] for i in drawn])
 
 
 def _with_texts(pair: ScoredPair, sentence1: str, sentence2: str) -> ScoredPair:

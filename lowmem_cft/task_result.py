@@ -8,6 +8,7 @@ else the checksum of the file that was scored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lowmem_cft.eval_report import Report
 from lowmem_cft.evaluate import SetScore
 from lowmem_cft.run import write_json
 from lowmem_cft.sts import Protocol
+from lowmem_cft.sts_data import LoadedSet
 
 _TASKS = {"STSBenchmark-test": "STSBenchmark"}
 """Names of mteb's that differ from ours."""
@@ -54,13 +56,24 @@ def check_expressible(protocol: Protocol | None, cleaned_up: bool) -> None:
         )
 
 
+def check_own_text(sets: Sequence[LoadedSet | SetScore]) -> None:
+    """Raises ValueError where a set is in another text than mteb's, so its score is not of it."""
+    other = [one.name for one in sets if not one.own_text]
+    if other:
+        raise ValueError(
+            f"--mteb-out: {', '.join(other)}: the text at hand is not that of mteb's task; leave "
+            f"{'it' if len(other) == 1 else 'them'} out with -s (name the other sets)"
+        )
+
+
 def write_task_results(found: Report, folder: Path) -> list[Path]:
     """Write FOLDER/TASK.json for each set; the files' paths.
 
     Raises:
-        ValueError: the report is not of the mteb protocol.
+        ValueError: the report is not of the mteb protocol, or not of its texts.
     """
     check_expressible(found.protocol, found.cleaned_up)
+    check_own_text(found.scores)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for score in found.scores:

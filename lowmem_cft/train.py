@@ -348,6 +348,15 @@ class Trainer:
             known |= {score.name: vars(score) for score in scores}
         self.progress.before = [known[loaded.name] for loaded in self.eval_sets]
 
+    def _score_or_save(self, line: dict[str, Any]) -> dict[str, Any]:
+        """The first set's score; if there is none, the step before it is saved first."""
+        try:
+            return self._score_now()
+        except ValueError:  # embeddings that are not finite
+            run.append_log(self.folder, line)
+            self.save()
+            raise
+
     def _score_now(self) -> dict[str, Any]:
         scores = self.scores(self.eval_sets[:1])
         self.observer.scored(self.step_index, scores)
@@ -377,7 +386,7 @@ class Trainer:
                 done = self.step_index == self.num_steps
                 every = self.recipe.eval.every
                 if self.eval_sets and every and (self.step_index % every == 0 or done):
-                    line |= self._score_now()
+                    line |= self._score_or_save(line)
                 run.append_log(self.folder, line)
                 self.observer.step(line)
                 if interrupted() and not done:

@@ -13,7 +13,7 @@ import torch
 from lowmem_cft import transfer, transfer_data
 from lowmem_cft.clean_up import clean_up
 from lowmem_cft.correlation import Vectors
-from lowmem_cft.run import library_versions, write_json
+from lowmem_cft.run import library_versions, short_name, write_json
 from lowmem_cft.transfer import (
     SENTEVAL,
     Embed,
@@ -80,10 +80,14 @@ class TransferReport:
 
     @property
     def file_name(self) -> str:
-        """In a run's folder; a report of less never replaces a whole one."""
-        parts = [FILE_NAME] + ["partial"] * (not self.complete)
+        """In a run's folder; a report of other tasks or options never replaces this one."""
+        parts = [FILE_NAME]
+        if not self.all_tasks:
+            parts += ["partial", short_name(sorted(score.name for score in self.scores))]
+        parts += [] if self.limit is None else [f"limit-{self.limit}"]
         parts += [self.settings.solver] * (self.settings.solver != SENTEVAL.solver)
-        return "-".join(parts + ["clean-up"] * self.cleaned_up) + ".json"
+        parts += ["clean-up"] * self.cleaned_up + ["float32"] * self.float32
+        return "-".join(parts) + ".json"
 
     @property
     def embeddings(self) -> str:
@@ -106,6 +110,7 @@ def score_tasks(
     cleaned_up: bool = False,
     float32: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[TransferReport], None] = lambda report: None,
 ) -> TransferReport:
     """Score tasks (at least one) one after the other.
 
@@ -115,6 +120,7 @@ def score_tasks(
         cleaned_up: apply `clean_up` to every text before it is embedded.
         float32: whether `embed` computes in float32, for the record.
         say: told each task's size, then its accuracy.
+        keep: given the report so far after each task but the last.
 
     Raises:
         ValueError: as in `score_task`; too few rows in any task are refused before all work.
@@ -131,7 +137,12 @@ def score_tasks(
         say(f"{task.name}: {100 * scores[-1].accuracy:.2f}")
         if scores[-1].unconverged:
             say(f"{task.name}: {scores[-1].unconverged} fits were cut off before their minimum")
-    return TransferReport(model, settings, cleaned_up, float32, tasks[0].limit, scores, lengths)
+        found = TransferReport(
+            model, settings, cleaned_up, float32, task.limit, list(scores), list(lengths)
+        )
+        if task is not tasks[-1]:
+            keep(found)
+    return found
 
 
 class _Measured:

@@ -1,7 +1,11 @@
-"""What a search for a demonstration has scored: in a file that is never half written, in a table."""
+"""What a search for a demonstration has scored: in files that are never half written, in a table.
+
+P: pairs.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from lowmem_cft.configs import first_line
+from lowmem_cft.correlation import Floats, spearman
 from lowmem_cft.demonstrations import Demonstration
 
 if TYPE_CHECKING:
@@ -103,6 +111,44 @@ class TrialFile:
             file.write(json.dumps(values, ensure_ascii=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def read_plain(path: Path, trial: Trial, gold_P: Floats) -> Floats:
+    """The cosines behind the trial without a demonstration.
+
+    Compared with the bytes `save_plain` writes: numpy's own reader answers damage with any exception.
+
+    Raises:
+        ValueError: they cannot be read, or are not those of the trial.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({first_line(error)})") from error
+    alike = _npy(gold_P)
+    header = len(alike) - gold_P.nbytes
+    if len(data) != len(alike) or data[:header] != alike[:header]:
+        raise ValueError(f"it does not hold {len(gold_P)} cosines")
+    cosine_P: Floats = np.frombuffer(data, dtype=np.float64, offset=header)
+    if not np.isfinite(cosine_P).all() or abs(spearman(cosine_P, gold_P) - trial.spearman) > 1e-12:
+        raise ValueError("its cosines are not those that were scored")
+    return cosine_P
+
+
+def _npy(values: Floats) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, values)
+    return stream.getvalue()
+
+
+def save_plain(path: Path, cosine_P: Floats) -> None:
+    """Write what `read_plain` reads: whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        file.write(_npy(cosine_P))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def top_table(trials: Sequence[Trial], rows: int) -> Table:

@@ -128,6 +128,21 @@ def test_a_prefix_that_is_not_shared_is_an_error(
         encode.main(["--quick", "--model", str(folder)])
 
 
+def test_too_few_texts_to_share_a_prefix_is_an_error(encode: Any, folder: Path) -> None:
+    with pytest.raises(RuntimeError, match="no prefix was shared: take more --texts"):
+        encode.main(["--model", str(folder), "--texts", "2", "--rounds", "1"])
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1"])
+def test_no_rounds_are_refused(
+    encode: Any, folder: Path, rounds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        encode.main(["--quick", "--model", str(folder), "--rounds", rounds])
+    assert stopped.value.code == 2
+    assert f"--rounds: got {rounds}, wanted at least 1" in capsys.readouterr().err
+
+
 def test_samples_keep_every_occurrence(encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from lowmem_cft.evaluate import LoadedSet
     from lowmem_cft.rows import ScoredPair

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from lowmem_cft import __version__, cli, recipe
+from lowmem_cft import __version__, cli, inference, recipe
 from lowmem_cft_kernels import Path as LossPath
 from test_train import corpus_files, make_recipe  # noqa: F401 (fixtures)
 
@@ -324,6 +324,20 @@ def test_embed_cuts_at_line_ends_only(command: Run, finished: Path, tmp_path: Pa
     code, _, err = command("embed", str(finished), str(texts))
     assert code == 0, err
     assert np.load(tmp_path / "texts.txt.npy").shape[0] == 2
+
+
+def test_embed_writes_no_vectors_that_are_no_numbers(
+    command: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the cat\na dog\nrain\n")
+    vectors = np.ones((3, 4), dtype=np.float32)
+    vectors[1, 2] = np.nan
+    monkeypatch.setattr(inference, "embed_texts", lambda *args, **kwargs: vectors)
+    code, _, err = command("embed", str(finished), str(texts))
+    assert code == 2
+    assert "1 of 3 embeddings are not finite" in " ".join(err.split())
+    assert not (tmp_path / "texts.txt.npy").exists()
 
 
 def test_data_folder_without_sets(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy.stats import rankdata, spearmanr
 
 from lowmem_cft import bootstrap, compare, eval_report
+from lowmem_cft.console import comparison_table
 from lowmem_cft.correlation import Floats, spearman
 from lowmem_cft.evaluate import ScoredSet, SetScore
 from lowmem_cft.sts import PROTOCOLS, Protocol
@@ -114,6 +118,7 @@ def write_report(
     *,
     protocol: Protocol | None = MTEB,
     cleaned_up: bool = False,
+    float32: bool = False,
     sha256: str = "f" * 64,
 ) -> Path:
     """Sets of 300, 400, ... pairs, of the same gold scores whatever the noise."""
@@ -123,7 +128,12 @@ def write_report(
         for i, name in enumerate(names)
     ]
     found = eval_report.report(
-        f"model {noise}", sets, protocol=protocol, cleaned_up=cleaned_up, num_resamples=50
+        f"model {noise}",
+        sets,
+        protocol=protocol,
+        cleaned_up=cleaned_up,
+        float32=float32,
+        num_resamples=50,
     )
     eval_report.write(found, path)
     return path
@@ -254,17 +264,80 @@ def test_reports_of_run_folders(tmp_path: Path) -> None:
         compare.find_reports(a, b)
 
 
-def test_names_of_reports_in_a_run(tmp_path: Path) -> None:
-    """A report of fewer sets does not replace a whole one."""
+def test_names_of_reports_in_a_run() -> None:
+    """A report never replaces one of other sets, or of the same sets scored otherwise."""
     gold, cosine = scores_of(50, 0, 0.3, ties=False)
-    every = [scored(entry.name, gold, cosine) for entry in MTEB.sets]
+    of = lambda *names: [scored(name, gold, cosine) for name in names]
+    every = of(*(entry.name for entry in MTEB.sets))
 
-    def name(sets: list[ScoredSet], protocol: Protocol | None, cleaned_up: bool = False) -> str:
-        return eval_report.report(
-            "m", sets, protocol=protocol, cleaned_up=cleaned_up, num_resamples=2
-        ).file_name
+    def name(sets: list[ScoredSet], protocol: Protocol | None, **options: bool) -> str:
+        found = eval_report.report("m", sets, protocol=protocol, num_resamples=2, **options)
+        return found.file_name
 
     assert name(every, MTEB) == "eval-mteb.json"
-    assert name(every[1:], MTEB) == "eval-mteb-partial.json"
-    assert name(every, MTEB, True) == "eval-mteb-clean-up.json"
-    assert name(every, None) == "eval.json"
+    assert name(of("STS13", "STS12"), MTEB) == "eval-mteb-partial-STS12-STS13.json"
+    assert name(every, MTEB, cleaned_up=True) == "eval-mteb-clean-up.json"
+    assert name(every, MTEB, float32=True) == "eval-mteb-float32.json"
+    assert name(of("STS12"), None) == "eval-sts-STS12.json"
+    assert name(of("demo"), None, cleaned_up=True) == "eval-sts-demo-clean-up.json"
+    names = [name(every[:k], None) for k in range(1, 10)]
+    assert len(set(names)) == 9
+    assert max(map(len, names)) < 90
+    file = lambda path, sha256: name([scored(path, gold, cosine, sha256)], None)
+    assert file("a/pairs.tsv", "e" * 64) == "eval-sts-pairs-eeeeeeeeeeee.json"
+    assert file("b/pairs.tsv", "f" * 64) == "eval-sts-pairs-ffffffffffff.json"
+    odd = [file(path, "f" * 64) for path in ("a b.tsv", "a:b.tsv", "x" * 300 + ".tsv")]
+    assert len(set(odd)) == 3
+    for one in odd:
+        assert re.fullmatch(r"eval-sts-[A-Za-z0-9._-]{1,80}\.json", one)
+
+
+def test_reports_of_other_sets_are_found_by_name(tmp_path: Path) -> None:
+    paths = []
+    for run, noise in (("a", 0.4), ("b", 0.3)):
+        for names in (["STS12"], ["transfer.tsv"]):
+            path = write_report(tmp_path / run / "new.json", noise, names, protocol=None)
+            kind = eval_report.report(
+                "m", [scored(names[0], *scores_of(300, 0, noise, ties=False))], num_resamples=2
+            ).file_name
+            paths.append(path.rename(path.with_name(kind)))
+            path.with_suffix(".npz").rename(paths[-1].with_suffix(".npz"))
+        if run == "b":
+            paths.pop(2).unlink()
+    assert compare.find_reports(tmp_path / "a", tmp_path / "b") == (paths[1], paths[2])
+    assert compare.compare(tmp_path / "a", tmp_path / "b", 10).a.names == ["transfer.tsv"]
+
+
+def test_the_pairs_of_another_model_are_noticed(tmp_path: Path) -> None:
+    a, b = (write_report(tmp_path / f"{n}.json", n) for n in (0.4, 0.3))
+    (tmp_path / "0.4.npz").replace(tmp_path / "0.3.npz")
+    with pytest.raises(ValueError, match=r"0\.3\.npz: its pairs of STS12 do not have the score in"):
+        eval_report.read(b)
+    assert eval_report.read(write_report(a, 0.4)).names == ["STS12", "STS13", "STS14"]
+    arrays = dict(np.load(tmp_path / "0.4.npz"))
+    np.savez(tmp_path / "0.4.npz", **{**arrays, "cosine_1": np.full(400, np.nan)})
+    with pytest.raises(ValueError, match=r"0\.4\.npz: STS13: got 400 of 400 cosines"):
+        eval_report.read(a)
+    np.savez(tmp_path / "0.4.npz", **{**arrays, "gold_1": arrays["gold_1"][:-1]})
+    with pytest.raises(ValueError, match=r"holds \[300, 399, 500\] pairs"):
+        eval_report.read(a)
+
+
+def test_a_comparison_says_what_its_mean_and_precision_are(tmp_path: Path) -> None:
+    def shown(*paths: Path) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        console.print(comparison_table(compare.compare(*paths, 10)))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    a, b = (write_report(tmp_path / f"{n}.json", n) for n in (0.4, 0.3))
+    plain = shown(a, b)
+    assert "│ mean of 3 " in plain
+    assert "float32" not in plain
+    whole = write_report(tmp_path / "w.json", 0.4, [entry.name for entry in MTEB.sets])
+    assert "│ mean  " in shown(whole, whole)
+    exact = write_report(tmp_path / "exact.json", 0.3, float32=True)
+    assert "B was computed in float32, A in its model's own dtype" in shown(a, exact)
+    assert "A was computed in float32, B in its model's own dtype" in shown(exact, a)
+    assert compare.as_json(compare.compare(a, exact, 10))["b"]["float32"] is True
+    assert "float32" not in shown(exact, exact)

@@ -14,7 +14,7 @@ import pytest
 
 from lowmem_cft import evaluate, sts_data
 from lowmem_cft.clean_up import clean_up
-from lowmem_cft.correlation import Vectors
+from lowmem_cft.correlation import Vectors, pearson, spearman
 from lowmem_cft.rows import ScoredPair
 from lowmem_cft.sts import DEMO_PAIRS, PROTOCOLS, SETS, find_in
 from lowmem_cft.sts_data import LoadedSet, load_set, load_sets, pairs_sha256
@@ -99,6 +99,20 @@ def test_the_hub_at_its_revision_then_the_cache(
     hub = SETS["STS17"].hub
     assert hub is not None
     assert asked == [("mteb/sts17-crosslingual-sts", "en-en", "test", hub.revision)]
+
+
+def test_offline_reads_what_the_hub_gave_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_hub: list[str]
+) -> None:
+    monkeypatch.setenv("LOWMEM_CFT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="offline, so the hub was not asked"):
+        load_set("STS17", None, offline=True)
+    with monkeypatch.context() as online:
+        online.setattr(datasets, "load_dataset", lambda *args, **kwargs: table(rows(250)))
+        fetched = load_set("STS17", None)
+    assert load_set("STS17", None, offline=True) == fetched
+    assert len(fetched.pairs) == 250
+    assert no_hub == []
 
 
 def test_offline_never_asks(no_hub: list[str], tmp_path: Path) -> None:
@@ -188,6 +202,24 @@ def test_sets_at_hand_have_the_protocols_sizes(data_folder: Path) -> None:
     assert found["senteval"]["SICK-R"][0] == 4927
 
 
+def test_a_limit_draws_from_the_whole_set(tmp_path: Path) -> None:
+    """Sets are ordered by where their pairs come from: the first ones are of one kind."""
+    file = write_tsv(tmp_path / "STS17/STS17-en-en.tsv", rows(250))
+    whole, some = load_set("STS17", tmp_path), load_set("STS17", tmp_path, 50)
+    place = [whole.pairs.index(pair) for pair in some.pairs]
+    assert len(set(place)) == 50
+    assert place == sorted(place)
+    assert place[0] < 50
+    assert place[24] < 200
+    assert place[-1] >= 200
+    assert some == load_set("STS17", tmp_path, 50)
+    assert (some.set_pairs, some.version) == (250, whole.version)
+    cleaned = load_set(str(file), None, 50, cleaned_up=True)
+    assert [whole.pairs.index(p) for p in load_set(str(file), None, 50).pairs] == place
+    assert cleaned.pairs[0].sentence1 == f"{some.pairs[0].sentence1}."
+    assert load_set("STS17", tmp_path, 250) == whole
+
+
 # --- clean-up ---------------------------------------------------------------------------------
 
 
@@ -255,6 +287,27 @@ def test_score_and_pairs_belong_together() -> None:
     assert list(scored.gold_P) == [pair.score for pair in pairs]
     assert scored.sha256 == pairs_sha256(pairs)
     assert (scored.score.num_pairs, scored.score.version) == (60, "sha256:0")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_embedding_that_is_no_number_has_no_score(value: float) -> None:
+    """One text's overflow would else make the whole set a 0.00."""
+    pairs = [ScoredPair("x" * i, "y" * (i * i % 11 + 1), float(i)) for i in range(1, 9)]
+
+    def overflows(texts: Sequence[str]) -> Vectors:
+        emb_PD = lengths(texts)
+        emb_PD[[text in ("xxx", "yy") for text in texts], 1] = value
+        return emb_PD
+
+    loaded = LoadedSet("some", pairs, None, "some.tsv")
+    with pytest.raises(ValueError, match=r"some: 2 of 16 embeddings are not finite; use --float32"):
+        evaluate.score_pairs(overflows, loaded)
+    assert evaluate.score_pairs(lengths, loaded).score.spearman != 0
+    gold, cosine = np.arange(4.0), np.array([0.1, value, 0.2, 0.3])
+    for correlation in (spearman, pearson):
+        with pytest.raises(ValueError, match="1 of 4 cosines that are not finite"):
+            correlation(cosine, gold)
+        assert correlation(np.full(4, 0.5), gold) == 0
 
 
 def test_scores_survive_json(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +224,15 @@ def test_only_mteb_scores_become_mteb_results(tmp_path: Path, what: str) -> None
     cleaned_up = what == "clean-up"
     found = eval_report.report("m", one, protocol=protocol, cleaned_up=cleaned_up, num_resamples=2)
     with pytest.raises(ValueError, match="--mteb-out"):
+        task_result.write_task_results(found, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_only_mtebs_texts_become_mteb_results(tmp_path: Path) -> None:
+    one, other = small_report(["STS12", "BIOSSES"]).sets
+    other = replace(other, score=replace(other.score, own_text=False))
+    found = eval_report.report("m", [one, other], protocol=MTEB, num_resamples=2)
+    with pytest.raises(ValueError, match="--mteb-out: BIOSSES: the text at hand"):
         task_result.write_task_results(found, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lowmem_cft import eval_report, evaluate
 from lowmem_cft.sts import PROTOCOLS
-from test_cli import Run, command  # noqa: F401 (fixture)
+from test_cli import Run, command, finished, recipe_file  # noqa: F401 (fixtures)
 from test_evaluate import write_tsv
-from test_train import sentences
+from test_train import corpus_files, make_recipe, sentences  # noqa: F401 (fixtures)
 
 MEAN = ("--set", "embedding.pooling=mean", "--set", "model.dtype=fp32", "--offline")
 
@@ -44,9 +45,7 @@ def test_a_protocol_with_sets_missing_names_them(command: Run, tiny_folder: Path
 def test_eval_compare_and_mteb(command: Run, tiny_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     sets = ("--protocol", "mteb", "-s", "STS17", "-s", "BIOSSES", "--resamples", "20")
-    code, out, err = command(
-        "eval", str(tiny_folder), *sets, *MEAN, "--out", str(a), "--mteb-out", str(tmp_path / "m")
-    )
+    code, out, err = command("eval", str(tiny_folder), *sets, *MEAN, "--out", str(a))
     assert code == 0, err
     assert re.search(r"STS17 +│ +250 │ +-?\d+\.\d\d │ +-?\d+\.\d\d--?\d+\.\d\d │ ", out), out
     assert "BIOSSES*" in out
@@ -56,10 +55,6 @@ def test_eval_compare_and_mteb(command: Run, tiny_folder: Path, tmp_path: Path) 
     for one in result["sets"]:
         assert one["version"].removeprefix("sha256:") in out
         assert one["interval"]["low"] <= one["interval"]["high"]
-    assert sorted(file.name for file in (tmp_path / "m").iterdir()) == [
-        "BIOSSES.json",
-        "STS17.json",
-    ]
     code, _, err = command(
         "eval", str(tiny_folder), *sets, *MEAN, "--set", "embedding.pooling=last", "--out", str(b)
     )
@@ -78,6 +73,76 @@ def test_eval_compare_and_mteb(command: Run, tiny_folder: Path, tmp_path: Path) 
     code, _, err = command("compare", str(a), str(b))
     assert code == 2
     assert "different protocols" in err
+
+
+@pytest.mark.usefixtures("sets_at_hand")
+def test_mteb_results_are_of_its_texts_alone(
+    command: Run,  # noqa: F811
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "m"
+    into = ("--protocol", "mteb", "--resamples", "2", "--mteb-out", str(place))
+    code, _, err = command("eval", "./no-such-model", "-s", "STS17", "-s", "BIOSSES", *into)
+    assert code == 2
+    shown = re.sub(r"[│\s]+", " ", err)
+    assert "--mteb-out: BIOSSES: the text at hand is not that of mteb's task" in shown
+    assert "STS17" not in shown
+    assert not place.exists()
+    code, _, err = command("eval", str(tiny_folder), "-s", "STS17", *into, *MEAN)
+    assert code == 0, err
+    assert [file.name for file in place.iterdir()] == ["STS17.json"]
+
+
+@pytest.mark.usefixtures("sets_at_hand")
+@pytest.mark.parametrize("stopped_by", [KeyboardInterrupt, RuntimeError])
+def test_sets_scored_before_a_stop_are_kept(
+    command: Run,  # noqa: F811
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped_by: type[BaseException],
+) -> None:
+    names = ("STS17", "BIOSSES", "demo")
+    named = [part for name in names for part in ("-s", name)]
+    out = tmp_path / "scores.json"
+    arguments = ("eval", str(tiny_folder), *named, *MEAN, "--resamples", "9", "--out", str(out))
+    real = evaluate.score_pairs
+
+    def stops(embed: evaluate.Embed, loaded: evaluate.LoadedSet) -> evaluate.ScoredSet:
+        if loaded.name == "demo":
+            raise stopped_by("stopped")
+        return real(embed, loaded)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(evaluate, "score_pairs", stops)
+        code, _, err = command(*arguments)
+    assert code != 0
+    assert "what was scored before it stopped is in" in err
+    assert f"{tmp_path}/unfinished-scores.json" in "".join(err.split())
+    kept = eval_report.read(tmp_path / "unfinished-scores.json")
+    assert kept.names == ["STS17", "BIOSSES"]
+    assert not out.exists()
+    code, _, err = command(*arguments)
+    assert code == 0, err
+    assert eval_report.read(out).names == list(names)
+    for mine, again in zip(kept.cosines, eval_report.read(out).cosines, strict=False):
+        assert np.array_equal(mine, again)
+    left = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert left == ["scores.json", "scores.npz"]
+
+
+@pytest.mark.usefixtures("sets_at_hand")
+def test_reports_in_a_run_lie_side_by_side(command: Run, finished: Path) -> None:  # noqa: F811
+    for names in (["STS17"], ["BIOSSES"], ["STS17", "BIOSSES"]):
+        named = [part for name in names for part in ("-s", name)]
+        code, _, err = command("eval", str(finished), *named, "--resamples", "9", "--offline")
+        assert code == 0, err
+    assert {path.name: eval_report.read(path).names for path in finished.glob("*eval*.json")} == {
+        "eval-sts-STS17.json": ["STS17"],
+        "eval-sts-BIOSSES.json": ["BIOSSES"],
+        "eval-sts-BIOSSES-STS17.json": ["STS17", "BIOSSES"],
+    }
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import zlib
@@ -17,13 +18,18 @@ import torch
 import yaml
 from scipy.stats import spearmanr
 
-from lowmem_cft import bootstrap, icl, inference, sharing
+from lowmem_cft import bootstrap, icl, inference, sharing, trials
+from lowmem_cft.backbone import attach_adapter, load_backbone
 from lowmem_cft.correlation import Vectors
 from lowmem_cft.demonstrations import PROMPTEOL, Demonstration
+from lowmem_cft.dropout import DropoutClock
 from lowmem_cft.evaluate import LoadedSet
+from lowmem_cft.loading import RECORD, load_model
 from lowmem_cft.prefix import NotShared
+from lowmem_cft.recipe import LoraSection, ModelSection
 from lowmem_cft.rows import ScoredPair
-from test_cli import Run, command  # noqa: F401 (fixture)
+from test_cli import Run, command, finished, recipe_file  # noqa: F401 (fixtures)
+from test_train import corpus_files, make_recipe  # noqa: F401 (fixtures)
 
 WORDS = ("Riding", "Music", "Smoking", "Baking", "Swimming")
 DEMONSTRATIONS = [Demonstration(f"This is about number {i}.", w) for i, w in enumerate(WORDS)]
@@ -212,6 +218,82 @@ def test_without_the_cosines_of_the_plain_template_it_is_scored_again(tmp_path: 
     assert [trial for trial in found if trial.demonstration != DEMONSTRATIONS[3]] == whole
 
 
+def reordered(data: bytes) -> bytes:
+    return data[:-16] + data[-8:] + data[-16:-8]
+
+
+@pytest.mark.usefixtures("few_resamples")
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: b"", "does not hold 80 cosines"),
+        (lambda data: b"\0" * len(data), "does not hold 80 cosines"),
+        (lambda data: data[:-1], "does not hold 80 cosines"),
+        (lambda data: data.replace(b"{", b"[", 1), "does not hold 80 cosines"),
+        (lambda data: b"PK\3\4" + data[4:], "does not hold 80 cosines"),
+        (reordered, "its cosines are not those that were scored"),
+        (lambda data: data[:-8] + b"\xff" * 8, "its cosines are not those that were scored"),
+    ],
+    ids=["empty", "zeros", "cut off", "header", "zip", "other order", "not a number"],
+)
+def test_damaged_cosines_of_the_plain_template_are_scored_again(
+    tmp_path: Path, damage: Callable[[bytes], bytes], reason: str
+) -> None:
+    whole, _ = search(tmp_path, Embedding(), demonstrations=DEMONSTRATIONS[:3])
+    plain = tmp_path / "plain.npy"
+    good = plain.read_bytes()
+    assert np.load(plain).shape == (80,)
+    bad = damage(good)
+    assert bad != good
+    plain.write_bytes(bad)
+    embedding = Embedding()
+    found, listener = search(tmp_path, embedding, demonstrations=DEMONSTRATIONS[:4])
+    assert embedding.templates == [PROMPTEOL, DEMONSTRATIONS[3].before(PROMPTEOL)]
+    assert [trial for trial in found if trial.demonstration != DEMONSTRATIONS[3]] == whole
+    assert listener.said[0].startswith(f"{plain}: ")
+    assert reason in listener.said[0]
+    assert listener.said[0].endswith("; the plain template is scored again")
+    assert plain.read_bytes() == good
+    again = Embedding()
+    search(tmp_path, again, demonstrations=DEMONSTRATIONS[:4])
+    assert not again.templates
+
+
+def test_no_damage_of_the_header_ends_a_search_otherwise(tmp_path: Path) -> None:
+    path, gold_P = tmp_path / "plain.npy", np.arange(9.0)
+    trial = trials.Trial(None, None, 1.0, 1.0, 1.0)
+    trials.save_plain(path, gold_P / 10)
+    assert np.array_equal(trials.read_plain(path, trial, gold_P), gold_P / 10)
+    data = path.read_bytes()
+    header = len(data) - gold_P.nbytes
+    bad = [data[:length] for length in range(len(data))]
+    bad += [
+        data[:i] + bytes([data[i] ^ bit]) + data[i + 1 :] for i in range(header) for bit in (1, 9)
+    ]
+    for content in bad:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="does not hold 9 cosines"):
+            trials.read_plain(path, trial, gold_P)
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_cosines_are_on_the_disk_before_they_have_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, plain = tmp_path / "plain.partial", tmp_path / "plain.npy"
+    sizes = []
+
+    def fsync(number: int) -> None:
+        if partial.exists():
+            assert not plain.exists()
+            sizes.append(os.fstat(number).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    search(tmp_path, Embedding())
+    assert sizes == [plain.stat().st_size]
+    assert not partial.exists()
+
+
 @pytest.mark.usefixtures("few_resamples")
 @pytest.mark.parametrize(
     ("other", "message"),
@@ -279,6 +361,58 @@ def test_weights_digest_tells_models_apart() -> None:
 
     assert digest(0) == digest(0)
     assert len({digest(0), digest(1), digest(0, 2)}) == 3
+
+
+def test_weights_digest_reads_every_value() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.LayerNorm(2))
+    model.register_buffer("frequencies", torch.ones(600), persistent=False)
+    seen = {icl.weights_digest(model)}
+    for tensor in (model[0].weight, model[0].bias, model[1].weight, model.frequencies):
+        assert isinstance(tensor, torch.Tensor)
+        tensor.data.flatten()[-1] += 1e-3
+        seen.add(icl.weights_digest(model))
+    assert len(seen) == 5
+
+
+def test_weights_digest_reads_4_bit_weights_and_their_scales(tiny_folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    section = ModelSection(id=str(tiny_folder), dtype="fp32", double_quantization=False)
+    model = load_backbone(section, torch.device("cpu")).model
+    weight = model.layers[2].mlp.up_proj.weight
+    assert weight.dtype == torch.uint8
+    before = icl.weights_digest(model)
+    assert icl.weights_digest(model) == before
+    weight.quant_state.absmax[-1] *= 2
+    scaled = icl.weights_digest(model)
+    weight.data[-1] += 1
+    assert len({before, scaled, icl.weights_digest(model)}) == 3
+
+
+def test_the_scaling_of_an_adapter_is_part_of_a_model(tiny_folder: Path) -> None:
+    section = ModelSection(id=str(tiny_folder), quantization="none", dtype="fp32")
+
+    def adapted(alpha: float) -> Any:
+        model = load_backbone(section, torch.device("cpu")).model
+        assert icl.lora_scaling(model) is None
+        return attach_adapter(model, LoraSection(rank=4, alpha=alpha), DropoutClock(0), seed=0)
+
+    one, other = adapted(8), adapted(16)
+    assert icl.weights_digest(one) == icl.weights_digest(other)
+    assert (icl.lora_scaling(one), icl.lora_scaling(other)) == (2.0, 4.0)
+    one.base_model.model.layers[1].self_attn.q_proj.scaling["default"] = 3.0
+    found = icl.lora_scaling(one)
+    assert isinstance(found, dict)
+    (changed,) = [name for name, value in found.items() if value == 3.0]
+    assert "layers.1.self_attn.q_proj" in changed
+    assert set(found.values()) == {2.0, 3.0}
+
+
+@pytest.mark.parametrize("file", ["recipe.yaml", RECORD])
+@pytest.mark.parametrize("given", [{"recipe_name": "demo"}, {"overrides": ["text.max_tokens=9"]}])
+def test_a_recipe_beside_a_folders_own_is_refused(tmp_path: Path, file: str, given: Any) -> None:
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match="says itself how it embeds; leave out --recipe and --set"):
+        load_model(str(tmp_path), torch.device("cpu"), print, **given)
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -459,3 +593,48 @@ def test_other_weights_under_the_same_name_are_refused(
     code, _, err = command(*arguments)
     assert code == 2
     assert "is of another search: weights was" in " ".join(err.split())
+
+
+def test_a_run_is_searched_as_it_embeds(
+    command: Run,  # noqa: F811
+    finished: Path,  # noqa: F811
+    arguments: list[str],
+    tmp_path: Path,
+) -> None:
+    arguments[1] = str(finished)
+    own = arguments[: arguments.index("--set")]
+    for folder in (finished, finished / "model"):
+        for change in (("--set", "embedding.pooling=last"), ("--recipe", "demo")):
+            for words in (
+                own,
+                ["eval", "", "-s", "demo"],
+                ["embed", "", str(tmp_path / "own.tsv")],
+            ):
+                code, out, err = command(words[0], str(folder), *words[2:], *change)
+                assert (code, out) == (2, "")
+                message = f"{folder} says itself how it embeds; leave out --recipe and --set"
+                assert message in " ".join(err.split())
+
+    code, out, err = command(*own)
+    assert code == 0, err
+    (path,) = tmp_path.glob("icl/*/trials.jsonl")
+    header = json.loads(path.read_text().splitlines()[0])["search"]
+    assert (header["pooling"], header["append_eos"], header["lora_scaling"]) == ("eos", True, 4.0)
+    assert f"{finished} is always evaluated under the template it was trained with." in out
+    assert "train a recipe with these lines:\ntext:\n" in out
+    found = yaml.safe_load(out[out.index("text:\n") :])
+    assert found["text"]["template"].endswith('the sun is "{text}" not "')
+    assert (found["text"]["append_eos"], found["embedding"]["pooling"]) == (True, "eos")
+
+
+def test_advice(tiny_folder: Path, tmp_path: Path) -> None:
+    loaded = load_model(str(tiny_folder), torch.device("cpu"), print)
+    base = icl.SearchedModel(str(tiny_folder), loaded, PROMPTEOL)
+    assert (
+        base.advice(PROMPTEOL)
+        == f"Lines of a recipe for `lowmem-cft eval {tiny_folder} --recipe RECIPE`:"
+    )
+    (tmp_path / RECORD).write_text("{}")
+    own = icl.SearchedModel(str(tmp_path), loaded, "{text}")
+    assert own.advice("{text}") == f"{tmp_path} embeds so as it is:"
+    assert "To use this one, train a recipe with these lines:" in own.advice(PROMPTEOL)

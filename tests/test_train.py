@@ -448,6 +448,26 @@ def test_not_a_number_stops_with_the_checkpoint_kept(make_recipe: MakeRecipe) ->
     assert run.load_state(trainer.folder).step == 1
 
 
+def test_a_score_that_cannot_be_computed_loses_no_step(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_recipe(train={"steps": 4}, eval={"every": 2})
+    trainer, real = start(made), evaluate.embed_texts
+
+    def overflows(*args: Any, **kwargs: Any) -> Any:
+        return real(*args, **kwargs) * (np.nan if trainer.step_index == 2 else 1)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(evaluate, "embed_texts", overflows)
+        with pytest.raises(ValueError, match="embeddings are not finite"):
+            trainer.train()
+    assert [line["step"] for line in run.read_log(trainer.folder)] == [1, 2]
+    resumed = start(made, resume=True)
+    assert resumed.step_index == 2
+    resumed.train()
+    assert [line["step"] for line in run.read_log(trainer.folder)] == [1, 2, 3, 4]
+
+
 def test_overwrite_with_a_mistake_keeps_the_old_run(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
@@ -558,11 +578,11 @@ def test_memory_that_runs_out_costs_a_line_in_the_log_and_no_result(
     encode = type(trainer.encoder).__call__
     failed = []
 
-    def once_without_memory(self: Any, batch: Any, place_B: Any = None) -> Any:
+    def once_without_memory(self: Any, *inputs: Any, **options: Any) -> Any:
         if not failed and trainer.step_index == 1 and torch.is_grad_enabled():
-            failed.append(batch.ids_BT.numel())
+            failed.append(inputs[0].ids_BT.numel())
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return encode(self, batch, place_B)
+        return encode(self, *inputs, **options)
 
     monkeypatch.setattr(type(trainer.encoder), "__call__", once_without_memory)
     trainer.train()

@@ -94,19 +94,40 @@ def test_clean_up_reaches_every_text() -> None:
     assert all(text.endswith(".") for text in seen)
     two = transfer_report.score_tasks([task], embed, model="m", settings=SMALL)
     assert one.scores == two.scores
-    assert one.file_name == "eval-transfer-partial-converged-clean-up.json"
+    assert one.file_name == "eval-transfer-partial-made-converged-clean-up.json"
 
 
 def test_names_of_files_tell_reports_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     found = small_report()
-    assert found.file_name == "eval-transfer-partial-converged.json"
+    assert found.file_name == "eval-transfer-partial-made-made-converged.json"
+    assert small_report(num_tasks=1).file_name == "eval-transfer-partial-made-converged.json"
     monkeypatch.setattr(transfer_data, "SPECS", {"one": 1, "two": 2})
     assert found.complete
     assert found.file_name == "eval-transfer-converged.json"
     assert replace(found, settings=SENTEVAL).file_name == "eval-transfer.json"
     cut = small_report(limit=60)
     assert not cut.complete
-    assert cut.file_name == "eval-transfer-partial-converged.json"
+    assert cut.file_name == "eval-transfer-limit-60-converged.json"
+    assert replace(found, float32=True).file_name == "eval-transfer-converged-float32.json"
+
+
+def test_the_report_so_far_is_kept_after_each_task() -> None:
+    tasks = [make_task({"all": 60 + i}) for i in range(3)]
+    looks = [Lookup(task) for task in tasks]
+    sizes = {len(look.vector): look for look in looks}
+    assert len(sizes) == 3
+    kept: list[transfer_report.TransferReport] = []
+    found = transfer_report.score_tasks(
+        tasks,
+        lambda texts: sizes[len(texts)](texts),
+        model="m",
+        settings=SMALL,
+        keep=kept.append,
+    )
+    assert [len(report.scores) for report in kept] == [1, 2]
+    for report in kept:
+        assert report.scores == found.scores[: len(report.scores)]
+        assert len(report.lengths) == len(report.scores)
 
 
 def test_a_task_too_small_is_refused_before_any_is_embedded() -> None:
@@ -188,7 +209,7 @@ def test_fewer_tasks_and_rows_are_marked_in_a_runs_folder(command: Run, finished
     few = ("--suite", "transfer", "-s", "TREC", "-s", "MRPC", "--limit", "60", "--clean-up")
     code, out, err = command("eval", str(finished), *few)
     assert code == 0, err
-    name = "eval-transfer-partial-clean-up.json"
+    name = "eval-transfer-partial-MRPC-TREC-limit-60-clean-up.json"
     assert f"written: {finished / name}" in out.replace("\n", "")
     values = json.loads((finished / name).read_text())
     assert (values["limit"], values["complete"], values["solver"]) == (60, False, "senteval")

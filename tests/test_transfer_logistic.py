@@ -129,6 +129,33 @@ def test_the_stated_objective_is_at_its_minimum(
         assert bound(at_start) > 1e-2
 
 
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("scale", [1e4, 1e5, 1e7])
+def test_large_features_that_repeat(num_classes: int, scale: float) -> None:
+    """Rounding is larger than the penalty, which then hardly counts: the logits are of one copy."""
+    features_ND, label_N = overlapping(num_classes, scale=scale)
+    member_NF, penalty_FR = subsets(len(label_N)), torch.tensor([PENALTIES] * 3)
+    repeated_ND = features_ND.repeat(1, 3)
+    one = solve_logistic(features_ND, label_N, member_NF, penalty_FR, num_classes)
+    three = solve_logistic(repeated_ND, label_N, member_NF, penalty_FR, num_classes)
+    assert one.converged_FR.all()
+    assert three.converged_FR.all()
+    assert three.iterations < 40
+    for f in range(3):
+        wanted_NK = logits(features_ND, one.weight_FRKE[f, 0])
+        assert np.abs(wanted_NK).max() > 1
+        np.testing.assert_allclose(
+            logits(repeated_ND, three.weight_FRKE[f, 0]), wanted_NK, atol=1e-5
+        )
+
+
+def test_features_that_are_not_finite_are_no_fit() -> None:
+    features_ND, label_N = overlapping(2)
+    features_ND[3, 5] = float("nan")
+    with pytest.raises(RuntimeError, match="cholesky"):
+        solve_logistic(features_ND, label_N, subsets(600)[:, :1], torch.tensor([[1e-3]]), 2)
+
+
 def test_blocks_change_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     features_ND, label_N = overlapping(3)
     args = (features_ND, label_N, subsets(len(label_N)), torch.tensor([PENALTIES] * 3), 3)
