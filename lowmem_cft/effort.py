@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_cft import corpus
 from lowmem_cft.backbone import choose_device, choose_dtype, load_tokenizer
@@ -107,7 +108,7 @@ class Efforts:
         part = AutoModel.from_config(config, dtype=self.dtype).to(self.device).eval()
         ids_BT = torch.zeros((_SLICE_TEXTS, _SLICE_TOKENS), dtype=torch.int64, device=self.device)
         with torch.inference_mode():
-            with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False) as counter:
                 part(input_ids=ids_BT, use_cache=False)
             times = []
             for _ in range(5):
