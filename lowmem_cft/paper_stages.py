@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from lowmem_cft.effort import Efforts
 from lowmem_cft.evaluate import LoadedSet
 from lowmem_cft.papers import DEV_PAIRS, DEV_SET, LEARNING_RATES, PUBLISHED_ROWS, Request, Share
 from lowmem_cft.recipe import Recipe
+from lowmem_cft.stage_work import Unfinished
 from lowmem_cft.stages import Effort, Observer, Records, Stage, digest
 from lowmem_cft.sts_data import data_folder, load_set, load_sets
 from lowmem_cft.tokens import TextFormat
@@ -131,13 +134,21 @@ class PaperStages:
                 self._sets(of_ablation),
                 None if of_ablation else self.request.protocol,
                 self.folder / "evals" / f"{name}.json",
+                self._unfinished(name, inputs()),
                 observer,
                 cleaned_up=self._clean_up,
             )
 
         needs = () if of is None else (of,)
         effort = partial(self._evaluation_effort, of_ablation)
-        return Stage(name, "evaluate", what, inputs, work, needs, effort)
+        forget = self._forget_unfinished(name)
+        return Stage(name, "evaluate", what, inputs, work, needs, effort, forget)
+
+    def _unfinished(self, name: str, inputs: dict[str, Any]) -> Unfinished:
+        return Unfinished(self.folder / "unfinished" / name, inputs)
+
+    def _forget_unfinished(self, name: str) -> Callable[[], None]:
+        return partial(shutil.rmtree, self.folder / "unfinished" / name, ignore_errors=True)
 
     def _evaluation_effort(self, of_ablation: bool) -> Effort:
         if of_ablation not in self._evaluation_efforts:
@@ -303,7 +314,12 @@ class PaperStages:
 
         def work(observer: Observer) -> dict[str, Any]:
             return stage_work.score_transfer(
-                self.recipe, adapter, tasks, observer, cleaned_up=self._clean_up
+                self.recipe,
+                adapter,
+                tasks,
+                self._unfinished(name, inputs()),
+                observer,
+                cleaned_up=self._clean_up,
             )
 
         rows = sum(
@@ -312,7 +328,9 @@ class PaperStages:
             for size in spec.splits.values()
         )
         needs = () if of is None else (of,)
-        return Stage(name, "transfer", what, inputs, work, needs, lambda: self._per_text(rows))
+        forget = self._forget_unfinished(name)
+        effort = partial(self._per_text, rows)
+        return Stage(name, "transfer", what, inputs, work, needs, effort, forget)
 
     def _per_text(self, texts: int, text_format: TextFormat | None = None) -> Effort:
         if text_format not in self._text_efforts:

@@ -2,7 +2,8 @@
 
 `reproduction.json` says what was asked for, `stages/` has a record of each stage that is done,
 `runs/` the training runs, `evals/` every pair's similarity, `icl/` the search for a demonstration,
-`report/` the report, which is written anew after each stage.
+`report/` the report, which is written anew after each stage, `unfinished/` the embeddings of an
+evaluation in work.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lowmem_cft.demonstrations import Demonstration
 from lowmem_cft.evaluate import Embed, LoadedSet, score_pairs
 from lowmem_cft.inference import embed_texts
 from lowmem_cft.interrupt import Interrupted
+from lowmem_cft.kept_vectors import KeptVectors
 from lowmem_cft.loading import LoadedModel, load_by_recipe
 from lowmem_cft.pipeline import run_recipe
 from lowmem_cft.recipe import Recipe
@@ -47,6 +49,17 @@ def _loaded(recipe: Recipe, adapter: Path | None, observer: Observer) -> Iterato
             torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """Where a stage keeps vectors until it is done, and what they depend on besides the text."""
+
+    folder: Path
+    identity: Mapping[str, Any]
+
+    def keeping(self, embed: Embed) -> KeptVectors:
+        return KeptVectors(embed, self.folder, self.identity)
+
+
 def _embed(loaded: LoadedModel) -> Embed:
     return partial(
         embed_texts,
@@ -63,25 +76,31 @@ def evaluate_sets(
     sets: Sequence[LoadedSet],
     protocol: Protocol | None,
     out: Path,
+    unfinished: Unfinished,
     observer: Observer,
     *,
     cleaned_up: bool = False,
 ) -> dict[str, Any]:
     """Score the sets (already cleaned up, if so) and write the report to `out`.
 
+    Args:
+        unfinished: where the vectors of a set stay if it stops before the last one.
+
     Returns:
         The report (see `eval_report.as_json`), with the name of its file under `report`.
     """
     with _loaded(recipe, adapter, observer) as loaded:
         scored = []
+        embed = unfinished.keeping(_embed(loaded))
         observer.begin(len(sets), 0, what="sets")
         for one in sets:
-            scored.append(score_pairs(_embed(loaded), one))
+            scored.append(score_pairs(embed, one))
             observer.advance(1)
             observer.say(f"{one.name}: {100 * scored[-1].score.spearman:.2f}")
     found = eval_report.report(recipe.model.id, scored, protocol=protocol, cleaned_up=cleaned_up)
     out.parent.mkdir(parents=True, exist_ok=True)
     eval_report.write(found, out)
+    embed.remove()
     return {**eval_report.as_json(found), "report": f"{out.parent.name}/{out.name}"}
 
 
@@ -208,6 +227,7 @@ def score_transfer(
     recipe: Recipe,
     adapter: Path | None,
     tasks: Callable[[], list[TransferTask]],
+    unfinished: Unfinished,
     observer: Observer,
     *,
     cleaned_up: bool = False,
@@ -216,12 +236,14 @@ def score_transfer(
     listed = tasks()
     raw = recipe.embedding.model_copy(update={"normalize": False})
     with _loaded(recipe.model_copy(update={"embedding": raw}), adapter, observer) as loaded:
+        embed = unfinished.keeping(_embed(loaded))
         found = transfer_report.score_tasks(
             listed,
-            _embed(loaded),
+            embed,
             model=recipe.model.id,
             device=choose_device(),
             cleaned_up=cleaned_up,
             say=observer.say,
         )
+    embed.remove()
     return transfer_report.as_json(found)

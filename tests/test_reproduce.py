@@ -264,6 +264,49 @@ def test_a_stopped_training_goes_on(ask: Ask, monkeypatch: pytest.MonkeyPatch) -
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize(("stage", "last"), [("base", "STS13"), ("transfer-base", "SST2")])
+def test_a_stopped_evaluation_goes_on(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, stage: str, last: str
+) -> None:
+    """What was embedded is not embedded again, unless it would be embedded otherwise now."""
+    embedded: list[int] = []
+
+    def counts(encoder: Any, tokenizer: Any, texts: Any, *arguments: Any, **options: Any) -> Any:
+        embedded.append(len(texts))
+        return embed(encoder, tokenizer, texts, *arguments, **options)
+
+    embed = stage_work.embed_texts
+    monkeypatch.setattr(stage_work, "embed_texts", counts)
+
+    def stop_before_the_end(**asked: Any) -> None:
+        with monkeypatch.context() as stopped:
+            at_last = lambda self, text: text.startswith(last) and _stop()
+            stopped.setattr(Heard, "say", at_last)
+            with pytest.raises(KeyboardInterrupt):
+                ask(stages=[stage], **asked).run(Heard())
+
+    once = ask(folder="once", stages=[stage])
+    once.run(Heard())
+    whole = embedded.copy()
+    embedded.clear()
+    stop_before_the_end()
+    before = embedded.copy()
+    assert len(before) > 0
+    assert list((ask().folder / "unfinished" / stage).glob("*.npy"))
+    ask(stages=[stage]).run(Heard())
+    assert embedded == whole
+    assert not (ask().folder / "unfinished" / stage).exists()
+    results = [_records(run)[stage]["result"] for run in (ask(), once)]
+    assert results[0] == results[1]
+
+    embedded.clear()
+    stop_before_the_end(folder="other")
+    request = ask(folder="other").folder / "reproduction.json"
+    request.unlink()  # begun anew with another text around
+    ask(folder="other", stages=[stage], overrides=("text.template='so {text}'",)).run(Heard())
+    assert embedded == before + whole
+
+
 def test_another_request_needs_another_folder(ask: Ask) -> None:
     ask(stages=["data"]).run(Heard())
     with pytest.raises(ValueError, match=r"begun with transfer_rows = None, now it is 30.*--out"):
