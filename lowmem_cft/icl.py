@@ -100,7 +100,11 @@ class SearchedModel:
         """YAML for a recipe that embeds under the template."""
         recipe = self.loaded.recipe
         values = {
-            "text": {"template": template, "append_eos": recipe.text.append_eos},
+            "text": {
+                "template": template,
+                "append_eos": recipe.text.append_eos,
+                "max_tokens": recipe.text.max_tokens,
+            },
             "embedding": {"pooling": recipe.embedding.pooling},
         }
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6)

@@ -300,7 +300,7 @@ def test_an_embedding_that_is_no_number_has_no_score(value: float) -> None:
         return emb_PD
 
     loaded = LoadedSet("some", pairs, None, "some.tsv")
-    with pytest.raises(ValueError, match=r"some: 2 of 16 embeddings are not finite; use --float32"):
+    with pytest.raises(ValueError, match=r"some: 2 of 16 embeddings are not finite; use a wider"):
         evaluate.score_pairs(overflows, loaded)
     assert evaluate.score_pairs(lengths, loaded).score.spearman != 0
     gold, cosine = np.arange(4.0), np.array([0.1, value, 0.2, 0.3])

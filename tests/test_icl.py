@@ -624,7 +624,8 @@ def test_a_run_is_searched_as_it_embeds(
     assert "train a recipe with these lines:\ntext:\n" in out
     found = yaml.safe_load(out[out.index("text:\n") :])
     assert found["text"]["template"].endswith('the sun is "{text}" not "')
-    assert (found["text"]["append_eos"], found["embedding"]["pooling"]) == (True, "eos")
+    text, embedding = found["text"], found["embedding"]
+    assert (text["append_eos"], text["max_tokens"], embedding["pooling"]) == (True, 16, "eos")
 
 
 def test_advice(tiny_folder: Path, tmp_path: Path) -> None:
