@@ -57,15 +57,22 @@ def _device() -> list[Finding]:
     ]
 
 
+TRITON_NEEDS = "triton needs a C compiler (gcc) and Python's headers (python3-dev)"
+
+
 def _loss_path() -> Finding:
     import torch
 
     from lowmem_cft.backbone import choose_device
     from lowmem_cft_kernels import choose_path
+    from lowmem_cft_kernels.info_nce import why_not_triton
 
     emb_SD = torch.empty((256 + 512, 1024), device=choose_device())
     path = choose_path(emb_SD[:256], emb_SD[256:]).value
-    return Finding("ok", "loss", f"by the {path} path (256 triplets of 1024 dimensions)")
+    found = f"by the {path} path (256 triplets of 1024 dimensions)"
+    if not emb_SD.is_cuda or (reason := why_not_triton(emb_SD)) is None:
+        return Finding("ok", "loss", found)
+    return Finding("note", "loss", f"{found}, slower than triton's: {reason}", TRITON_NEEDS)
 
 
 def _nf4() -> Finding:

@@ -14,11 +14,10 @@ Shape suffixes: L tokens, F features, B tokens of one block.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from lowmem_cft_kernels.surroundings import why_triton_cannot_start
 
 ROUND_A = 0x7FEB352D
 ROUND_B = 0x846CA68B - 2**32  # as int32
@@ -104,7 +103,7 @@ def identity_dropout(x_LF: Tensor, key_L: Tensor, key_F: Tensor, rate: float) ->
     kind = x_LF.device.type
     if kind == "cpu":
         return _blocked(x_LF, key_L, key_F, rate)
-    if kind == "cuda" and x_LF.dtype != torch.float64 and _has_triton():
+    if kind == "cuda" and x_LF.dtype != torch.float64 and why_triton_cannot_start() is None:
         from lowmem_cft_kernels.triton_dropout import launch_dropout
 
         return launch_dropout(x_LF, key_L, key_F, keep_threshold(rate), 1 / (1 - rate))
@@ -133,11 +132,6 @@ def _check(x_LF: Tensor, key_L: Tensor, key_F: Tensor) -> None:
             "x_LF: got a tensor that requires a gradient, wanted none, as this function gives no "
             "gradient; wrap it in an autograd.Function or call it under torch.no_grad()"
         )
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _blocked(x_LF: Tensor, key_L: Tensor, key_F: Tensor, rate: float) -> Tensor:

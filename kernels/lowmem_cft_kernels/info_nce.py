@@ -25,6 +25,7 @@ from lowmem_cft_kernels.options import (
 from lowmem_cft_kernels.problem import make_problem
 from lowmem_cft_kernels.reference import reference_loss
 from lowmem_cft_kernels.result import InfoNCEResult, Path
+from lowmem_cft_kernels.surroundings import full_precision, why_triton_cannot_start
 
 if TYPE_CHECKING:
     from lowmem_cft_kernels.triton_info_nce import Fused
@@ -83,6 +84,7 @@ def info_nce(
         "bank": bank,
         "normalize": normalize,
     }
+    _validate_devices(query_MD, doc_ND, candidates, false_negatives, bank, weight_M)
     _validate(query_MD, doc_ND, candidates, temperature, softmaxes)
     check_shapes(query_MD, doc_ND, false_negatives, bank, weight_M)
     if bank is not None and not any(Direction.QUERY_TO_DOC in one for one in softmaxes):
@@ -100,8 +102,9 @@ def info_nce(
     scale = torch.as_tensor(temperature, dtype=compute, device=query_MD.device).detach().view(())
     query_MD, doc_ND = query_MD.detach(), doc_ND.detach()
     if path is Path.REFERENCE:
-        return _by_autograd(query_MD, doc_ND, candidates, scale, options, out)
-    with torch.no_grad():
+        with full_precision(query_MD.device.type):
+            return _by_autograd(query_MD, doc_ND, candidates, scale, options, out)
+    with torch.no_grad(), full_precision(query_MD.device.type):
         problem = make_problem(query_MD, doc_ND, candidates, temperature=scale, **options)
         worker = _worker(path)
         work = worker(problem, *out, workspace_bytes or worker.default_workspace_bytes)
@@ -179,9 +182,9 @@ def why_not_triton(query_MD: Tensor) -> str | None:
     """What keeps the Triton path from such inputs; None if nothing does."""
     if query_MD.dtype == torch.float64:
         return "it has no float64"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     if not query_MD.is_cuda:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
         from lowmem_cft_kernels.triton_info_nce import interpreted
 
         return None if interpreted() else f"it needs CUDA, and the inputs are on {query_MD.device}"
@@ -192,7 +195,7 @@ def why_not_triton(query_MD: Tensor) -> str | None:
         return f"it needs compute capability 7.5, and the device has {major}.{minor}"
     if query_MD.dtype == torch.bfloat16 and major < 8:
         return f"bfloat16 needs compute capability 8.0, and the device has {major}.{minor}"
-    return None
+    return why_triton_cannot_start()
 
 
 def _worker(path: Path) -> type[chunked.Chunked] | type[Fused]:
@@ -232,6 +235,20 @@ def _validate(
             raise ValueError(f"temperature: got {value}, wanted a finite number above 0")
     check_softmaxes(softmaxes)
     candidates.validate(query_MD.shape[0], doc_ND.shape[0])
+
+
+def _validate_devices(query_MD: Tensor, doc_ND: Tensor, *given: object) -> None:
+    tensors: dict[str, object] = {"doc_ND": doc_ND}
+    for one in given:
+        tensors |= (
+            {"weight_M": one} if isinstance(one, Tensor) else vars(one) if one is not None else {}
+        )
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device != query_MD.device:
+            raise ValueError(
+                f"{name}: got it on {tensor.device}, wanted it where query_MD is, on "
+                f"{query_MD.device}"
+            )
 
 
 def _validate_out(query_MD: Tensor, doc_ND: Tensor, out: tuple[Tensor, Tensor]) -> None:

@@ -21,7 +21,13 @@ from lowmem_cft_kernels.options import Direction, Negatives
 from lowmem_cft_kernels.problem import Block, Problem, add_at, row_blocks, strips, through_norm
 from lowmem_cft_kernels.tally import Tally
 from lowmem_cft_kernels.tiles import Tile, choose_tile
-from lowmem_cft_kernels.triton_tiles import FP16_GAIN, gradient_kernel, lse_kernel, scale_kernel
+from lowmem_cft_kernels.triton_tiles import (
+    COLUMN_PADDING,
+    FP16_GAIN,
+    gradient_kernel,
+    lse_kernel,
+    scale_kernel,
+)
 
 LN2 = math.log(2.0)
 
@@ -64,7 +70,10 @@ class Fused:
         self.lse_bytes = workspace_bytes - self.gradient_bytes
         self.tally = Tally.empty(problem)
         self.temperature = problem.temperature.reshape(1)
+        # what brings similarities to logits in units of log2: rounded once, as no division is there
+        self.unit = (1 / (self.temperature.double() * LN2)).float()
         self.best_M = problem.best_M
+        self._arguments: dict[int, dict[str, Any]] = {}
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Loss and d loss / d temperature."""
@@ -99,8 +108,11 @@ class Fused:
             return 0
         num_rows, num_columns = _size(block)
         rows = self.gradient_bytes // (_padded(num_columns) * block.row_RD.element_size())
-        tiles = triton.cdiv(num_columns, choose_tile("lse", block).block_c)
+        tile = choose_tile("lse", block)
+        tiles = triton.cdiv(num_columns, tile.block_c)
         rows = min(rows, self.lse_bytes // (tiles * _LSE_ROW_BYTES * 2), num_rows)
+        if tile.block_r < rows < num_rows:  # no tile but the matrix's last is partly empty
+            rows -= rows % tile.block_r
         return rows if rows >= min(num_rows, _FEWEST_ROWS) else 0
 
     def _one_pass(self) -> tuple[Tensor, Tensor]:
@@ -112,13 +124,14 @@ class Fused:
         loss, columns = torch.zeros_like(self.temperature[0]), slice(0, num_columns)
         gain = FP16_GAIN.value if held.dtype == torch.float16 else 1.0
         for rows in row_blocks(num_rows, size_r):
-            exp_RC = held[: rows.stop - rows.start, :num_columns]
-            parts = self._tile_sums(block, rows, columns, tile, exp_RC=exp_RC)
+            padded = held[: rows.stop - rows.start]
+            parts = self._tile_sums(block, rows, columns, tile, exp=padded)
             lse_BP = join(problem, None, _merged(parts)[:, None])
             loss = loss + mean_loss(problem, rows, [lse_BP])
             row_shift_R = row_shift(problem, block, rows, lse_BP)[:, 0] / LN2
-            self._to_gradient(block, rows, tile, exp_RC, parts, row_shift_R, gain)
-            self._multiply(block, rows, columns, exp_RC)
+            self._to_gradient(block, rows, tile, padded, parts, row_shift_R, gain)
+            self._multiply(block, rows, columns, padded[:, :num_columns])
+        del held, padded, parts  # what comes takes workspace too
         return loss, self._with_own_gradient()
 
     def _to_gradient(
@@ -126,29 +139,29 @@ class Fused:
         block: Block,
         rows: slice,
         tile: Tile,
-        exp_RC: Tensor,
-        parts: Tensor,
+        held: Tensor,
+        parts: list[Tensor],
         row_shift_R: Tensor,
         gain: float,
     ) -> None:
-        num_rows, num_columns = exp_RC.shape
+        num_rows, num_columns = rows.stop - rows.start, _size(block)[1]
         shift_M = self.best_M.new_empty(len(self.best_M))
         shift_M[rows] = row_shift_R
         part_rows = max(1, _SCALE_NUMBERS // tile.block_c)
         grid = (triton.cdiv(num_rows, part_rows) * triton.cdiv(num_columns, tile.block_c),)
-        shared = block_arguments(self.problem, block)
-        with torch.cuda.device_of(exp_RC):  # type: ignore[no-untyped-call]
+        shared = self._shared(block)
+        with torch.cuda.device_of(held):  # type: ignore[no-untyped-call]
             scale_kernel[grid](
-                held_ptr=exp_RC,
+                held_ptr=held,
                 factor_ptr=torch.exp2(parts[0] - row_shift_R) / gain,
                 row_shift_ptr=shift_M,
                 weight_ptr=self.problem.weight_MP.contiguous(),
-                temperature_ptr=self.temperature,
+                unit_ptr=self.unit,
                 scale_ptr=self.scale,
                 first_row=rows.start,
                 num_rows=num_rows,
                 num_columns=num_columns,
-                held_stride=exp_RC.stride(0),
+                held_stride=held.stride(0),
                 BLOCK_C=tile.block_c,
                 PART_R=part_rows,
                 **{name: shared[name] for name in _SCALE_TAKES},
@@ -185,7 +198,8 @@ class Fused:
         per_tile = max(1, self.lse_bytes // (size_r * _LSE_ROW_BYTES * 2))
         for rows, columns in _rectangles(num_rows, num_columns, size_r, per_tile * tile.block_c):
             parts_r = triton.cdiv(rows.stop - rows.start, tile.block_r)
-            col_parts = self.best_M.new_empty((2, parts_r, columns.stop - columns.start))
+            size = (parts_r, columns.stop - columns.start)
+            col_parts = [self.best_M.new_empty(size) for _ in range(2)]
             column_outputs = col_parts if columns_choose else None
             parts = self._tile_sums(
                 block, rows, columns, tile, rows_choose=rows_choose, col_parts=column_outputs
@@ -204,13 +218,15 @@ class Fused:
         tile: Tile,
         *,
         rows_choose: bool = True,
-        col_parts: Tensor | None = None,
-        exp_RC: Tensor | None = None,
-    ) -> Tensor:
-        """(3, tiles of columns, rows): `lse_kernel`'s maxima and sums of rows; fills the tally."""
+        col_parts: list[Tensor] | None = None,
+        exp: Tensor | None = None,
+    ) -> list[Tensor]:
+        """(tiles of columns, rows) each: `lse_kernel`'s maxima and sums of rows; fills the tally."""
         num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
-        row_parts = self.best_M.new_empty((3, triton.cdiv(num_columns, tile.block_c), num_rows))
-        counts = row_parts.new_empty((2, *row_parts.shape[1:]), dtype=torch.int32)
+        size = (triton.cdiv(num_columns, tile.block_c), num_rows)
+        # tensors of their own: kernels are compiled anew for a slice that begins off 16 bytes
+        row_parts = [self.best_M.new_empty(size) for _ in range(3)]
+        counts = [torch.empty_like(row_parts[0], dtype=torch.int32) for _ in range(2)]
         observe = block.direction is Direction.QUERY_TO_DOC
         outputs = {
             "row_top_ptr": row_parts[0] if rows_choose else None,
@@ -221,8 +237,8 @@ class Fused:
             "seen_ptr": counts[1] if observe else None,
             "sum_ptr": row_parts[2] if observe else None,
             "best_ptr": self.best_M if observe else None,
-            "exp_ptr": exp_RC,
-            "exp_stride": 0 if exp_RC is None else exp_RC.stride(0),
+            "exp_ptr": exp,
+            "exp_stride": 0 if exp is None else exp.stride(0),
         }
         self._launch(lse_kernel, block, rows, columns, tile, outputs)
         if observe:
@@ -285,17 +301,18 @@ class Fused:
         size_c = min(max(128, size_c), _padded(num_columns))
         held = block.row_RD.new_empty((size_r, size_c))
         for rows, columns in _rectangles(num_rows, num_columns, size_r, size_c):
-            grad_RC = held[: rows.stop - rows.start, : columns.stop - columns.start]
+            wide = columns.stop - columns.start
+            padded = held[: rows.stop - rows.start, : _padded(wide)]
             outputs = {
                 "weight_ptr": problem.weight_MP.contiguous() if positives else None,
                 "scale_ptr": self.scale,
                 "row_shift_ptr": row_shift_R,
                 "col_shift_ptr": col_shift_N if positives else None,
-                "out_ptr": grad_RC,
+                "out_ptr": padded,
                 "out_stride": size_c,
             }
             self._launch(gradient_kernel, block, rows, columns, tile, outputs)
-            self._multiply(block, rows, columns, grad_RC)
+            self._multiply(block, rows, columns, padded[:, :wide])
 
     def _multiply(self, block: Block, rows: slice, columns: slice, grad_RC: Tensor) -> None:
         row_RD, col_CD = block.pick(block.row_RD, rows), block.col_CD[columns]
@@ -321,6 +338,12 @@ class Fused:
 
     # -- launches -------------------------------------------------------------------------------
 
+    def _shared(self, block: Block) -> dict[str, Any]:
+        """`block_arguments`, made once: a rectangle takes the GPU no longer than they take Python."""
+        if id(block) not in self._arguments:
+            self._arguments[id(block)] = block_arguments(self.problem, block)
+        return self._arguments[id(block)]
+
     def _launch(
         self,
         kernel: Any,
@@ -334,9 +357,10 @@ class Fused:
         grid = (triton.cdiv(num_rows, tile.block_r) * triton.cdiv(num_columns, tile.block_c),)
         with torch.cuda.device_of(block.row_RD):  # type: ignore[no-untyped-call]
             kernel[grid](
-                **block_arguments(self.problem, block),
+                **self._shared(block),
                 **arguments,
                 temperature_ptr=self.temperature,
+                unit_ptr=self.unit,
                 first_row=rows.start,
                 num_rows=num_rows,
                 first_column=columns.start,
@@ -397,8 +421,9 @@ def _rows_contiguous(x_RD: Tensor) -> Tensor:
 
 
 def _padded(num_columns: int) -> int:
-    """A row length that keeps rows aligned to what kernels load at once."""
-    return -(-num_columns // 16) * 16
+    """A row length that keeps rows aligned to what kernels load and store at once."""
+    whole: int = COLUMN_PADDING.value
+    return -(-num_columns // whole) * whole
 
 
 def _size(block: Block) -> tuple[int, int]:
@@ -414,7 +439,7 @@ def _rectangles(
             yield rows, columns
 
 
-def _merged(parts: Tensor) -> Tensor:
+def _merged(parts: list[Tensor]) -> Tensor:
     """Natural log-sum-exp over tiles, from maxima and shifted sums in units of log2."""
     return (parts[0] * LN2 + parts[1].log()).logsumexp(dim=0)
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-LOG2E = tl.constexpr(1.4426950408889634)
+COLUMN_PADDING = tl.constexpr(16)
+"""Rows of held tiles are whole multiples of so many numbers long."""
 
 FP16_GAIN = tl.constexpr(16384.0)
 """Numbers of at most 1 are held times this in float16, which ends at 65504 and loses bits below
@@ -178,7 +179,7 @@ def tile(  # type: ignore[no-untyped-def]
     row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
     row_bound_ptr, col_bound_ptr,
     row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
-    r_place, c_place, rc_outside, temperature, width, guide_width,
+    r_place, c_place, rc_outside, unit, width, guide_width,
     row_stride, col_stride, row_guide_stride, col_guide_stride,
     P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
     SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
@@ -205,7 +206,7 @@ def tile(  # type: ignore[no-untyped-def]
         row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr, r_place, c_place,
         rc_outside, SAME_HIDES, OWN_ONLY, K, L,
     )  # fmt: skip
-    rc_logit = rc_sim * (LOG2E / temperature)
+    rc_logit = rc_sim * unit
     if row_bound_ptr is not None:
         rc_guide = rc_sim
         if row_guide_ptr is not None:
@@ -245,6 +246,15 @@ def places(  # type: ignore[no-untyped-def]
     return r, c, r_place, c_place
 
 
+@triton.jit
+def inside_padded(c, num_columns):  # type: ignore[no-untyped-def]
+    """Columns of a held tile, whose rows end at a whole COLUMN_PADDING.
+
+    With a bound that is no multiple of what one instruction stores, Triton stores number by number.
+    """
+    return c < tl.cdiv(num_columns, COLUMN_PADDING) * COLUMN_PADDING
+
+
 @triton.jit(do_not_specialize=["first_row", "first_column", "num_rows", "num_columns", "strength"])  # type: ignore[untyped-decorator]
 def lse_kernel(  # type: ignore[no-untyped-def]
     row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
@@ -252,7 +262,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
     row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
     row_bound_ptr, col_bound_ptr,
     row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
-    best_ptr, temperature_ptr,
+    best_ptr, temperature_ptr, unit_ptr,
     row_top_ptr, row_total_ptr, col_top_ptr, col_total_ptr,
     above_ptr, seen_ptr, sum_ptr, exp_ptr,
     first_row, num_rows, first_column, num_columns, width, guide_width,
@@ -279,14 +289,14 @@ def lse_kernel(  # type: ignore[no-untyped-def]
         first_row, num_rows, first_column, num_columns, tile_r, tile_c, BLOCK_R, BLOCK_C
     )
     rc_outside = (r >= num_rows)[:, None] | (c >= num_columns)[None, :]
-    temperature = tl.load(temperature_ptr)
+    temperature, unit = tl.load(temperature_ptr), tl.load(unit_ptr)
     rc_row, rc_col, rc_own = tile(
         row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
         target_ptr, has_target_ptr, positive_ptr,
         row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
         row_bound_ptr, col_bound_ptr,
         row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
-        r_place, c_place, rc_outside, temperature, width, guide_width,
+        r_place, c_place, rc_outside, unit, width, guide_width,
         row_stride, col_stride, row_guide_stride, col_guide_stride,
         P, K, L, SAME_HIDES, OWN_ONLY, TARGET_HIDES, EVEN_D, EVEN_G, WIDEN,
         BLOCK_R, BLOCK_C, BLOCK_D,
@@ -294,7 +304,6 @@ def lse_kernel(  # type: ignore[no-untyped-def]
     r_out, c_out = tile_c.to(tl.int64) * num_rows + r, tile_r.to(tl.int64) * num_columns + c
     r_inside, c_inside = r < num_rows, c < num_columns
     if above_ptr is not None:
-        unit = LOG2E / temperature
         rc_above = rc_row > tl.load(best_ptr + r_place)[:, None] * unit
         rc_visible = rc_row > float("-inf")
         # counted in floats: for compute capability 7.5, integers are packed by way of the stack
@@ -327,7 +336,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
             if exp_ptr.dtype.element_ty == tl.float16:
                 rc_exp *= FP16_GAIN
             exp_ptrs = exp_ptr + r.to(tl.int64)[:, None] * exp_stride + c[None, :]
-            inside = r_inside[:, None] & c_inside[None, :]
+            inside = r_inside[:, None] & inside_padded(c, num_columns)[None, :]
             tl.store(exp_ptrs, rc_exp.to(exp_ptr.dtype.element_ty), mask=inside)
 
 
@@ -338,7 +347,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
     row_bound_ptr, col_bound_ptr,
     row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
-    weight_ptr, temperature_ptr, scale_ptr, row_shift_ptr, col_shift_ptr, out_ptr,
+    weight_ptr, temperature_ptr, unit_ptr, scale_ptr, row_shift_ptr, col_shift_ptr, out_ptr,
     first_row, num_rows, first_column, num_columns, width, guide_width,
     row_stride, col_stride, row_guide_stride, col_guide_stride,
     out_stride, strength,
@@ -358,14 +367,14 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
         first_row, num_rows, first_column, num_columns, tile_r, tile_c, BLOCK_R, BLOCK_C
     )
     rc_outside = (r >= num_rows)[:, None] | (c >= num_columns)[None, :]
-    temperature = tl.load(temperature_ptr)
+    temperature, unit = tl.load(temperature_ptr), tl.load(unit_ptr)
     rc_row, rc_col, rc_own = tile(
         row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
         target_ptr, has_target_ptr, positive_ptr,
         row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
         row_bound_ptr, col_bound_ptr,
         row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
-        r_place, c_place, rc_outside, temperature, width, guide_width,
+        r_place, c_place, rc_outside, unit, width, guide_width,
         row_stride, col_stride, row_guide_stride, col_guide_stride,
         P, K, L, SAME_HIDES, OWN_ONLY, TARGET_HIDES, EVEN_D, EVEN_G, WIDEN,
         BLOCK_R, BLOCK_C, BLOCK_D,
@@ -394,7 +403,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
         rc_grad *= tl.load(row_inverse_ptr + r_index)[:, None]
         rc_grad *= tl.load(col_inverse_ptr + c_place)[None, :]
     out_ptrs = out_ptr + r.to(tl.int64)[:, None] * out_stride + c[None, :]
-    inside = (r < num_rows)[:, None] & (c < num_columns)[None, :]
+    inside = (r < num_rows)[:, None] & inside_padded(c, num_columns)[None, :]
     tl.store(out_ptrs, rc_grad.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -406,7 +415,7 @@ def scale_kernel(  # type: ignore[no-untyped-def]
     target_ptr,
     positive_ptr,
     weight_ptr,
-    temperature_ptr,
+    unit_ptr,
     scale_ptr,
     row_inverse_ptr,
     col_inverse_ptr,
@@ -427,12 +436,12 @@ def scale_kernel(  # type: ignore[no-untyped-def]
     part, tile_c = tl.program_id(0) // tiles_c, tl.program_id(0) % tiles_c
     r, c = part * PART_R + tl.arange(0, PART_R), tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     r_inside = r < num_rows
-    inside = r_inside[:, None] & (c < num_columns)[None, :]
+    inside = r_inside[:, None] & inside_padded(c, num_columns)[None, :]
     r_place = (first_row + tl.minimum(r, num_rows - 1)).to(tl.int64)
     held_ptrs = held_ptr + r.to(tl.int64)[:, None] * held_stride + c[None, :]
     r_factor = tl.load(factor_ptr + tile_c.to(tl.int64) * num_rows + r, mask=r_inside, other=0.0)
     rc_grad = tl.load(held_ptrs, mask=inside, other=0.0).to(tl.float32) * r_factor[:, None]
-    unit = LOG2E / tl.load(temperature_ptr)
+    unit = tl.load(unit_ptr)
     r_shift = tl.load(row_shift_ptr + r_place)
     for p in tl.static_range(P):
         r_target = tl.load(target_ptr + r_place * P + p)

@@ -44,6 +44,18 @@ def long(*values: int) -> Tensor:
 GUIDES = {"query_guide_MG": torch.ones(2, 6), "doc_guide_NG": torch.ones(3, 6)}
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "documents elsewhere": (
+        {"doc_ND": DOC.to("meta")},
+        "doc_ND: got it on meta, wanted it where query_MD is, on cpu",
+    ),
+    "candidates elsewhere": (
+        of_candidates(target=TARGET.to("meta")),
+        "target: got it on meta, wanted it where query_MD is, on cpu",
+    ),
+    "weights elsewhere": (
+        {"weight_M": torch.ones(2, device="meta")},
+        "weight_M: got it on meta, wanted it where query_MD is, on cpu",
+    ),
     "queries of one dimension": (
         {"query_MD": torch.ones(4)},
         r"got queries \(4,\) and documents \(3, 4\), wanted \(M, D\) and \(N, D\)",
