@@ -4,8 +4,15 @@
     python bench/gpu_check.py --only device --only correctness --only loss_correctness --only loss_bounds
     python bench/gpu_check.py --only memory --only loss_memory --only dropout_speed
     python bench/gpu_check.py --only loss_speed --only loss_tiles
-    python bench/gpu_check.py --only memory --cap 8GiB
+    python bench/gpu_check.py --only memory --cap-gib 8
     python bench/gpu_check.py --tiny              # every branch the machine can run, in minutes
+
+Needed: torch with triton and numpy; loss_speed: rich, and matplotlib for its picture; correctness and
+memory: transformers, peft, accelerate, pyyaml, psutil and pydantic. Where pydantic is not installed,
+carry its wheel and those of pydantic-core (for that Python and platform, in the version that this
+pydantic names), annotated-types and typing-inspection, or the four unpacked in a folder that is on
+PYTHONPATH. What is missing fails those parts alone. Without bitsandbytes memory takes 16-bit weights,
+and a model that does not fit so is skipped.
 
 Each part has a process and a time budget of its own, so that none takes the others with it; what a
 part has found is written to `--out` when it ends, whole or not. Progress goes to standard error. The
@@ -24,18 +31,20 @@ memory        models: name -> weights (measured bytes beside the planner's), bui
               tokens_per_s (real tokens), tflops (the planner's operations over the time),
               share_of_matrix_peak, predicted_bytes (all, context included), allocated_bytes and
               reserved_bytes (most of the process's tensors and of its allocator), ran_out (memory
-              ran out and the step went on with plan_after), within_cap. ratio: predicted without
-              context and slack by allocated; ratio_reserved: predicted without context by reserved;
-              ratio_step: what the step adds to weights and optimizer, by the same without.
-              loss_phase: the loss on that many random embeddings. context_bytes: on the device and
-              not in the allocator. On a CPU live tensors are counted, and the cap is the planner's.
+              ran out and the step went on with plan_after), within_cap (reserved_bytes and the context
+              before the first model). ratio: predicted without context and slack by allocated;
+              ratio_reserved: predicted without context by reserved; ratio_step: what the step adds
+              to weights and optimizer, by the same without. loss_phase: the loss on that many
+              random embeddings. context_bytes: on the device and not in the allocator; the part's
+              own is from before the first model. On a CPU live tensors are counted, and the cap is
+              the planner's.
 dropout_speed rows as of bench/dropout.py
 loss_correctness  as correctness: sets of options against the formula in float64, at ragged sizes, by
               the Triton path and the chunked one; float32 to 1e-5, value and observations in every
               dtype; gradients of 16 bits to twice the error of plain autograd in the dtype; twice
               the same bits.
 loss_bounds   alone: poison around inputs and gradients. memcheck, racecheck: the same under
-              compute-sanitizer, where that is installed.
+              compute-sanitizer, where that is installed and takes the device.
 loss_memory   cases, each with extra_bytes (peak beyond inputs and gradients, 64 MiB at most),
               reserved_bytes, seconds, tflops, max_rel_error as in bench/loss.py; the largest has
               65,536 x 131,072 similarities of size 2304.
@@ -49,6 +58,7 @@ so that the 16-bit model never exists. Lengths are as of NLI sentences: mean 14,
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import sys
 import time
@@ -66,15 +76,7 @@ from measure import machine, print_line, run_limited, versions, write_whole
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # where nothing is installed
 sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from gpu_options import STARTED, Options, message_of, say
-from gpu_parts_correctness import check_correctness
-from gpu_parts_device import check_device, check_dropout_speed
-from gpu_parts_loss import check_loss_correctness, check_loss_memory
-from gpu_parts_loss_speed import check_loss_speed, check_sanitizer, check_tiles
-from gpu_parts_memory import check_memory
-from gpu_real_models import MODELS
-from lowmem_cft.backbone import quiet_libraries
-from lowmem_cft.recipe import parse_bytes
+from gpu_options import MODELS, STARTED, Options, message_of, say
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("lowmem-cft", "torch", "triton", "transformers", "peft", "bitsandbytes", "numpy")
@@ -94,16 +96,26 @@ class Part:
     seconds: float
 
 
+def _part(module: str, name: str, seconds: float) -> Part:
+    """Imported when it runs: what one part lacks does not stop the others."""
+
+    def run(options: Options) -> dict[str, Any]:
+        found: dict[str, Any] = getattr(importlib.import_module(module), name)(options)
+        return found
+
+    return Part(run, seconds)
+
+
 PARTS: dict[str, Part] = {
-    "device": Part(check_device, 40),
-    "correctness": Part(check_correctness, 120),
-    "loss_correctness": Part(check_loss_correctness, 200),
-    "loss_bounds": Part(check_sanitizer, 100),
-    "memory": Part(check_memory, 290),
-    "loss_memory": Part(check_loss_memory, 80),
-    "dropout_speed": Part(check_dropout_speed, 35),
-    "loss_speed": Part(check_loss_speed, 330),
-    "loss_tiles": Part(check_tiles, 150),
+    "device": _part("gpu_parts_device", "check_device", 40),
+    "correctness": _part("gpu_parts_correctness", "check_correctness", 120),
+    "loss_correctness": _part("gpu_parts_loss", "check_loss_correctness", 200),
+    "loss_bounds": _part("gpu_parts_loss_speed", "check_sanitizer", 100),
+    "memory": _part("gpu_parts_memory", "check_memory", 290),
+    "loss_memory": _part("gpu_parts_loss", "check_loss_memory", 80),
+    "dropout_speed": _part("gpu_parts_device", "check_dropout_speed", 35),
+    "loss_speed": _part("gpu_parts_loss_speed", "check_loss_speed", 330),
+    "loss_tiles": _part("gpu_parts_loss_speed", "check_tiles", 150),
 }
 """In the order they run."""
 
@@ -115,7 +127,7 @@ def choose_options(values: argparse.Namespace, seconds: float) -> Options:
     return Options(
         device=device,
         tiny=values.tiny,
-        cap_bytes=parse_bytes(values.cap),
+        cap_bytes=int(values.cap_gib * 2**30),
         seconds=seconds,
         step_seconds=2.0 if values.tiny else 25.0,
         models=tuple(values.models or MODELS),
@@ -125,23 +137,34 @@ def choose_options(values: argparse.Namespace, seconds: float) -> Options:
 
 
 def run_here(name: str, values: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """A part in this process; an exception is its result."""
+    """A part in this process; an exception is its result, beside what it had noted."""
     start = time.perf_counter()
     found: dict[str, Any] = {}
+    options: Options | None = None
     try:
-        quiet_libraries()
         options = choose_options(values, seconds)
-        found = {"ok": True, **PARTS[name].run(options)}
         found["machine"] = machine(options.device)
+        found |= {"ok": True, **PARTS[name].run(options)}
     except Exception as error:
         traceback.print_exc()
-        found = {"ok": False, "error": message_of(error)}
+        reason = message_of(error)
+        if isinstance(error, ModuleNotFoundError):
+            reason += f"; install it, or carry it along as the text of {Path(__file__).name} says"
+        found |= {**(options.noted if options else {}), "ok": False, "error": reason}
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def run_apart(name: str, values: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """A part in a process of its own, ended somewhat after its time is over."""
-    arguments = ["--here", "--only", name, "--cap", values.cap, "--seconds", f"{seconds:.0f}"]
+    arguments = [
+        "--here",
+        "--only",
+        name,
+        "--cap-gib",
+        str(values.cap_gib),
+        "--seconds",
+        f"{seconds:.0f}",
+    ]
     arguments += ["--tiny"] if values.tiny else []
     arguments += ["--device", values.device] if values.device else []
     arguments += ["--models", *values.models] if values.models else []
@@ -163,7 +186,7 @@ def run_apart(name: str, values: argparse.Namespace, seconds: float) -> dict[str
 def run_parts(values: argparse.Namespace) -> dict[str, Any]:
     """Every chosen part in turn; what there is so far is written after each."""
     names = chosen(values)
-    shown = ("tiny", "cap", "device", "only", "models")
+    shown = ("tiny", "cap_gib", "device", "only", "models")
     found: dict[str, Any] = {
         "ok": False,
         "seconds": 0.0,
@@ -229,7 +252,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small sizes, on any device")
     parser.add_argument("--only", action="append", choices=tuple(PARTS), help="may be repeated")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="for memory; all")
-    parser.add_argument("--cap", default="12GiB", help="memory that the process may take")
+    parser.add_argument("--cap-gib", type=float, default=12.0, help="that the process may take")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="CUDA where there is one")
     parser.add_argument(
         "--seconds", type=float, help="after them nothing new begins; the parts' own"

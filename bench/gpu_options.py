@@ -16,10 +16,17 @@ import torch
 from torch import Tensor
 
 from lowmem_cft.live_bytes import LiveBytes
-from lowmem_cft.planner import MARGINS
 from measure import median, synchronize, write_whole
 
 STARTED = time.perf_counter()
+
+MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "MiniCPM-2B": ("cft-minicpm-2b", ()),
+    "Gemma-2B": ("cft-gemma-2b", ()),
+    "Phi-2": ("cft-phi-2", ()),
+    "LLaMA-8B": ("prompteol-llama-7b", ("lora.rank=16",)),
+}
+"""Name -> recipe whose adapter and loss are used, and what is changed of it."""
 
 
 def say(text: str) -> None:
@@ -31,8 +38,8 @@ class Options:
     """What a part may ask.
 
     `seconds`: the part's budget, from `started` on. `step_seconds`: most that one measured step
-    should take. `result`: where `note` writes what the part has so far. `picture`: where one may be
-    drawn.
+    should take. `result`: where `note` writes what the part has so far, which is `noted`. `picture`:
+    where one may be drawn.
     """
 
     device: torch.device
@@ -44,6 +51,7 @@ class Options:
     result: Path | None = None
     picture: Path | None = None
     started: float = field(default_factory=time.perf_counter)
+    noted: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cuda(self) -> bool:
@@ -55,6 +63,7 @@ class Options:
         return self.seconds - (time.perf_counter() - self.started)
 
     def note(self, found: Mapping[str, Any]) -> None:
+        self.noted.update(found)
         if self.result is not None:
             write_whole(self.result, {**found, "unfinished": True})
 
@@ -67,18 +76,26 @@ def release() -> None:
 
 
 @contextmanager
-def capped(options: Options, cap_bytes: int) -> Iterator[None]:
-    """The process limited to so many bytes on the GPU, its context included; elsewhere nothing."""
+def capped(options: Options, room_bytes: int) -> Iterator[None]:
+    """The allocator limited to so many bytes on the GPU; elsewhere nothing happens."""
     if not options.cuda:
         yield
         return
     total = torch.cuda.get_device_properties(options.device).total_memory
-    share = min(1.0, max(0, cap_bytes - MARGINS["cuda"]) / total)
+    share = min(1.0, max(0, room_bytes) / total)
     torch.cuda.set_per_process_memory_fraction(share, options.device)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, options.device)
+
+
+def context_bytes(options: Options) -> int:
+    """Of the GPU's memory what is used beside this process's allocator; 0 on a CPU."""
+    if not options.cuda:
+        return 0
+    free, total = torch.cuda.mem_get_info(options.device)
+    return int(total - free - torch.cuda.memory_reserved(options.device))
 
 
 @dataclass
@@ -160,6 +177,12 @@ class Checks:
     def holds(self, kind: str, name: str, value: bool) -> None:
         self.at_most(kind, name, 0.0 if value else 1.0, 0.0)
 
+    def fails(self, kind: str, error: Exception, **more: str) -> None:
+        """An exception in the place of a finding."""
+        self.count += 1
+        self.failed.append({"kind": kind, **more, "error": message_of(error)})
+        say(f"  FAILED {kind} {' '.join(more.values())}: {message_of(error)}")
+
     def group(self, name: str, work: Callable[[Options, Checks], None]) -> None:
         """Run a group of checks; an exception in it is a failed check."""
         if self.options.left < 5:
@@ -170,9 +193,7 @@ class Checks:
         try:
             work(self.options, self)
         except Exception as error:
-            self.count += 1
-            self.failed.append({"kind": name, "error": message_of(error)})
-            say(f"  FAILED {name}: {message_of(error)}")
+            self.fails(name, error)
         release()
         self.seconds[name] = round(time.perf_counter() - start, 1)
         say(f"  {name}: {self.seconds[name]} s")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
@@ -17,10 +18,9 @@ from torch import Tensor
 
 import loss
 from gpu_loss_cases import OPTION_SETS, Case, Shape, make_case
-from gpu_options import Checks, Options, Peak, capped, guarded, release
+from gpu_options import Checks, Options, Peak, capped, context_bytes, guarded, release
 from loss_sides import MODES
 from lowmem_cft_kernels import GTE, ONE_WAY, SYMMETRIC, Candidates, InfoNCEResult, Path, info_nce
-from lowmem_cft_kernels.info_nce import why_not_triton
 from measure import synchronize
 
 Finding = tuple[str, str, float, float]
@@ -41,6 +41,7 @@ MEMORY_CASES: dict[bool, tuple[tuple[loss.Size, str, str], ...]] = {
         ((4096, 8192, 768), "one_way", "float32"),
         ((16384, 16384, 768), "gte", "bfloat16"),
         ((16384, 32768, 2304), "symmetric", "bfloat16"),
+        ((16384, 32768, 2304), "one_way", "bfloat16"),  # one pass; the largest takes two
         LARGEST,
     ),
 }
@@ -48,7 +49,13 @@ MEMORY_CASES: dict[bool, tuple[tuple[loss.Size, str, str], ...]] = {
 
 _GRADIENTS = ("d_query_MD", "d_doc_ND", "d_temperature")
 _WORKERS = 12
-"""Processes that compile kernels and check beside each other."""
+"""Processes that compile kernels and check beside each other, where there is memory for them."""
+
+_READING_SECONDS = 10.0
+"""Kept for reading what is done: no unfinished task is waited for."""
+
+_WORKER_BYTES = 2 * 2**30
+"""What one of them takes of the device, its context included."""
 
 
 def errors_of(case: Case, got: Sequence[Tensor], wanted: InfoNCEResult) -> dict[str, float]:
@@ -87,6 +94,7 @@ def check_set(
         found.append(("loss: second run", title, 0.0 if same else 1.0, 0.0))
         for kind, value, bound in _compared(case, got, wanted, dtype):
             found.append((kind, title, value, bound))
+    torch.cuda.empty_cache()  # other processes share the device
     return found
 
 
@@ -122,11 +130,12 @@ def _difference(got: Tensor, wanted: Tensor) -> float:
 def loss_tasks(options: Options) -> dict[str, list[Task]]:
     """By option set."""
     device, shapes = str(options.device), SHAPES[:2] if options.tiny else SHAPES
-    narrow = torch.empty(0, 1, dtype=torch.float16, device=options.device)
     ways = [("float32", Path.CHUNKED), ("float64", Path.CHUNKED)]
-    path = Path.CHUNKED if why_not_triton(narrow) is not None else Path.TRITON
-    ways += [(dtype, path) for dtype in ("bfloat16", "float16")]
-    ways += [("float32", path)] if path is Path.TRITON else []
+    # not asked whether Triton can start: where it cannot, every check of it says so and fails
+    fused = Path.TRITON if options.cuda else Path.CHUNKED
+    bfloat16 = not options.cuda or torch.cuda.get_device_capability(options.device) >= (8, 0)
+    ways += [("float16", fused), ("bfloat16", fused if bfloat16 else Path.CHUNKED)]
+    ways += [("float32", fused)] if options.cuda else []
     return {
         name: [(name, dtype, path.value, shapes, device) for dtype, path in ways]
         for name in OPTION_SETS
@@ -137,24 +146,47 @@ def loss_tasks(options: Options) -> dict[str, list[Task]]:
 def started(
     tasks: Sequence[Task], workers: int
 ) -> Iterator[dict[Task, Callable[[float], list[Finding]]]]:
-    """Task -> what waits so many seconds for its findings; without workers they are done then."""
+    """Task -> what waits so many seconds for its findings; without workers they are done then.
+
+    A process that failed at a task is given up: after a CUDA error every other task fails in it.
+    """
     if not workers:
         yield {task: lambda _, task=task: check_set(*task) for task in tasks}  # type: ignore[misc]
         return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    own = threading.local()
+
+    def run(task: Task) -> list[Finding]:
+        if getattr(own, "process", None) is None:
+            own.process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        try:
+            found: list[Finding] = own.process.submit(check_set, *task).result()
+        except Exception:
+            own.process.shutdown(wait=False)
+            own.process = None
+            raise
+        return found
+
+    threads = ThreadPoolExecutor(workers)  # one process each, so that none breaks another's
     try:
-        futures = {task: pool.submit(check_set, *task) for task in tasks}
+        futures = {task: threads.submit(run, task) for task in tasks}
         yield {task: future.result for task, future in futures.items()}
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def num_workers(options: Options) -> int:
+    """As many as there are cores and memory for; none without a GPU."""
+    if not options.cuda:
+        return 0
+    free, _ = torch.cuda.mem_get_info(options.device)
+    return max(1, min(_WORKERS, os.cpu_count() or 1, free // _WORKER_BYTES))
 
 
 def check_loss_correctness(options: Options) -> dict[str, Any]:
     """Every option set against the formula in float64, in every dtype, and twice."""
     checks, tasks = Checks(options), loss_tasks(options)
-    workers = min(_WORKERS, os.cpu_count() or 1) if options.cuda else 0
     everything = [task for of_set in tasks.values() for task in of_set]
-    with started(everything, workers) as waiting:
+    with started(everything, num_workers(options)) as waiting:
         for name, of_set in tasks.items():
             group = partial(_add_findings, of_set, waiting)
             checks.group(f"loss: {name}", group)
@@ -168,7 +200,13 @@ def _add_findings(
     checks: Checks,
 ) -> None:
     for task in tasks:
-        for finding in waiting[task](max(1.0, options.left - 3)):
+        try:
+            # what is done when time is over is read still, of this option set and of the others
+            findings = waiting[task](max(0.0, options.left - _READING_SECONDS))
+        except Exception as error:
+            checks.fails("loss: not checked", error, name=", ".join(task[:3]))
+            continue
+        for finding in findings:
             checks.at_most(*finding)
 
 
@@ -207,7 +245,7 @@ def measure_extra(options: Options, size: loss.Size, mode: str, dtype: str) -> d
             out=(out[0], out[1]),
         )
 
-    with capped(options, options.cap_bytes):
+    with capped(options, options.cap_bytes - context_bytes(options)):
         call()
         with Peak(options, [task.query_MD, task.doc_ND, *out, candidates.target]) as peak:
             start = time.perf_counter()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpu_options import Options, Peak, capped, guarded, matrix_peak, release, say
-from gpu_real_models import (
+from gpu_options import (
     MODELS,
+    Options,
+    Peak,
+    capped,
+    context_bytes,
+    guarded,
+    matrix_peak,
+    release,
+    say,
+)
+from gpu_real_models import (
     attach,
     build_base,
     config_for,
@@ -23,12 +33,17 @@ from gpu_real_models import (
     weight_bytes,
 )
 from gpu_small_models import STEP, Batch
-from lowmem_cft.backbone import choose_dtype, set_checkpointing, trainable_parameters
+from lowmem_cft.backbone import (
+    choose_dtype,
+    quiet_libraries,
+    set_checkpointing,
+    trainable_parameters,
+)
 from lowmem_cft.batches import RowTable, step_texts
 from lowmem_cft.encoder import Encoder
 from lowmem_cft.footprint import Footprint
 from lowmem_cft.optimizer import make_optimizer
-from lowmem_cft.planner import GIB, BatchShape, Planner, Prediction
+from lowmem_cft.planner import GIB, MARGINS, BatchShape, Planner, Prediction
 from lowmem_cft.recipe import MemorySection, Recipe
 from lowmem_cft.step import ContrastiveStep
 from lowmem_cft.tokens import TokenStore
@@ -37,6 +52,10 @@ from measure import synchronize
 
 _LOSS_SECONDS = 30.0
 """Kept of the part's time for the loss phase."""
+
+
+class DoesNotFit(ValueError):
+    """The model alone takes more than the cap."""
 
 
 @dataclass
@@ -149,7 +168,7 @@ def memory_found(rig: Rig, found: Prediction, peak: Peak) -> dict[str, Any]:
     fixed = rig.planner.fixed_parts()
     added = total - sum(fixed.values()) - parts["slack"]
     added += parts["gradients"] if "backward" in found.moment else 0
-    context = context_bytes(rig.options)
+    room = rig.options.cap_bytes - MARGINS["cuda"]
     return {
         "predicted_bytes": total,
         "predicted_parts": parts,
@@ -160,17 +179,9 @@ def memory_found(rig: Rig, found: Prediction, peak: Peak) -> dict[str, Any]:
         "ratio": round((total - parts["context"] - parts["slack"]) / peak.allocated, 4),
         "ratio_reserved": round((total - parts["context"]) / peak.reserved, 4),
         "ratio_step": round(added / max(1, peak.allocated - peak.before), 4),
-        "context_bytes": context,
-        "within_cap": not rig.options.cuda or peak.reserved + context <= rig.options.cap_bytes,
+        "context_bytes": context_bytes(rig.options),
+        "within_cap": not rig.options.cuda or peak.reserved <= room,
     }
-
-
-def context_bytes(options: Options) -> int:
-    """Of the GPU's memory what is used beside this process's allocator; 0 on a CPU."""
-    if not options.cuda:
-        return 0
-    free, total = torch.cuda.mem_get_info(options.device)
-    return int(total - free - torch.cuda.memory_reserved(options.device))
 
 
 def make_rig(name: str, options: Options, quantization: str, peak_flops: float) -> Rig:
@@ -184,7 +195,7 @@ def make_rig(name: str, options: Options, quantization: str, peak_flops: float) 
     planner = Planner(Footprint(recipe, config, dtype, longest), options.device.type)
     fixed = sum(planner.fixed_parts().values())
     if fixed > options.cap_bytes:
-        raise ValueError(f"does not fit: {fixed / GIB:.2f} GiB before any text")
+        raise DoesNotFit(f"does not fit: {fixed / GIB:.2f} GiB before any text")
     torch.manual_seed(0)
     encoder = attach(build_base(config, recipe, dtype, options.device), recipe)
     optimizer = make_optimizer(trainable_parameters(encoder.model), recipe.train, options.device)
@@ -218,7 +229,12 @@ def try_model(
     start = time.perf_counter()
     if options.cuda:
         torch.cuda.reset_peak_memory_stats(options.device)
-    rig = make_rig(name, options, quantization, peak_flops)
+    try:
+        rig = make_rig(name, options, quantization, peak_flops)
+    except DoesNotFit as error:
+        if quantization == "nf4":
+            raise
+        return {"ok": True, "quantization": quantization, "skipped": f"in 16 bit it {error}"}
     base, weights = rig.encoder.model, rig.planner.footprint.weights
     quantized, plain = weight_bytes(base)
     result: dict[str, Any] = {
@@ -253,6 +269,11 @@ def try_model(
     return result
 
 
+def loss_flops(rows: int, dim: int) -> float:
+    """Of the loss phase of so many triplets."""
+    return 6.0 * rows * 2 * rows * dim
+
+
 def measure_loss(options: Options, rows: int, dim: int, workspace_bytes: int) -> dict[str, Any]:
     """The loss phase alone: so many triplets' random embeddings, and the gradient of all of them."""
     slots, device = 3 * rows, options.device
@@ -275,13 +296,12 @@ def measure_loss(options: Options, rows: int, dim: int, workspace_bytes: int) ->
         synchronize(device)
         seconds = time.perf_counter() - start
     taken = peak.allocated - peak.before
-    flops = 6.0 * rows * 2 * rows * dim
     return {
         "rows": rows,
         "dim": dim,
         "workspace_bytes": workspace_bytes,
         "seconds": round(seconds, 3),
-        "tflops": round(flops / seconds / 1e12, 3),
+        "tflops": round(1e-12 * loss_flops(rows, dim) / seconds, 6),
         "loss": float(result.loss),
         "embedding_bytes": emb_SD.nbytes,
         "gradient_bytes": d_emb_SD.nbytes,
@@ -295,6 +315,7 @@ def measure_loss(options: Options, rows: int, dim: int, workspace_bytes: int) ->
 def check_memory(options: Options) -> dict[str, Any]:
     """Real models under the cap, and the loss on a batch larger than there is time to encode."""
     found: dict[str, Any] = {"ok": True, "cap_bytes": options.cap_bytes, "models": {}}
+    quiet_libraries()
     reason = no_nf4(options)
     quantization = "nf4" if reason is None else "none"
     if reason is not None:
@@ -303,7 +324,9 @@ def check_memory(options: Options) -> dict[str, Any]:
     peak_flops = matrix_peak(options)
     found["matrix_tflops"] = round(peak_flops / 1e12, 3)
     release()
-    with capped(options, options.cap_bytes):
+    found["context_bytes"] = context_bytes(options)
+    options = without_excess(options, found["context_bytes"])
+    with capped(options, options.cap_bytes - MARGINS["cuda"]):
         for place, name in enumerate(options.models):
             left = options.left - (0 if options.tiny else _LOSS_SECONDS)
             seconds = left / (len(options.models) - place)
@@ -315,20 +338,40 @@ def check_memory(options: Options) -> dict[str, Any]:
             )
             release()
             options.note(found)
-        found["loss_phase"] = _loss_phases(options)
+        found["loss_phase"] = _loss_phases(options, found)
     entries = [*found["loss_phase"], *found["models"].values()]
     found["ok"] = all(entry["ok"] for entry in entries)
     return found
 
 
-def _loss_phases(options: Options) -> list[dict[str, Any]]:
-    """65,536 triplets of MiniCPM-2B's embeddings and of LLaMA-8B's, in two workspaces."""
+def without_excess(options: Options, context: int) -> Options:
+    """The cap less what the context takes beyond the planner's allowance for it.
+
+    A large card's context takes more than that of a card which has no more than the cap.
+    """
+    return replace(options, cap_bytes=options.cap_bytes - max(0, context - MARGINS["cuda"]))
+
+
+def _loss_phases(options: Options, so_far: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """65,536 triplets of MiniCPM-2B's embeddings and of LLaMA-8B's, in two workspaces.
+
+    A small one compiles the kernels and another tells the speed: what would take longer than is
+    left is not begun.
+    """
     rows = 512 if options.tiny else 65536
-    found = []
+    found: list[dict[str, Any]] = []
+    small = partial(measure_loss, options, rows // 16, 64 if options.tiny else 2304, 2**25)
+    guarded("loss, to compile", small)
+    tflops = guarded("loss, small", small).get("tflops", 0.0)
     for dim, workspace_bytes in ((2304, 2**25), (4096, 2**25), (4096, 2**29)):
-        if options.left < 3:
-            found.append({"ok": False, "error": "no time left"})
-            break
-        work = partial(measure_loss, options, rows, 64 if options.tiny else dim, workspace_bytes)
-        found.append(guarded(f"loss, {dim}", work))
+        dim = 64 if options.tiny else dim
+        seconds = 1e-12 * loss_flops(rows, dim) / tflops if tflops else 0.0
+        if seconds > options.left - 3:
+            skipped = f"would take {seconds:.0f} s, there are {options.left:.0f}"
+            found.append({"ok": True, "dim": dim, "skipped": skipped})
+        else:
+            work = partial(measure_loss, options, rows, dim, workspace_bytes)
+            found.append(guarded(f"loss, {dim}", work))
+            tflops = found[-1].get("tflops", tflops)
+        options.note({**so_far, "loss_phase": found})
     return found

@@ -28,14 +28,6 @@ LLAMA_8B: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 
-MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "MiniCPM-2B": ("cft-minicpm-2b", ()),
-    "Gemma-2B": ("cft-gemma-2b", ()),
-    "Phi-2": ("cft-phi-2", ()),
-    "LLaMA-8B": ("prompteol-llama-7b", ("lora.rank=16",)),
-}
-"""Name -> recipe whose adapter and loss are used, and what is changed of it."""
-
 
 def make_recipe(preset: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipes.load(preset, overrides)

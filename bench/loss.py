@@ -23,6 +23,8 @@ speedup_vs_st, speedup_vs_st_best, speedup_vs_eager
                  2048x4096x576 in float32 on a CPU, 16384x32768x2304 in bfloat16 on CUDA, or the
                  largest at which both have a time
 peak_tflops      of a large matrix product, by dtype, in this run
+stopped          only where a side's error left the device unusable: whose, and what it was. Nobody
+                 has a time at that size, and nothing follows
 rows             one for each size, dtype, mode and implementation. status: ok, wrong, unsupported,
                  absent, skipped, failed; note says why or how. ms_median, ms_p20, ms_p80: one
                  forward and backward. by_ours: median of the rounds' ratios to our time.
@@ -41,7 +43,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -229,7 +231,8 @@ def limited(device: torch.device, limit_bytes: int) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        with suppress(torch.AcceleratorError):  # of a broken device, where it no longer matters
+            torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def release(device: torch.device) -> None:
@@ -256,12 +259,35 @@ class Entry:
         self.status, self.note, self.work = status, note, None
 
 
-def what_happened(problem: Exception) -> tuple[str, str]:
-    """Status and note; keeps nothing of the exception, whose frames hold tensors."""
+class DeviceBroken(RuntimeError):
+    """After a side's error this process can compute nothing on the device; `rows` of its task."""
+
+    def __init__(self, side: Side, problem: Exception) -> None:
+        super().__init__(f"{side.name} broke the device: {first_line(problem)}")
+        self.side = side
+        self.rows: list[Row] = []
+
+
+def what_happened(problem: Exception, side: Side, device: torch.device) -> tuple[str, str]:
+    """Status and note; keeps nothing of the exception, whose frames hold tensors.
+
+    Raises:
+        DeviceBroken: whoever comes next would fail too, by no fault of its own.
+    """
+    if isinstance(problem, DeviceBroken):
+        raise problem
+    try:
+        synchronize(device)
+    except Exception:
+        raise DeviceBroken(side, problem) from None
     if isinstance(problem, torch.cuda.OutOfMemoryError):
         return "skipped", "out of memory"
+    return "failed", first_line(problem)
+
+
+def first_line(problem: Exception) -> str:
     lines = str(problem).strip().splitlines() or [""]
-    return "failed", f"{type(problem).__name__}: {lines[0][:200]}"
+    return f"{type(problem).__name__}: {lines[0][:200]}"
 
 
 def judge(entry: Entry, task: Task, wanted: tuple[Tensor, Tensor], limit_bytes: int) -> None:
@@ -280,7 +306,7 @@ def judge(entry: Entry, task: Task, wanted: tuple[Tensor, Tensor], limit_bytes: 
             error = max(relative_error(*pair) for pair in zip(work(), wanted, strict=True))
             trial_ms = min(timed(work, device) for _ in range(2)) if error <= bound else math.inf
         except Exception as problem:
-            rejected.append((math.inf, *what_happened(problem), name))
+            rejected.append((math.inf, *what_happened(problem, side, device), name))
             continue
         if error > bound:
             rejected.append((error, "wrong", f"off by {error:.1e}", name))
@@ -307,7 +333,7 @@ def measure(entries: Sequence[Entry], task: Task, rounds: int, budget_s: float) 
             if entry.side.counted or device.type == "cuda":
                 entry.extra = extra_bytes(entry.work, task)
         except Exception as problem:
-            entry.stop(*what_happened(problem))
+            entry.stop(*what_happened(problem, entry.side, device))
     round_s = sum(entry.trial_ms for entry in running) / 1e3
     rounds = min(rounds, max(3, int(budget_s / max(round_s, 1e-9))))
     for index in range(rounds):
@@ -318,7 +344,7 @@ def measure(entries: Sequence[Entry], task: Task, rounds: int, budget_s: float) 
             try:
                 entry.times.append(timed(entry.work, device))
             except Exception as problem:
-                entry.stop(*what_happened(problem))
+                entry.stop(*what_happened(problem, entry.side, device))
 
 
 def digits(value: float) -> float:
@@ -364,20 +390,36 @@ def compare(
     limit_bytes: int,
     peak_tflops: float,
 ) -> list[Row]:
-    """All implementations on one task."""
-    device = task.query_MD.device
+    """All implementations on one task.
+
+    Raises:
+        DeviceBroken: with rows in which nobody has a time.
+    """
     entries = [Entry(side) for side in sides]
-    wanted = wanted_gradients(task)
+    try:
+        judge_all(entries, task, limit_bytes)
+        measure(entries, task, rounds, budget_s)
+    except DeviceBroken as problem:
+        for entry in entries:
+            if entry.side is problem.side:
+                entry.stop("failed", str(problem))
+            elif entry.work is not None or not entry.note:
+                entry.stop("skipped", str(problem))
+        problem.rows = [make_row(entry, task, None, peak_tflops) for entry in entries]
+        raise
+    ours = next((entry for entry in entries if entry.side.name == "ours"), None)
+    return [make_row(entry, task, ours, peak_tflops) for entry in entries]
+
+
+def judge_all(entries: Sequence[Entry], task: Task, limit_bytes: int) -> None:
+    """Whatever goes wrong with one is its own verdict."""
+    device, wanted = task.query_MD.device, wanted_gradients(task)
     for entry in entries:
         try:
             judge(entry, task, wanted, limit_bytes)
         except Exception as problem:
-            entry.stop(*what_happened(problem))
+            entry.stop(*what_happened(problem, entry.side, device))
         release(device)
-    del wanted
-    measure(entries, task, rounds, budget_s)
-    ours = next((entry for entry in entries if entry.side.name == "ours"), None)
-    return [make_row(entry, task, ours, peak_tflops) for entry in entries]
 
 
 def speedup(rows: Sequence[Row], rival: str, size: Size, dtype: str) -> tuple[float | None, str]:
@@ -432,6 +474,7 @@ def run(
     sides = make_sides() if sides is None else sides
     limit_bytes = LIMIT_BYTES[kind] if limit_bytes is None else limit_bytes
     rows: list[Row] = []
+    stopped: dict[str, str] = {}
     with limited(device, limit_bytes):
         peaks = {dtype: matrix_peak(dtype, device) for dtype in dtypes}
         for size, dtype, mode in product(sizes, dtypes, modes):
@@ -439,14 +482,20 @@ def run(
                 say(f"no time left for {size}, {dtype}, {mode}")
                 continue
             task = make_task(size, mode, dtype, device, temperature, normalize)
-            rows += compare(
-                task,
-                sides,
-                rounds=rounds,
-                budget_s=budget_s,
-                limit_bytes=limit_bytes,
-                peak_tflops=peaks[dtype],
-            )
+            try:
+                rows += compare(
+                    task,
+                    sides,
+                    rounds=rounds,
+                    budget_s=budget_s,
+                    limit_bytes=limit_bytes,
+                    peak_tflops=peaks[dtype],
+                )
+            except DeviceBroken as problem:
+                rows += problem.rows
+                stopped = {"stopped": str(problem)}
+                say(f"!!! stopped: {problem}")
+                break
             del task
             release(device)
             say(f"{time.perf_counter() - started:4.0f} s: {size}, {dtype}, {mode}")
@@ -454,6 +503,7 @@ def run(
     rivals = ("memeff", "inf-cl", "cut-cross-entropy", "liger-kernel")
     return {
         "benchmark": "loss",
+        **stopped,
         **headline(rows, device.type),
         "peak_tflops": {str(dtype)[6:]: digits(peak) for dtype, peak in peaks.items()},
         "temperature": temperature,

@@ -186,6 +186,37 @@ def test_a_correct_variant_stands_for_the_others(loss: Any) -> None:
     assert other["note"] == "none: RuntimeError: it does not"
 
 
+@pytest.mark.parametrize("when", ["judged", "measured"])
+def test_who_breaks_the_device_is_named(
+    loss: Any, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Rows of the sizes before stay; others are not blamed."""
+    calls: list[Any] = []
+
+    def breaks(task: Any) -> Any:
+        calls.append(task)
+        if task.size != SIZE and (when == "judged" or len(calls) > 12):
+            monkeypatch.setattr(loss, "synchronize", fails)
+            raise RuntimeError("an illegal memory access was encountered")
+        return right(task)
+
+    breaking = make_side(loss, it=breaks)
+    breaking.name = "breaking"
+    ours = make_side(loss, it=right)
+    ours.name = "ours"
+    sizes = [SIZE, (8, 16, 32), (8, 8, 8)]
+    found = loss.run(CPU, sizes, modes=["one_way"], sides=[ours, breaking], rounds=3)
+    assert found["stopped"].startswith("breaking broke the device: RuntimeError: an illegal")
+    rows = [(row["m"], row["impl"], row["status"]) for row in found["rows"]]
+    assert rows == [
+        (24, "ours", "ok"),
+        (24, "breaking", "ok"),
+        (8, "ours", "skipped"),
+        (8, "breaking", "failed"),
+    ]
+    json.dumps(found, allow_nan=False)
+
+
 def test_what_needs_too_much_is_left_out(loss: Any) -> None:
     found = loss.run(CPU, [SIZE], sides=loss.make_sides()[:1], limit_bytes=1000)
     assert [row["status"] for row in found["rows"]] == ["skipped"] * 2

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +131,7 @@ def test_a_failing_part_does_not_stop_the_others(
     tmp_path: Path,
 ) -> None:
     def broken(options: Any) -> dict[str, Any]:
+        options.note({"ok": True, "half": 1})
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(check.PARTS, "device", check.Part(broken, 10))
@@ -138,6 +143,7 @@ def test_a_failing_part_does_not_stop_the_others(
     assert code == 1
     assert not found["ok"]
     assert "no such kernel" in found["parts"]["device"]["error"]
+    assert found["parts"]["device"]["half"] == 1
     assert found["parts"]["dropout_speed"]["ok"]
     assert json.loads(out.read_text(encoding="utf-8")) == found
 
@@ -147,6 +153,21 @@ def test_a_part_has_a_process_of_its_own(check: Any, capfd: pytest.CaptureFixtur
     found = last_line(capfd)["parts"]["device"]
     assert found["matrix_tflops"] > 0
     assert "unfinished" not in found
+
+
+def test_parts_without_a_recipe_need_no_pydantic(tmp_path: Path) -> None:
+    text = "raise ModuleNotFoundError(\"No module named 'pydantic'\", name='pydantic')"
+    (tmp_path / "pydantic.py").write_text(text)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    names = ["device", "loss_memory", "loss_tiles", "memory"]
+    command = [sys.executable, str(BENCH / "gpu_check.py"), "--tiny", "--here", "--device", "cpu"]
+    command += [word for name in names for word in ("--only", name)]
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    parts = json.loads(done.stdout.splitlines()[-1])["parts"]
+    assert {name: parts[name]["ok"] for name in names} == {n: n != "memory" for n in names}
+    assert "'pydantic'" in parts["memory"]["error"]
+    assert "carry it along" in parts["memory"]["error"]
 
 
 def test_what_a_killed_process_had_found_is_kept(check: Any, tmp_path: Path) -> None:
@@ -172,7 +193,7 @@ def test_models_are_built_as_the_planner_weighs_them(
 
     models = part("real_models")
 
-    preset, overrides = models.MODELS[name]
+    preset, overrides = part("options").MODELS[name]
     recipe = models.make_recipe(preset, [*overrides, f"model.quantization={quantization}"])
     config, device = models.config_for(name, recipe, True), torch.device("cpu")
     base = models.build_base(config, recipe, torch.bfloat16, device)
@@ -195,7 +216,7 @@ def test_real_shapes_have_the_published_sizes(part: Any) -> None:
     models = part("real_models")
     published = {"MiniCPM-2B": 2.72, "Gemma-2B": 2.51, "Phi-2": 2.65, "LLaMA-8B": 7.50}
     for name, wanted in published.items():
-        preset, overrides = models.MODELS[name]
+        preset, overrides = part("options").MODELS[name]
         config = models.config_for(name, models.make_recipe(preset, overrides), False)
         skeleton = models.skeleton(config, torch.bfloat16)
         numel = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -282,9 +303,12 @@ def test_a_wrong_loss_fails(part: Any, monkeypatch: pytest.MonkeyPatch, broken: 
 def test_processes_find_what_one_finds(part: Any) -> None:
     loss = part("parts_loss")
     tasks = [("plain", dtype, "chunked", ((9, 20, 16),), "cpu") for dtype in ("float32", "float16")]
+    unknown = ("no such set", *tasks[0][1:])
     with loss.started(tasks, 0) as waiting:
         alone = [waiting[task](0.0) for task in tasks]
-    with loss.started(tasks, 2) as waiting:
+    with loss.started([unknown, *tasks], 1) as waiting:
+        with pytest.raises(KeyError, match="no such set"):
+            waiting[unknown](120.0)
         apart = [waiting[task](120.0) for task in tasks]
     assert all(alone)
     for ours, theirs in zip(alone, apart, strict=True):
@@ -292,6 +316,73 @@ def test_processes_find_what_one_finds(part: Any) -> None:
         # Errors are rounding, which differs with a process's number of threads; bounds of 16-bit
         # paths are such errors too.
         assert all(value <= bound for _, _, value, bound in (*ours, *theirs))
+
+
+def test_a_task_that_breaks_its_process_fails_alone(check: Any, part: Any) -> None:
+    loss, options = part("parts_loss"), check.Options(torch.device("cpu"), True, 2**30, 100.0)
+    checks = part("options").Checks(options)
+    tasks = [
+        ("plain", dtype, "triton", (), "cuda:0") for dtype in ("float32", "float16", "float64")
+    ]
+
+    def breaks(seconds: float) -> Any:
+        raise BrokenProcessPool("terminated abruptly")
+
+    waiting = dict.fromkeys(tasks, lambda seconds: [("kind", "name", 0.5, 1.0)])
+    waiting[tasks[1]] = breaks
+    loss._add_findings(tasks, waiting, options, checks)
+    assert checks.count == 3
+    (failed,) = checks.failed
+    assert failed["name"] == "plain, float16, triton"
+    assert "terminated abruptly" in failed["error"]
+
+
+def test_there_are_as_many_processes_as_fit(
+    check: Any, part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, options = part("parts_loss"), check.Options(torch.device("cuda", 0), True, 2**30, 100.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for free, wanted in {139: 12, 11: 5, 1: 1}.items():
+        both = (free * 2**30, 2**40)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, both=both: both)
+        assert loss.num_workers(options) == wanted
+
+
+def test_a_16_bit_model_that_does_not_fit_is_skipped(check: Any, part: Any) -> None:
+    memory, options = part("parts_memory"), check.Options(torch.device("cpu"), True, 2**20, 100.0)
+    found = memory.try_model("MiniCPM-2B", options, "none", 1e12, 10.0)
+    assert found["ok"]
+    assert "does not fit" in found["skipped"]
+    with pytest.raises(ValueError, match="does not fit"):
+        memory.try_model("MiniCPM-2B", options, "nf4", 1e12, 10.0)
+
+
+def test_the_context_beyond_its_allowance_is_taken_off_the_cap(check: Any, part: Any) -> None:
+    memory, options = part("parts_memory"), check.Options(torch.device("cpu"), True, 2**33, 100.0)
+    for context, less in {2**28: 0, 3 * 2**28: 2**28}.items():
+        assert memory.without_excess(options, context).cap_bytes == 2**33 - less
+
+
+def test_a_loss_phase_that_would_take_too_long_is_not_begun(
+    check: Any, part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card on which the first takes 40 s and each of the others 70 s."""
+    memory, options = part("parts_memory"), check.Options(torch.device("cpu"), False, 2**30, 60.0)
+    asked: list[tuple[int, int]] = []
+
+    def measured(options: Any, rows: int, dim: int, workspace_bytes: int) -> dict[str, Any]:
+        asked.append((rows, dim))
+        return {"ok": True, "tflops": 3.0}
+
+    monkeypatch.setattr(memory, "measure_loss", measured)
+    found = memory._loss_phases(options, {"models": {}})
+    assert asked == [(4096, 2304), (4096, 2304), (65536, 2304)]
+    assert [("skipped" in phase, phase["ok"]) for phase in found] == [
+        (False, True),
+        (True, True),
+        (True, True),
+    ]
+    assert options.noted == {"models": {}, "loss_phase": found}
 
 
 def test_memory_beyond_the_bound_fails(
@@ -342,7 +433,8 @@ def test_the_sanitizer_is_asked(
     tool.write_text(
         "#!/bin/sh\n"
         '[ "$2" = memcheck ] || { echo "ERROR SUMMARY: 1 hazard"; exit 9; }\n'
-        'shift 4; exec "$@"\n'
+        '[ "$5 $6" = "--report-api-errors no" ] || exit 8\n'
+        'shift 6; exec "$@"\n'
     )
     tool.chmod(0o755)
     child.write_text("import os; assert os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'] == '1'")
@@ -355,6 +447,28 @@ def test_the_sanitizer_is_asked(
     assert found["racecheck"]["code"] == 9
     assert "1 hazard" in found["racecheck"]["output"]
     assert not found["ok"]
+
+
+def test_a_sanitizer_that_refuses_the_device_is_as_good_as_absent(
+    part: Any, tmp_path: Path
+) -> None:
+    speed, tool = part("parts_loss_speed"), tmp_path / "tool"
+    tool.write_text('#!/bin/sh\necho "========= Error: Device not supported. Please"\nexit 9\n')
+    tool.chmod(0o755)
+    found = speed._run_child([str(tool)], dict(os.environ), 10.0)
+    assert found == {"ok": True, "skipped": "========= Error: Device not supported. Please"}
+
+
+def test_a_sanitizer_that_takes_too_long_ends_with_its_child(part: Any, tmp_path: Path) -> None:
+    speed, alive = part("parts_loss_speed"), tmp_path / "alive"
+    script = f"echo begun; (while :; do touch {alive}; sleep 0.1; done) & wait"
+    found = speed._run_child(["sh", "-c", script], dict(os.environ), 1.0)
+    assert not found["ok"]
+    assert "killed" in found["error"]
+    assert "begun" in found["output"]
+    alive.unlink()
+    time.sleep(0.5)
+    assert not alive.exists()
 
 
 def test_tiles_are_reported_beside_the_shipped_ones(
@@ -382,6 +496,7 @@ def test_tiles_are_reported_beside_the_shipped_ones(
     assert gradient["best"] == gradient["shipped"]
     assert gradient["faster_by"] is None
     assert found["left_out"]
+    assert options.noted == found
     json.dumps(found)
 
 

@@ -115,7 +115,11 @@ class WrongNumbers(Exception):
     """A candidate changes the result."""
 
 
-REFUSALS = (WrongNumbers, OutOfResources, PTXASError, CompilationError)
+REFUSALS = (WrongNumbers, OutOfResources, PTXASError, CompilationError, RuntimeError)
+"""What a candidate may fail with; a lowering that fails raises a plain RuntimeError."""
+
+NOT_REFUSALS = (torch.AcceleratorError, torch.OutOfMemoryError)
+"""RuntimeErrors after which the device is broken or full for the others too."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,7 @@ def tune(
     room: int,
     seconds: float,
     say: Callable[[str], None] = print,
+    keep: Callable[[Mapping[str, Tile], Sequence[Trial]], None] = lambda best, trials: None,
 ) -> tuple[dict[str, Tile], list[Trial]]:
     """The best tile of each entry of `present`, and all that was tried.
 
@@ -171,6 +176,10 @@ def tune(
         present: the tiles there are; the first candidates.
         room: bytes of shared memory that a program may have.
         seconds: about as long; entries have equal shares of it.
+        keep: given the best tiles and the trials so far after each trial.
+
+    Raises:
+        RuntimeError: the device is broken or its memory full (one of `NOT_REFUSALS`).
     """
     end, best, trials = time.monotonic() + seconds, dict(present), list[Trial]()
     for place, (entry, tile) in enumerate(present.items()):
@@ -182,12 +191,14 @@ def tune(
                 say(f"{entry}: no time for the other candidates")
                 break
             found.append(_try(entry, candidate, sizes, timer, room))
+            trials.append(found[-1])
             say(str(found[-1]))
-        winner = min(found, key=lambda trial: trial.score, default=None)
-        if winner is not None and winner.ms_by_size:
-            best[entry] = winner.tile
+            winner = min(found, key=lambda trial: trial.score)
+            if winner.ms_by_size:
+                best[entry] = winner.tile
+            keep(best, trials)
+        if found and winner.ms_by_size:
             say(f"best: {winner}")
-        trials += found
     return best, trials
 
 
@@ -198,6 +209,8 @@ def _try(entry: str, tile: Tile, sizes: Sequence[Size], timer: Timer, room: int)
         return Trial(entry, tile, (), (), note)
     try:
         times = tuple(timer(entry, tile, size) for size in sizes)
+    except NOT_REFUSALS:
+        raise
     except REFUSALS as error:
         lines = str(error).strip().splitlines() or [""]
         return Trial(entry, tile, (), (), f"{type(error).__name__}: {lines[0][:120]}")
@@ -326,14 +339,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tune: the Triton path is not for this device: {reason}", file=sys.stderr)
         return 2
     present = present_tiles(capability_of(device))
-    best, _ = tune(
-        present,
-        values.sizes,
-        CallTimer(device, present),
-        room=room_bytes(device),
-        seconds=values.seconds,
-    )
-    write_table(values.out, {capability_of(device): best})
+
+    def write(best: Mapping[str, Tile], _: Sequence[Trial] = ()) -> None:
+        write_table(values.out, {capability_of(device): best})
+
+    timer, room = CallTimer(device, present), room_bytes(device)
+    best, _ = tune(present, values.sizes, timer, room=room, seconds=values.seconds, keep=write)
+    write(best)
     print(f"written: {values.out}; use it by LOWMEM_CFT_TILES={values.out.resolve()}")
     return 0
 

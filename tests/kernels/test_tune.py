@@ -58,7 +58,12 @@ def run(
 
 
 @pytest.mark.parametrize(
-    "error", [OutOfResources(300000, 232448, "shared memory"), tune.WrongNumbers("loss is off")]
+    "error",
+    [
+        OutOfResources(300000, 232448, "shared memory"),
+        tune.WrongNumbers("loss is off"),
+        RuntimeError("PassManager::run failed"),
+    ],
 )
 def test_the_fastest_of_those_that_run_is_chosen(error: Exception) -> None:
     first, second, third, *others = tune.CANDIDATES["16-plain"]
@@ -106,9 +111,23 @@ def test_an_entry_without_a_winner_keeps_its_tile(seconds: float) -> None:
     assert bool(trials) == (seconds > 0)
 
 
-def test_other_errors_are_not_hidden() -> None:
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        run(FakeTimer({}, RuntimeError("an illegal memory access was encountered")))
+@pytest.mark.parametrize("kind", tune.NOT_REFUSALS)
+def test_what_breaks_the_device_is_not_hidden(kind: type[Exception]) -> None:
+    """What was found before it has been kept."""
+    first, second, *_ = tune.CANDIDATES["16-plain"]
+    timer = FakeTimer({first: 2.0, second: 1.0}, kind("an illegal memory access"))
+    kept: list[tuple[dict[str, Tile], int]] = []
+    with pytest.raises(kind, match="illegal memory access"):
+        tune.tune(
+            {ENTRY: first},
+            SIZES,
+            timer,
+            room=2**30,
+            seconds=100.0,
+            say=lambda _: None,
+            keep=lambda best, trials: kept.append((dict(best), len(trials))),
+        )
+    assert kept == [({ENTRY: first}, 1), ({ENTRY: second}, 2)]
 
 
 def test_a_table_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
