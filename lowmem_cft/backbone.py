@@ -11,13 +11,15 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lowmem_cft import sources
-from lowmem_cft.configs import first_line, load_config
+from lowmem_cft.cache import read_json
+from lowmem_cft.configs import GET_MODEL, first_line, load_config
 from lowmem_cft.dropout import DropoutClock, IdentityDropout
 from lowmem_cft.lora import use_lean_layers
 from lowmem_cft.recipe import LoraSection, ModelSection
@@ -132,13 +134,37 @@ def find_backbone(section: ModelSection, say: sources.Say = lambda text: None) -
     """The recipe's base model without its weights.
 
     Raises:
-        ValueError: the model or its tokenizer does not exist, or `keep_layers` does not fit it.
+        ValueError: the model or its tokenizer does not exist or is damaged, or `keep_layers` does
+            not fit it.
     """
+    if (file := Path(section.id).expanduser() / "config.json").is_file():
+        read_json(file, GET_MODEL)  # whoever reads it next does not name it
     name = sources.resolve(section.id, section.revision, say)
     revision = section.revision if name == section.id else None
     return BackboneSource(
         name, revision, load_tokenizer(name, revision), load_config(section, name)
     )
+
+
+@contextmanager
+def readable_weights(name: str) -> Iterator[None]:
+    """Around what loads weights from a folder (or by hub id): a damaged file is named.
+
+    Raises:
+        ValueError: there is one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        yield
+    except SafetensorError as error:
+        damaged = name
+        for file in sorted(Path(name).glob("*.safetensors")):
+            try:
+                safe_open(str(file), "pt")
+            except SafetensorError:
+                damaged = str(file)
+        raise ValueError(f"{damaged}: cannot be read ({error}); {GET_MODEL}") from error
 
 
 def load_backbone(
@@ -153,7 +179,7 @@ def load_backbone(
         source: what `find_backbone` gave, if it was asked before.
 
     Raises:
-        ValueError: the model, its tokenizer or an option does not exist.
+        ValueError: the model, its tokenizer or an option does not exist, or a file is damaged.
         RuntimeError: the checkpoint lacks weights of the architecture.
     """
     from transformers import AutoModel, BitsAndBytesConfig
@@ -173,9 +199,10 @@ def load_backbone(
     if device.type == "cuda":
         kwargs["device_map"] = {"": device}
     say(f"loading {section.id} ({section.quantization}, {loader_kwargs['dtype']}) on {device}")
-    model, info = AutoModel.from_pretrained(
-        name, config=config, revision=revision, output_loading_info=True, **kwargs
-    )
+    with readable_weights(name):
+        model, info = AutoModel.from_pretrained(
+            name, config=config, revision=revision, output_loading_info=True, **kwargs
+        )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:4])
         raise RuntimeError(f"{section.id} lacks {len(info['missing_keys'])} weights ({missing} ..)")

@@ -1,13 +1,16 @@
-"""Where things that can be made again are kept, and how a folder is written whole or not at all."""
+"""Where things that can be made again are kept, how a folder is written whole or not at all, and
+how a JSON file that may be damaged is read."""
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -51,3 +54,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_json(path: Path, way_out: str, *keys: str) -> dict[str, Any]:
+    """A JSON object that has these keys at least.
+
+    Raises:
+        ValueError: it cannot be read, or is something else; the message ends in the way out.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); {way_out}") from error
+    if not isinstance(values, dict):
+        kind = type(values).__name__
+        raise ValueError(f"{path}: got a JSON {kind}, wanted an object; {way_out}")
+    if missing := [key for key in keys if key not in values]:
+        raise ValueError(f"{path}: has no {', '.join(missing)}; {way_out}")
+    return values

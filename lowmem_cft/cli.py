@@ -29,7 +29,9 @@ _state = {"debug": False}
 # typer reads annotations at run time, where Python 3.10's dialect must do.
 Overrides = Annotated[
     Optional[list[str]],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe value: train.steps=100."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a recipe value: train.learning_rate=1e-4."
+    ),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Do not look for anything on the hub.")]
 
@@ -243,8 +245,8 @@ def evaluate_model(
     score = eval_command.prepare(options)
     run = Path(model).expanduser()
     into_run = out is None and (run / "recipe.yaml").is_file()
-    for place in (run / "eval.json" if into_run else out, mteb_out):
-        _check_writable(place)
+    _check_writable(run / "eval.json" if into_run else out)
+    _check_writable(mteb_out, "--mteb-out", folder=True)
 
     def place_of(found: eval_command.Report) -> Optional[Path]:
         return run / found.file_name if into_run else out
@@ -303,7 +305,7 @@ def export(
     ours = not target.exists() or (target / RECORD).is_file()
     if not ours and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--out: {target} exists and is no export of ours; choose another folder")
-    _check_writable(target)
+    _check_writable(target, folder=True)
     with _screen() as screen:
         loaded = load_model(str(run), choose_device(), screen.say)
         kind: Any = "merged" if merged else "adapter"
@@ -433,7 +435,7 @@ def icl_search(
     found = read_demonstrations(demonstrations or SHIPPED)
     scored_set = load_set(set_name, data_folder(), limit, offline=offline, cleaned_up=clean_up)
     folder = out or Path("icl") / Path(model).name
-    _check_writable(folder)
+    _check_writable(folder, folder=True)
     with _screen() as screen:
         searched = icl.load_searched(
             model,
@@ -475,14 +477,23 @@ def reproduce(
         Optional[Path], typer.Option(help="Folder of it all; reproductions/PAPER-MODEL if absent.")
     ] = None,
     hours: Annotated[
-        Optional[float], typer.Option(help="Cut training to about so many hours on this device.")
+        Optional[float],
+        typer.Option(
+            help="Fit it all into about so many hours here: fewer steps, less data to score."
+        ),
     ] = None,
     budget: Annotated[
-        Optional[str], typer.Option(help="Memory, such as 12GiB; changes time, not results.")
+        Optional[str],
+        typer.Option(
+            help="Memory, such as 12GiB. Changes time only, and what --hours has room for."
+        ),
     ] = None,
     stages: Annotated[
         Optional[list[str]],
-        typer.Option("--stage", help="Do only these; also stages that the paper has not."),
+        typer.Option(
+            "--stage",
+            help="Do only these; of cft also icl-search, transfer-base and transfer-trained.",
+        ),
     ] = None,
     redo: Annotated[
         Optional[list[str]],
@@ -525,7 +536,10 @@ def reproduce(
         screen.say(asked.share.describe())
         for departure in asked.departures():
             screen.say(f"not as published: {departure}")
+        if dry_run and (missing := asked.missing_data()) is not None:
+            screen.say(f"missing: {missing}")
         if not dry_run:
+            _check_writable(folder, folder=True)
             report = asked.run(screen, redo=redo or [])
     if dry_run:
         _print(stage_table(asked.estimates()))
@@ -572,15 +586,18 @@ def _check_json_name(out: Path | None) -> None:
         raise ValueError(f"--out: got {out.name}, wanted a name that ends in .json")
 
 
-def _check_writable(out: Path | None) -> None:
-    """Refuse a bad output place before the work is done, not after."""
+def _check_writable(out: Path | None, option: str = "--out", *, folder: bool = False) -> None:
+    """Refuse a bad place of a file, or of a folder, before the work is done, not after."""
     if out is None:
         return
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if out.exists() and out.is_dir() != folder:
+        got, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise ValueError(f"{option}: {out} is a {got}, wanted a {wanted}; choose another place")
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
     import os
 
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"--out: cannot write to {folder}; choose another place")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{option}: cannot write to {parent}; choose another place")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 

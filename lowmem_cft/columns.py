@@ -27,6 +27,11 @@ _SENTENCES = (("sentence1", "sentence2"), ("text1", "text2"), ("s1", "s2"))
 _SCORES = ("score", "similarity_score", "label")
 _LABEL_WORDS = {"label", "labels", "class", "score", "scores", "similarity", "rating"}
 _ID_WORDS = {"id", "ids", "idx", "index", "guid", "uuid", "source", "split", "subset", "url"}
+# The way out of unclear columns: evaluation sets have no option that names theirs.
+_NAME_TRAINING = (
+    "name those to use, in the order anchor, positive, negative..., with `columns: [...]`"
+)
+_RENAME_SCORED = "rename those to use to sentence1, sentence2 and score"
 
 
 class DataError(ValueError):
@@ -52,7 +57,7 @@ def training_columns(
     """
     if columns is not None:
         return _named(table, columns, "anchor, positive, negative...", 2)
-    folded = _folded(table)
+    folded = _folded(table, _NAME_TRAINING)
     for anchor, positive, negative in _CONVENTIONS:
         positives = [name for low, name in folded.items() if re.fullmatch(positive, low)]
         if anchor in folded and len(positives) > 1:
@@ -99,12 +104,12 @@ def scored_columns(table: Header, columns: Sequence[str] | None) -> list[str]:
     """The columns of the two sentences and the score; errors as in `training_columns`."""
     if columns is not None:
         return _named(table, columns, "sentence1, sentence2, score", 3, most=3)
-    folded = _folded(table)
+    folded = _folded(table, _RENAME_SCORED)
     scores = [folded[low] for low in _SCORES if low in folded]
     for pair in _SENTENCES:
         if scores and all(low in folded for low in pair):
             return [folded[pair[0]], folded[pair[1]], scores[0]]
-    raise _unclear(table, "no known names", "sentence1, sentence2, score")
+    raise _unclear(table, "no known names", _RENAME_SCORED)
 
 
 def _named(
@@ -130,10 +135,10 @@ def require(table: Header, names: Iterable[str], option: str) -> None:
             )
 
 
-def _folded(table: Header) -> dict[str, str]:
+def _folded(table: Header, way_out: str) -> dict[str, str]:
     folded = {name.lower(): name for name in table.columns}
     if len(folded) < len(table.columns):
-        raise _unclear(table, "some names differ only in upper and lower case")
+        raise _unclear(table, "some names differ only in upper and lower case", way_out)
     return folded
 
 
@@ -142,8 +147,8 @@ def _words(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
-def _unclear(table: Header, why: str, order: str = "anchor, positive, negative...") -> DataError:
+def _unclear(table: Header, why: str, way_out: str = _NAME_TRAINING) -> DataError:
     return DataError(
         f"{table.name}: cannot tell which columns to use: {why}; its columns are "
-        f"{table.columns}; name those to use, in the order {order}, with `columns: [...]`"
+        f"{table.columns}; {way_out}"
     )

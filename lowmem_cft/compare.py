@@ -59,7 +59,8 @@ def find_reports(a: Path, b: Path) -> tuple[Path, Path]:
     """The reports to compare: each side's only one, else the one whose name both have.
 
     Raises:
-        ValueError: a place holds no report, or several pairs of reports could be meant.
+        ValueError: a place holds no report, a file is none of STS sets, or several pairs of
+            reports could be meant.
     """
     of_a, of_b = _reports(a), _reports(b)
     if len(of_a) == len(of_b) == 1:
@@ -68,6 +69,9 @@ def find_reports(a: Path, b: Path) -> tuple[Path, Path]:
     if len(common) == 1:
         name = common.pop()
         return of_a[name], of_b[name]
+    for place in (a, b):
+        if place.is_file():
+            read(place)  # it may be no report of STS sets, and then says so
     listed = "; ".join(f"{place}: {', '.join(found)}" for place, found in ((a, of_a), (b, of_b)))
     why = "several reports could be meant" if common else "no report of the same name in both"
     raise ValueError(f"{why} ({listed}); name the two files")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_cft import minicpm
+from lowmem_cft.cache import read_json
 from lowmem_cft.recipe import ModelSection
 
 _DROPOUT_KEYS = [
@@ -25,6 +26,9 @@ _DROPOUT_KEYS = [
     "resid_dropout",
     "embedding_dropout",
 ]
+
+GET_MODEL = "download, export or train the model again"
+"""The way out where a file of a model is damaged."""
 
 
 def first_line(error: BaseException) -> str:
@@ -62,7 +66,7 @@ def config_without_weights(section: ModelSection) -> Any:
         return _prepared(_from_values(known[section.id]), section)
     path = Path(section.id).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        values = read_json(path / "config.json", GET_MODEL)
         if minicpm.needs_translation(values):
             return _prepared(_from_values(values), section)
     if path.suffix == ".gguf":

@@ -134,7 +134,7 @@ def before_after_table(before: Sequence[SetScore], after: Sequence[SetScore]) ->
 
 
 def _between(low: float, high: float) -> str:
-    return f"{100 * low:.2f}-{100 * high:.2f}"
+    return f"{100 * low:.2f} to {100 * high:.2f}"
 
 
 _KINDS = {
@@ -160,7 +160,11 @@ def _data_notes(scores: Sequence[SetScore]) -> str:
 
 def score_table(found: Report) -> Table:
     """Correlations x 100 with the interval of Spearman's, a row per set, and the mean."""
-    table = Table(title=f"{found.label}, x 100", caption=_data_notes(found.scores))
+    table = Table(
+        title=f"{found.label}, x 100",
+        caption=_data_notes(found.scores),
+        collapse_padding=True,  # so that the sets of a protocol fit 80 columns
+    )
     for column in ("set", "pairs", "Spearman", "95 %", "Pearson", "data"):
         left = column in ("set", "data")  # a file's path is long, and not cut
         table.add_column(column, justify="left" if left else "right", overflow="fold")
@@ -268,17 +272,20 @@ def comparison_table(found: Comparison) -> Table:
 def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Stages of a reproduction with their estimates, and the sum of what is left."""
     table = Table(title="Stages (estimates)")
-    for column in ("stage", "what", "TFLOP", "hours here", "GiB", ""):
-        table.add_column(column, justify="left" if column in ("stage", "what", "") else "right")
+    # one column of names, as --stage takes them, and words: both whole in 80 columns
+    for column in ("stage", "TFLOP", "hours here", "GiB", ""):
+        table.add_column(
+            column, justify="left" if column in ("stage", "") else "right", overflow="fold"
+        )
     for row in rows:
         effort = [f"{row['tflop']:,.0f}", f"{row['hours']:.2f}", f"{row['memory_gib']:.1f}"]
         if not row["memory_gib"]:
             effort = ["", "", ""]
-        table.add_row(row["stage"], row["what"], *effort, "done" if row["done"] else "")
+        name = f"{row['stage']}\n  {row['what']}"
+        table.add_row(name, *effort, "done" if row["done"] else "")
     left = [row for row in rows if not row["done"]]
     table.add_row(
         "left",
-        "",
         f"{sum(row['tflop'] for row in left):,.0f}",
         f"{sum(row['hours'] for row in left):.2f}",
         f"{max((row['memory_gib'] for row in left), default=0.0):.1f}",

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowmem_cft.backbone import float32_arithmetic
+from lowmem_cft.backbone import float32_arithmetic, readable_weights
 from lowmem_cft.evaluate import Embed
 from lowmem_cft.inference import Vectors, embed_texts
 from lowmem_cft.loading import RECORD, load_model
@@ -87,7 +87,8 @@ def _sentence_transformer(
             f"{folder} is a sentence-transformers model: pip install 'lowmem-cft[check]' to score it"
         ) from error
     say(f"embedding with sentence-transformers: {folder}")
-    model = SentenceTransformer(str(folder), device=str(device), local_files_only=True)
+    with readable_weights(str(folder)):
+        model = SentenceTransformer(str(folder), device=str(device), local_files_only=True)
     if normalize is not None:
         modules = ", ".join(type(module).__name__ for module in model)
         say(f"its vectors are taken as its modules give them ({modules})")

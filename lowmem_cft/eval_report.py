@@ -19,9 +19,9 @@ from lowmem_cft import bootstrap
 from lowmem_cft.bootstrap import Interval
 from lowmem_cft.clean_up import NAME as CLEAN_UP
 from lowmem_cft.correlation import Floats, spearman
-from lowmem_cft.evaluate import PROTOCOL, ScoredSet, SetScore
+from lowmem_cft.evaluate import ScoredSet, SetScore
 from lowmem_cft.run import library_versions, short_name, write_json
-from lowmem_cft.sts import SETS, Protocol
+from lowmem_cft.sts import PROTOCOLS, SCORED, SETS, Protocol
 from lowmem_cft.sts_data import DIGITS
 
 _ROUNDING = 1e-9
@@ -72,8 +72,8 @@ class Report:
 
     @property
     def label(self) -> str:
-        """The protocol in words, with what departs from it."""
-        label = PROTOCOL if self.protocol is None else self.protocol.scored
+        """What is scored and by which protocol, if any, with what departs from it."""
+        label = SCORED if self.protocol is None else self.protocol.scored
         return f"{label}, {CLEAN_UP}" if self.cleaned_up else label
 
 
@@ -188,6 +188,8 @@ def read(path: Path) -> Scores:
         names = [str(entry["name"]) for entry in listed]
         sha256 = [str(entry["pairs_sha256"]) for entry in listed]
         label, model = str(values["protocol"]), str(values["model"])
+        if values.get("protocol_name", "") is None:  # as older ones were written
+            label = label.replace(PROTOCOLS["mteb"].scored, SCORED)
         float32, complete = bool(values["float32"]), bool(values["complete"])
         told = [float(entry["spearman"]) for entry in listed]
         sizes = [int(entry["num_pairs"]) for entry in listed]

@@ -17,12 +17,10 @@ from lowmem_cft.correlation import (
 )
 from lowmem_cft.encoder import Encoder
 from lowmem_cft.inference import embed_texts
-from lowmem_cft.sts import PROTOCOLS
 from lowmem_cft.sts_data import LoadedSet, data_folder, load_set, pairs_sha256
 from lowmem_cft.tokens import TextFormat, Tokenizer
 
 __all__ = [
-    "PROTOCOL",
     "Embed",
     "LoadedSet",
     "ScoredSet",
@@ -32,8 +30,6 @@ __all__ = [
     "score_pairs",
     "score_set",
 ]
-
-PROTOCOL = PROTOCOLS["mteb"].scored
 
 Embed = Callable[[Sequence[str]], Vectors]
 """Texts to float32 (texts, D), row i for text i."""

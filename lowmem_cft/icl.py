@@ -97,7 +97,7 @@ class SearchedModel:
         }
 
     def as_recipe(self, template: str) -> str:
-        """YAML for a recipe that embeds under the template."""
+        """YAML for a recipe that embeds under the template as the search did: a part of one."""
         recipe = self.loaded.recipe
         values = {
             "text": {
@@ -106,6 +106,7 @@ class SearchedModel:
                 "max_tokens": recipe.text.max_tokens,
             },
             "embedding": {"pooling": recipe.embedding.pooling},
+            "model": recipe.model.model_dump(mode="json", exclude_defaults=True),
         }
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6)
         return text
@@ -113,7 +114,10 @@ class SearchedModel:
     def advice(self, template: str) -> str:
         """What `as_recipe` is good for: a run or an export is evaluated by its own recipe alone."""
         if not says_how_it_embeds(Path(self.name).expanduser()):
-            return f"Lines of a recipe for `lowmem-cft eval {self.name} --recipe RECIPE`:"
+            return (
+                "Lines of a recipe; with a data section it is one to train, and one for "
+                f"`lowmem-cft eval {self.name} --recipe RECIPE`:"
+            )
         if template == self.loaded.recipe.text.template:
             return f"{self.name} embeds so as it is:"
         return (

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lowmem_cft import recipe as recipes
-from lowmem_cft.backbone import Backbone, load_backbone
+from lowmem_cft.backbone import Backbone, load_backbone, readable_weights
+from lowmem_cft.cache import read_json
+from lowmem_cft.configs import GET_MODEL
 from lowmem_cft.corpus import query_format
 from lowmem_cft.encoder import Encoder
 from lowmem_cft.run import RunFolder
@@ -49,7 +49,7 @@ def _prepared_text(recipe: recipes.Recipe, folder: Path) -> recipes.Recipe:
     """The text section for an exported tokenizer, which applies a shared template itself."""
     if recipe.text.document_template not in (None, recipe.text.template):
         return recipe
-    layout = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    layout = read_json(folder / "sentence_bert_config.json", GET_MODEL, "max_seq_length")
     limit = layout["max_seq_length"] or _NO_LIMIT
     text = {"template": recipes.TEXT_SLOT, "document_template": None, "max_tokens": limit}
     return recipe.model_copy(update={"text": recipe.text.model_copy(update=text)})
@@ -68,7 +68,7 @@ def _find(
     if says_how_it_embeds(path) and (recipe_name is not None or overrides):
         raise ValueError(f"{name} says itself how it embeds; leave out --recipe and --set")
     if (path / RECORD).is_file():
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        record = read_json(path / RECORD, GET_MODEL, "kind", "recipe")
         recipe = recipes.parse(record["recipe"], str(path / RECORD))
         if record["kind"] == "adapter":
             return recipe, path
@@ -76,13 +76,12 @@ def _find(
         return _prepared_text(_with_model(recipe, **plain), path), None
     if (path / "recipe.yaml").is_file():
         run = RunFolder(path)
-        values = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
         if not run.adapter.is_dir():
             raise ValueError(
                 f"{path} is a run without a final adapter; finish it with "
                 f"`lowmem-cft train {run.recipe} --resume`"
             )
-        return recipes.parse(values, str(run.recipe)), run.adapter
+        return recipes.load(str(run.recipe)), run.adapter
     if recipe_name is not None:
         recipe = recipes.load(recipe_name, overrides)
         return _with_model(recipe, id=name), None
@@ -111,8 +110,8 @@ def load_model(
         overrides: for a base model, `--set` assignments.
 
     Raises:
-        ValueError: nothing of that name, an unfinished run, or a recipe or assignments for a folder
-            that has a recipe of its own.
+        ValueError: nothing of that name, an unfinished run, a damaged file, or a recipe or
+            assignments for a folder that has a recipe of its own.
     """
     recipe, adapter = _find(name, recipe_name, overrides)
     return load_by_recipe(recipe, device, say, adapter)
@@ -124,14 +123,16 @@ def load_by_recipe(
     """Load a recipe's base model, with an adapter if one is given, to embed as the recipe says.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or a file of it is damaged.
     """
     backbone = load_backbone(recipe.model, device, say)
     model = backbone.model
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        read_json(adapter / "adapter_config.json", GET_MODEL)  # peft does not name it
+        with readable_weights(str(adapter)):
+            model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
         model.eval()
     encoder = Encoder(model, pooling=recipe.embedding.pooling, normalize=recipe.embedding.normalize)
     return LoadedModel(encoder, backbone, recipe)

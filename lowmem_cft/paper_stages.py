@@ -14,7 +14,16 @@ from lowmem_cft import recipe as recipes
 from lowmem_cft.demonstrations import SHIPPED, Demonstration, read_demonstrations
 from lowmem_cft.effort import Efforts
 from lowmem_cft.evaluate import LoadedSet
-from lowmem_cft.papers import DEV_PAIRS, DEV_SET, LEARNING_RATES, PUBLISHED_ROWS, Request, Share
+from lowmem_cft.papers import (
+    DEV_PAIRS,
+    DEV_SET,
+    LEARNING_RATES,
+    PUBLISHED_DATA,
+    PUBLISHED_DATA_URL,
+    PUBLISHED_ROWS,
+    Request,
+    Share,
+)
 from lowmem_cft.recipe import Recipe
 from lowmem_cft.stage_work import Unfinished
 from lowmem_cft.stages import Effort, Observer, Records, Stage, digest
@@ -52,7 +61,10 @@ class PaperStages:
         return Efforts(self.recipe)
 
     def make(self, share: Share) -> list[Stage]:
-        """The paper's own stages, and of the first paper's those that only the second has."""
+        """The paper's own stages, and of the first paper's those that only the second has.
+
+        The data come first: that they are missing is not to be found after hours of evaluation.
+        """
         base = self._evaluation("base", "the base model on every set", None)
         main = self._training("train", "training", {}, share.training_steps)
         after = self._evaluation("evaluate", "the trained model on every set", "train")
@@ -63,13 +75,13 @@ class PaperStages:
         ]
         if not self.request.is_cft:
             with_icl = self._evaluation("evaluate-icl", "with the best demonstration", "icl-search")
-            return [base, search, with_icl, self._data(), main, after, *transfer]
+            return [self._data(), base, search, with_icl, main, after, *transfer]
         assert share.ablation_steps is not None
         ablations = []
         for name, (what, changed) in self.ablations.items():
             ablations.append(self._training(name, what, changed, share.ablation_steps))
             ablations.append(self._evaluation(f"evaluate-{name}", f"{what}, on {DEV_SET}", name))
-        return [base, self._data(), main, after, *ablations, search, *transfer]
+        return [self._data(), base, main, after, *ablations, search, *transfer]
 
     def is_own(self, stage: Stage) -> bool:
         """Whether the paper itself has it."""
@@ -175,6 +187,16 @@ class PaperStages:
     def _adapter(self, of: str) -> Path:
         return self.folder / "runs" / of / "adapter"
 
+    def missing_data(self) -> str | None:
+        """That the published training data are not here, and what to do; None if all is well."""
+        paths = [section.path for section in self.recipe.data.sources]
+        if PUBLISHED_DATA not in paths or Path(PUBLISHED_DATA).exists():
+            return None
+        return (
+            f"{PUBLISHED_DATA} is not in {Path.cwd()}; download it from {PUBLISHED_DATA_URL}, or "
+            "name rows of your own with --set data.sources.0.path=FILE"
+        )
+
     def _data(self) -> Stage:
         def inputs() -> dict[str, Any]:
             sources = self.recipe.data.sources
@@ -185,6 +207,8 @@ class PaperStages:
             }
 
         def work(observer: Observer) -> dict[str, Any]:
+            if (missing := self.missing_data()) is not None:
+                raise ValueError(missing)
             # as they are in the files: training texts are not cleaned up
             sets = load_sets(self.request.protocol, None, offline=self.offline)
             sets.append(load_set(DEV_SET, data_folder(), offline=self.offline))

@@ -20,6 +20,11 @@ PAPERS = ("cft", "prompteol")
 
 PUBLISHED_ROWS = 275_601
 """Of nli_for_simcse.csv, which both papers train on."""
+PUBLISHED_DATA = "nli_for_simcse.csv"
+PUBLISHED_DATA_URL = (
+    "https://huggingface.co/datasets/princeton-nlp/datasets-for-simcse/resolve/main/"
+    + PUBLISHED_DATA
+)
 ABLATION_STEPS = 500
 """The first paper's, by the checkpoints of its learning-rate runs."""
 LEARNING_RATES = ("5e-5", "5e-4", "5e-3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from lowmem_cft.batches import NO_TEXT
 from lowmem_cft.configs import config_without_weights
 from lowmem_cft.footprint import Footprint
 from lowmem_cft.planner import GIB, MARGINS, BatchShape, Planner, Prediction
-from lowmem_cft.recipe import TEXT_SLOT, Recipe, parse_bytes
+from lowmem_cft.recipe import TEXT_SLOT, ModelSection, Recipe, parse_bytes
 from lowmem_cft.rows import DataError
-from lowmem_cft.sources import at_hand
+from lowmem_cft.sources import at_hand, resolve
 from lowmem_cft.tokens import overhead, tokenize
 
 TABLE_LIMITS = tuple(gib * GIB for gib in (6, 8, 12, 16, 24))
@@ -133,6 +134,18 @@ def _sampled_shape(recipe: Recipe, tokenizer: Any) -> BatchShape:
     )
 
 
+def _find_config(section: ModelSection) -> Any:
+    """`config_without_weights`, which says no more of a wrong name than transformers does."""
+    try:
+        return config_without_weights(section)
+    except ValueError as error:
+        path = Path(section.id).expanduser()
+        no_model = path.is_dir() and not (path / "config.json").is_file()
+        if no_model or isinstance(error.__cause__, OSError):  # or the hub cannot be reached
+            resolve(section.id, section.revision)
+        raise
+
+
 def planner_for(
     recipe: Recipe, device_type: str, dtype: torch.dtype, longest: int, config: Any = None
 ) -> Planner:
@@ -141,7 +154,7 @@ def planner_for(
     Raises:
         ValueError: there is no configuration, or `lora.targets` does not fit it.
     """
-    config = config_without_weights(recipe.model) if config is None else config
+    config = _find_config(recipe.model) if config is None else config
     return Planner(Footprint(recipe, config, dtype, longest), device_type)
 
 
@@ -175,12 +188,13 @@ def plan_recipe(recipe: Recipe, device_type: str, limit_bytes: int) -> RecipePla
     Raises:
         ValueError: the recipe's step does not fit, or its model is unknown.
     """
+    config = _find_config(recipe.model)  # before all that takes the model's name for granted
     shape, notes = _shape(recipe)
     if device_type == "cuda" and not torch.cuda.is_available() and recipe.model.dtype == "auto":
         dtype = torch.bfloat16  # of any card since Ampere; earlier ones take as many bytes
     else:
         dtype = choose_dtype(recipe.model.dtype, torch.device(device_type))
-    planner = planner_for(recipe, device_type, dtype, shape.longest)
+    planner = planner_for(recipe, device_type, dtype, shape.longest, config)
     prediction = planner.choose(recipe.memory, shape, limit_bytes)
     return RecipePlan(
         prediction=prediction,

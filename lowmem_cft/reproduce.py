@@ -72,8 +72,10 @@ class Reproduction:
                 raise ValueError(f"--stage: got {name!r}, wanted one of {', '.join(everything)}")
 
     def _begun(self) -> dict[str, Any] | None:
-        """What the folder was begun with."""
-        if not self._file.is_file():
+        """What the folder was begun with; None while nothing was done that another could spoil."""
+        done = [*self.records.folder.glob("*.json")]
+        done += [one for name in ("runs", "icl", "unfinished") for one in self.folder.glob(name)]
+        if not self._file.is_file() or not done:
             return None
         try:
             before: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
@@ -192,6 +194,11 @@ class Reproduction:
         done = [stage.name for stage in self.stages]
         done += [stage.name for stage in self._maker.make(self.share) if self._is_done(stage)]
         return departures(self.request, self.share, done)
+
+    def missing_data(self) -> str | None:
+        """That training data are not here, and what to do, where they are still to be read."""
+        todo = [stage for stage in self.stages if stage.kind == "data" and not self._is_done(stage)]
+        return self._maker.missing_data() if todo else None
 
     def _is_done(self, stage: Stage) -> bool:
         return self.records.get(stage.name) is not None

@@ -55,7 +55,7 @@ def markdown(found: Report, drawn: Sequence[str] | None) -> str:
             [
                 "## Plots",
                 "",
-                "Missing: matplotlib is not installed. `pip install 'lowmem-cft[plots]'`, then give "
+                "Missing: matplotlib is not installed. `pip install '.[plots]'`, then give "
                 "the command again: it repeats no stage and writes this report anew.",
             ]
         )

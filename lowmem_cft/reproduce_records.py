@@ -30,14 +30,14 @@ ABLATED = {
 }
 """The recipe key that an ablation changes, and no other, where it is not the baseline."""
 
-_FIRST = ("base", "data", "train", "evaluate")
+_FIRST = ("data", "base", "train", "evaluate")
 _OWN: dict[Paper, tuple[str, ...]] = {
     "cft": _FIRST,
     "prompteol": (
+        "data",
         "base",
         "icl-search",
         "evaluate-icl",
-        "data",
         "train",
         "evaluate",
         "transfer-base",

@@ -24,7 +24,7 @@ from lowmem_cft.reproduce_records import (
     Training,
 )
 
-_OTHER_NAMES = {"smollm2-135m": "SmolLM2-135M"}
+_OTHER_NAMES = {"smollm2-135m": "SmolLM2-135M-Instruct"}
 """Of models that neither paper has."""
 
 

@@ -69,6 +69,8 @@ class _Request:
     seed: int
     on_bad_row: Literal["error", "skip"]
     offline: bool
+    way_out: str
+    """Of a bad row, by what a user of the program can set."""
 
 
 # --- public readers -------------------------------------------------------------------------
@@ -97,7 +99,8 @@ def read_training_rows(
             is bad (with `on_bad_row="error"`), or no usable row is left.
         ValueError: `limit` or `on_bad_row` has no meaning.
     """
-    request = _Request(source, split, where, limit, seed, on_bad_row, offline)
+    way_out = "fix the row or set `on_bad_row: skip`"
+    request = _Request(source, split, where, limit, seed, on_bad_row, offline, way_out)
     find = lambda table: training_columns(table, columns, where or ())
     return _read(request, ("anchor", "positive", "negatives"), find, _training_rows)
 
@@ -119,7 +122,8 @@ def read_scored_pairs(
         DataError: as in `read_training_rows`; also a score which is not a finite number.
         ValueError: `limit` or `on_bad_row` has no meaning.
     """
-    request = _Request(source, split, where, limit, seed, on_bad_row, offline)
+    way_out = "fix the row or remove it"
+    request = _Request(source, split, where, limit, seed, on_bad_row, offline, way_out)
     find = lambda table: scored_columns(table, columns)
     return _read(request, ("sentence1", "sentence2", "score"), find, _scored_pair)
 
@@ -185,8 +189,7 @@ def _checked(
         except BadRow as bad:
             if request.on_bad_row == "error":
                 raise DataError(
-                    f"{table.name}, {table.unit} {number}{bad.at}: {bad}; "
-                    "fix the row or set `on_bad_row: skip`"
+                    f"{table.name}, {table.unit} {number}{bad.at}: {bad}; {request.way_out}"
                 ) from None
             report.skipped[f"{bad.reason}{bad.at}"] += 1
         else:

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from lowmem_cft import recipe as recipes
-from lowmem_cft.cache import whole_folder
+from lowmem_cft.cache import read_json, whole_folder
 
 MAY_CHANGE = ("memory", "eval", "output")
 """Sections that a resumed run may change: they do not define what is trained."""
@@ -137,7 +136,7 @@ def _check_resumable(run: RunFolder, recipe: recipes.Recipe) -> None:
         raise ValueError(
             f"{run.path} holds no checkpoint to resume: start it anew (with --overwrite if it exists)"
         )
-    old = recipes.parse(yaml.safe_load(run.recipe.read_text(encoding="utf-8")), str(run.recipe))
+    old = recipes.load(str(run.recipe))
     for section in type(recipe).model_fields:
         if section in MAY_CHANGE or getattr(old, section) == getattr(recipe, section):
             continue
@@ -251,18 +250,20 @@ def load_state(run: RunFolder) -> TrainingState:
     """Read the checkpoint back, checking its sums.
 
     Raises:
-        RuntimeError: a file is damaged.
+        ValueError: a file is damaged.
     """
     from safetensors.torch import load_file
 
     folder = run.checkpoint
-    record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    anew = "start anew with --overwrite"
+    keys = ("step", "progress", "plan")
+    record = read_json(folder / "state.json", anew, "sha256", *keys)
     for name, wanted in record["sha256"].items():
-        if _sha256(folder / name) != wanted:
-            raise RuntimeError(f"{folder / name} is damaged (its checksum differs); start anew")
+        if not (folder / name).is_file() or _sha256(folder / name) != wanted:
+            raise ValueError(f"{folder / name} is damaged (its checksum differs); {anew}")
     tensors = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     adapter = load_file(str(folder / "adapter.safetensors"))
-    values = {key: record[key] for key in ("step", "progress", "plan")}
+    values = {key: record[key] for key in keys}
     return TrainingState(adapter=adapter, **values, **tensors)
 
 

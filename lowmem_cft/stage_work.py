@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from lowmem_cft import corpus, eval_report, icl, run, transfer_report
 from lowmem_cft import recipe as recipes
 from lowmem_cft.backbone import choose_device
+from lowmem_cft.cache import read_json
 from lowmem_cft.demonstrations import Demonstration
 from lowmem_cft.evaluate import Embed, LoadedSet, score_pairs
 from lowmem_cft.inference import embed_texts
@@ -151,7 +151,7 @@ def train(recipe: Recipe, observer: Observer, *, offline: bool) -> dict[str, Any
                 f"stopped in training ({recipe.output.name}); all is saved, and the same command "
                 "goes on from there"
             ) from error
-    metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    metrics = read_json(folder.metrics, "remove it")
     lines = run.read_log(folder)
     before = metrics["before"][0]
     points = [[0, before["spearman"]]]
@@ -189,7 +189,7 @@ def _trains_the_same(folder: run.RunFolder, recipe: Recipe) -> bool:
 def _is_finished(folder: run.RunFolder, recipe: Recipe) -> bool:
     if not (folder.metrics.is_file() and folder.recipe.is_file() and folder.adapter.is_dir()):
         return False
-    metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+    metrics = read_json(folder.metrics, "remove it")
     exported = recipe.output.export == "none" or "export" in metrics
     return exported and _trains_the_same(folder, recipe)
 

@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from lowmem_cft.cache import read_json
 from lowmem_cft.run import library_versions, write_json
 
 Kind = Literal["evaluate", "data", "train", "search", "transfer"]
@@ -85,9 +86,16 @@ class Records:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[Callable[[], float]]:
-        """Tells the seconds spent on a stage, tries that were stopped among them."""
+        """Tells the seconds spent on a stage, tries that were stopped among them.
+
+        Raises:
+            ValueError: those of before cannot be read.
+        """
         path, started = self._seconds_path(name), time.perf_counter()
-        before = float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
+        try:
+            before = float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
+        except ValueError as error:
+            raise ValueError(f"{path}: wanted seconds ({error}); remove it") from error
 
         def spent() -> float:
             return before + time.perf_counter() - started
@@ -109,13 +117,8 @@ class Records:
         path = self.path(name)
         if not path.is_file():
             return None
-        try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read ({error}); remove it") from error
-        if not {"result", "inputs", "inputs_sha256", "seconds", "flops", "kind"} <= record.keys():
-            raise ValueError(f"{path}: is no record of a stage; remove it")
-        return record
+        keys = ("result", "inputs", "inputs_sha256", "seconds", "flops", "kind")
+        return read_json(path, "remove it", *keys)
 
     def result(self, name: str) -> dict[str, Any]:
         """Of a stage that is done."""

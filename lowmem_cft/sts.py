@@ -137,9 +137,12 @@ def _benchmark(split: str, hub_split: str, num_pairs: int) -> StsSet:
 _BENCHMARK_TEST = _benchmark("test", "test", 1379)
 _BENCHMARK_DEV = _benchmark("dev", "validation", 1500)
 
+SCORED = "cosine Spearman over all pairs of the set"
+"""What a score is, under any protocol and under none."""
+
 _MTEB = Protocol(
     "mteb",
-    "cosine Spearman over all pairs of the set (mteb)",
+    f"{SCORED} (mteb)",
     (
         *_SEMEVAL,
         StsSet("STS17", 250, ("STS17/STS17-en-en.tsv",), (), _HUB["STS17"], "STS17"),
@@ -165,7 +168,7 @@ _MTEB = Protocol(
 
 _SENTEVAL = Protocol(
     "senteval",
-    'cosine Spearman over all pairs of the set (SentEval, "all")',
+    f'{SCORED} (SentEval, "all")',
     (
         *_SEMEVAL,
         StsSet(

@@ -25,6 +25,7 @@ from lowmem_cft.backbone import (
     choose_dtype,
     find_backbone,
     load_backbone,
+    readable_weights,
     set_checkpointing,
     trainable_parameters,
 )
@@ -40,6 +41,7 @@ from lowmem_cft.planner import GIB, MARGINS, Planner
 from lowmem_cft.planning import planner_for, shape_of
 from lowmem_cft.recipe import LossSection, Recipe, parse_bytes
 from lowmem_cft.step import ContrastiveStep, LossReport
+from lowmem_cft.sts import SCORED
 from lowmem_cft_kernels import LearnedTemperature
 from lowmem_cft_kernels import Path as LossPath
 
@@ -403,7 +405,8 @@ class Trainer:
         if self.recipe.eval.keep_best and self.folder.best.is_dir():
             from safetensors.torch import load_file
 
-            best = load_file(str(self.folder.best / "adapter_model.safetensors"))
+            with readable_weights(str(self.folder.best)):
+                best = load_file(str(self.folder.best / "adapter_model.safetensors"))
             self.load_adapter_state(best)
             self.observer.say(f"kept the adapter of step {self.progress.best_step}")
         # Loaders hold an adapter in its base's dtype: what is scored and saved is that adapter.
@@ -418,7 +421,7 @@ class Trainer:
         metrics = {
             "before": self.progress.before,
             "after": [vars(score) for score in scores],
-            "protocol": evaluate.PROTOCOL,
+            "protocol": SCORED,
             "steps": self.step_index,
             "rows": rows,
             "train_seconds": progress.seconds,

@@ -70,5 +70,5 @@ def _folds(
             warnings.simplefilter("error", UserWarning)
             found = list(kfold.split(np.zeros(len(rows)), label_N[rows]))
     except (ValueError, UserWarning) as error:
-        raise ValueError(f"{error} Take more rows or fewer folds.") from None
+        raise ValueError(f"{error} Take more rows: a greater limit, or none.") from None
     return [(rows[rest], rows[fold]) for rest, fold in found]

@@ -103,7 +103,7 @@ def test_train_eval_embed_export(command: Run, finished: Path, tmp_path: Path) -
     metrics = json.loads((finished / "metrics.json").read_text())
     wanted = metrics["after"][0]["spearman"]
     assert result["sets"][0]["spearman"] == pytest.approx(wanted, abs=1e-6)
-    assert "all pairs" in result["protocol"]
+    assert result["protocol"] == metrics["protocol"] == "cosine Spearman over all pairs of the set"
 
     texts = tmp_path / "texts.txt"
     texts.write_text("the cat sat\na dog ran\nthe cat sat\n")
@@ -222,11 +222,19 @@ def test_model_without_a_tokenizer(
     assert "tokenizer" in err
 
 
+LIMIT = ("--memory", "12GiB")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["train", "no-such-recipe"], "presets"),
         (["train", "demo", "--resume", "--overwrite"], "choose one"),
+        (["plan", "demo", *LIMIT, "--set", "model.id=./gone"], "no such folder: gone"),
+        (["plan", "demo", *LIMIT, "--set", "model.id=tests"], "holds no config.json"),
+        (["plan", "demo", *LIMIT, "--set", "model.id=a b/c"], "neither a local folder nor"),
+        (["plan", "demo", *LIMIT, "--set", "model.id=nobody/nothing"], "cannot be reached"),
+        (["reproduce", "cft", "--model", "phi-2", "--out", "Makefile"], "is a file, wanted a"),
         (["eval", "./no-such-model", "-s", "demo"], "no such folder"),
         (["embed", "model", "no-such-file.txt"], "no such file"),
         (["embed", "model", "Makefile", "--out", "x.csv"], ".npy or .parquet"),
@@ -250,6 +258,35 @@ def test_embed_names_the_empty_line(command: Run, tmp_path: Path) -> None:
     code, _, err = command("embed", "anything", str(texts))
     assert code == 2
     assert "line 2" in err
+
+
+def test_damaged_files_are_named(command: Run, finished: Path, tmp_path: Path) -> None:
+    merged, texts = tmp_path / "merged", tmp_path / "texts.txt"
+    texts.write_text("a\n")
+    code, _, err = command("export", str(finished), "--merged", "--out", str(merged))
+    assert code == 0, err
+    for model in (finished, finished / "model", merged):
+        assert command("embed", str(model), str(texts))[0] == 0
+    damaged = (
+        (finished, "recipe.yaml", "model: [", ""),
+        (finished, "adapter/adapter_config.json", "{", "again"),
+        (finished, "adapter/adapter_model.safetensors", "", "again"),
+        (finished / "model", "lowmem_cft.json", "{", "again"),
+        (finished / "model", "lowmem_cft.json", '{"kind": "adapter"}', "again"),
+        (finished / "model", "adapter_model.safetensors", "junk", "again"),
+        (merged, "config.json", "{", "again"),
+        (merged, "config.json", "[]", "again"),
+        (merged, "model.safetensors", "junk", "again"),
+        (merged, "sentence_bert_config.json", "{", "again"),
+    )
+    for model, name, text, way_out in damaged:
+        whole = (model / name).read_bytes()
+        (model / name).write_text(text)
+        code, _, err = command("embed", str(model), str(texts))
+        assert code == 2, err
+        assert f"error: {model / name}: " in err
+        assert way_out in err
+        (model / name).write_bytes(whole)
 
 
 def test_the_machines_faults_exit_with_1(

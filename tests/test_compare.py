@@ -7,6 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ from rich.console import Console
 from scipy.stats import rankdata, spearmanr
 
 from lowmem_cft import bootstrap, compare, eval_report
-from lowmem_cft.console import comparison_table
+from lowmem_cft.console import comparison_table, score_table
 from lowmem_cft.correlation import Floats, spearman
 from lowmem_cft.evaluate import ScoredSet, SetScore
-from lowmem_cft.sts import PROTOCOLS, Protocol
+from lowmem_cft.sts import PROTOCOLS, SCORED, Protocol
 
 MTEB = PROTOCOLS["mteb"]
 
@@ -219,6 +220,17 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, what: str) -> None:
         compare.compare(a, b)
 
 
+def test_a_report_of_no_protocol_that_names_one_is_compared(tmp_path: Path) -> None:
+    """As those written before were: a reproduction that goes on compares with them."""
+    a, b = (write_report(tmp_path / f"{n}.json", n, protocol=None) for n in (0.4, 0.3))
+    values = json.loads(a.read_text())
+    assert values["protocol"] == SCORED
+    a.write_text(json.dumps({**values, "protocol": MTEB.scored}))
+    assert compare.compare(a, b, 9).a.label == SCORED
+    with pytest.raises(ValueError, match="different protocols"):
+        compare.compare(write_report(tmp_path / "c.json", 0.4), b, 9)
+
+
 def test_damaged_reports(tmp_path: Path) -> None:
     path = write_report(tmp_path / "a.json", 0.4)
     other = write_report(tmp_path / "b.json", 0.4)
@@ -262,6 +274,14 @@ def test_reports_of_run_folders(tmp_path: Path) -> None:
     (b / "eval-mteb.json").rename(b / "eval-senteval.json")
     with pytest.raises(ValueError, match="no report of the same name"):
         compare.find_reports(a, b)
+    transfer = tmp_path / "eval-transfer.json"
+    transfer.write_text('{"suite": "transfer"}')
+    for places in ((a, transfer), (transfer, a)):
+        with pytest.raises(ValueError, match=r"eval-transfer\.json: a report of transfer tasks"):
+            compare.find_reports(*places)
+    valid = write_report(tmp_path / "mine.json", 0.4)
+    with pytest.raises(ValueError, match=r"no report of the same name .* name the two files"):
+        compare.find_reports(a, valid)
 
 
 def test_names_of_reports_in_a_run() -> None:
@@ -321,6 +341,21 @@ def test_the_pairs_of_another_model_are_noticed(tmp_path: Path) -> None:
     np.savez(tmp_path / "0.4.npz", **{**arrays, "gold_1": arrays["gold_1"][:-1]})
     with pytest.raises(ValueError, match=r"holds \[300, 399, 500\] pairs"):
         eval_report.read(a)
+
+
+def test_scores_and_intervals_are_readable_in_80_columns() -> None:
+    """Whole names of the protocol's sets, and bounds below 0 that are told apart."""
+    gold, cosine = scores_of(50, 0, 0.3, ties=False)
+    every = [scored(entry.name, gold, cosine) for entry in MTEB.sets]
+    every = [replace(one, score=replace(one.score, own_text=False)) for one in every]
+    found = eval_report.report("m", every, protocol=MTEB, num_resamples=9)
+    low = bootstrap.Interval(-0.272, -0.0134)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(score_table(replace(found, intervals=[low] * 9)))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    for entry in MTEB.sets:
+        assert re.search(rf"│ {entry.name}\* .*│-27\.20 to -1\.34 │", shown), shown
 
 
 def test_a_comparison_says_what_its_mean_and_precision_are(tmp_path: Path) -> None:

@@ -47,11 +47,12 @@ def test_eval_compare_and_mteb(command: Run, tiny_folder: Path, tmp_path: Path) 
     sets = ("--protocol", "mteb", "-s", "STS17", "-s", "BIOSSES", "--resamples", "20")
     code, out, err = command("eval", str(tiny_folder), *sets, *MEAN, "--out", str(a))
     assert code == 0, err
-    assert re.search(r"STS17 +│ +250 │ +-?\d+\.\d\d │ +-?\d+\.\d\d--?\d+\.\d\d │ ", out), out
+    assert re.search(r"STS17 +│ +250 │ +-?\d+\.\d\d │ *-?\d+\.\d\d to -?\d+\.\d\d │ ", out), out
     assert "BIOSSES*" in out
     assert "│ mean of 2 of 9 " in out
     result = json.loads(a.read_text())
     assert result["complete"] is False
+    assert result["protocol"].endswith("(mteb)")
     for one in result["sets"]:
         assert one["version"].removeprefix("sha256:") in out
         assert one["interval"]["low"] <= one["interval"]["high"]
@@ -92,6 +93,13 @@ def test_mteb_results_are_of_its_texts_alone(
     code, _, err = command("eval", str(tiny_folder), "-s", "STS17", *into, *MEAN)
     assert code == 0, err
     assert [file.name for file in place.iterdir()] == ["STS17.json"]
+    (tmp_path / "file").touch()
+    into = (*into[:-1], str(tmp_path / "file"))
+    code, out, err = command("eval", str(tiny_folder), "-s", "STS17", *into, *MEAN)
+    assert (code, out) == (2, "")
+    assert "--mteb-out: " in err
+    assert "file is a file, wanted a folder" in re.sub(r"\s+", " ", err)
+    assert "loading" not in err
 
 
 @pytest.mark.usefixtures("sets_at_hand")
@@ -170,6 +178,17 @@ def test_mistakes(
     assert code == 2
     assert named in re.sub(r"[│\s]+", " ", err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_a_folder_stands(
+    command: Run,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "scores.json").mkdir()
+    out = str(tmp_path / "scores.json")
+    code, _, err = command("eval", "any", "-s", "demo", "--offline", "--out", out)
+    assert code == 2
+    assert "scores.json is a folder, wanted a file" in re.sub(r"\s+", " ", err)
 
 
 def test_nothing_to_compare(command: Run, tmp_path: Path) -> None:  # noqa: F811

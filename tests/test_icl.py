@@ -633,7 +633,8 @@ def test_advice(tiny_folder: Path, tmp_path: Path) -> None:
     base = icl.SearchedModel(str(tiny_folder), loaded, PROMPTEOL)
     assert (
         base.advice(PROMPTEOL)
-        == f"Lines of a recipe for `lowmem-cft eval {tiny_folder} --recipe RECIPE`:"
+        == "Lines of a recipe; with a data section it is one to train, and one for "
+        f"`lowmem-cft eval {tiny_folder} --recipe RECIPE`:"
     )
     (tmp_path / RECORD).write_text("{}")
     own = icl.SearchedModel(str(tmp_path), loaded, "{text}")

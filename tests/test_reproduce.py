@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -382,7 +383,25 @@ def test_dry_run_without_data(
     for name in ("icl-search", "transfer-trained", "TFLOP"):
         assert name in printed
     assert "1,077 of the paper's 1,077 training steps" in said
+    assert "missing: nli_for_simcse.csv is not in" in said
     assert not out.exists()
+
+
+def test_missing_training_data_stop_before_all_work(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paper = ("data.sources=[{path: nli_for_simcse.csv}]",)
+    run, heard = ask(overrides=paper), Heard()
+    missing = rf"nli_for_simcse\.csv is not in {re.escape(str(tmp_path))}; download it from https"
+    with pytest.raises(ValueError, match=missing):
+        run.run(heard)
+    assert [text for text in heard.said if text.startswith("[")] == [
+        "[1/14] data: what is trained on"
+    ]
+    ask().run(Heard())  # what it advises: other rows, in the same folder
+    assert "data" in _records(ask())
+    assert ask().missing_data() is None
 
 
 @pytest.mark.parametrize(
@@ -390,7 +409,7 @@ def test_dry_run_without_data(
     [
         (["cft", "--model", "opt-125m"], "cft has gemma-2b"),
         (["simcse", "--model", "opt-125m"], "wanted one of cft, prompteol"),
-        (["cft", "--model", "smollm2-135m", "--stage", "trian"], "wanted one of base, data"),
+        (["cft", "--model", "smollm2-135m", "--stage", "trian"], "wanted one of data, base"),
         (["cft", "--model", "smollm2-135m", "--hours", "-1"], "wanted more than 0"),
         (["cft", "--model", "smollm2-135m", "--budget", "much"], "limit: got 'much'"),
     ],

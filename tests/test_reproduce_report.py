@@ -368,7 +368,7 @@ def test_a_model_of_no_paper(tmp_path: Path, paper: Paper, others: tuple[str, ..
     protocol = MTEB if paper == "cft" else SENTEVAL
     made.evaluate("evaluate", 0.2, protocol)
     text, _ = made.report()
-    assert "with SmolLM2-135M, which is **no model of the paper**" in text
+    assert "with SmolLM2-135M-Instruct, which is **no model of the paper**" in text
     first, second = text.split("## Other models, for orientation only")
     assert "published |" not in first
     for name in others:
@@ -616,7 +616,7 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert [path.name for path in write_report(made.folder)] == ["report.md", "report.json"]
     text = read_text(made)
-    assert "pip install 'lowmem-cft[plots]'" in text
+    assert "pip install '.[plots]'" in text
     assert ".png" not in text
     assert not (made.folder / "report" / SETS).exists()
 

@@ -647,7 +647,9 @@ def test_scored_pairs_options(tmp_path: Path, hub: list[tuple[Any, ...]]) -> Non
     path = write_rows(tmp_path / "s.jsonl", header, cells)
     message = error(path, read_scored_pairs)
     assert str(header) in message
-    assert "sentence1, sentence2, score" in message
+    assert message.endswith("rename those to use to sentence1, sentence2 and score")
+    twice = write(tmp_path / "t.tsv", "score\tScore\na\tb\n")
+    assert "`columns" not in error(twice, read_scored_pairs)
     columns = ["y", "x", "gold"]
     pairs, report = read_scored_pairs(path, columns=columns, where={"part": "b"}, limit=3, seed=4)
     assert len(pairs) == 3
@@ -680,6 +682,7 @@ def test_bad_scores(tmp_path: Path, score: Any, shown: str) -> None:
     path = write(tmp_path / "s.jsonl", jsonl(good, {**good, "score": score}))
     message = error(path, read_scored_pairs)
     assert f"s.jsonl, line 2, column 'score': bad score: got {shown}" in message
+    assert message.endswith("; fix the row or remove it")
     pairs, report = read_scored_pairs(path, on_bad_row="skip")
     assert pairs == [ScoredPair("a", "b", -1.0)]
     assert report.skipped == Counter({"bad score, column 'score'": 1})

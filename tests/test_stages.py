@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lowmem_cft import stages
+from lowmem_cft.console import stage_table
 from lowmem_cft.stages import Effort, Records, Stage, digest, run_stages
 
 
@@ -178,9 +182,35 @@ def test_what_is_needed_is_named(bench: Bench) -> None:
     assert bench.done == []
 
 
-@pytest.mark.parametrize("text", ["{", json.dumps({"result": 1}), "\xff"])
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"result": 1}), "\xff"])
 def test_a_damaged_record_is_named(bench: Bench, text: str) -> None:
     bench.run()
     bench.records.path("first").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"first\.json.*remove it"):
         bench.run()
+
+
+def test_the_table_has_whole_names_and_numbers_in_80_columns() -> None:
+    name = "evaluate-ablation-no-hard-negatives"
+    row = {"stage": name, "what": "without hard negatives, 500 steps", "done": True}
+    row |= {"tflop": 1_718_012.0, "hours": 2862.67, "memory_gib": 13.2}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(stage_table([row, {**row, "done": False}]))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert (
+        len(re.findall(rf"│ {name} +│ 1,718,012 │ +2862\.67 │ 13\.2 │ (done|    ) │", shown)) == 2
+    )
+    assert shown.count(f"│   {row['what']} ") == 2
+
+
+def test_damaged_seconds_are_named(bench: Bench) -> None:
+    bench.records.folder.mkdir(parents=True)
+    file = bench.records.folder / "first.seconds"
+    file.write_text("soon")
+    with pytest.raises(ValueError, match=r"first\.seconds: wanted seconds .*'soon'.* remove it"):
+        bench.run()
+    assert bench.done == []
+    file.unlink()
+    bench.run()
+    assert bench.done

@@ -358,7 +358,17 @@ def test_damaged_checkpoint_is_noticed(make_recipe: MakeRecipe) -> None:
     trainer.save()
     file = trainer.folder.checkpoint / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(RuntimeError, match="checksum"):
+    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged .* --overwrite"):
+        start(make_recipe(), resume=True)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged"):
+        start(make_recipe(), resume=True)
+    for text in ("{", "[]", '{"step": 1}'):
+        (trainer.folder.checkpoint / "state.json").write_text(text)
+        with pytest.raises(ValueError, match=r"state\.json: .*; start anew with --overwrite"):
+            start(make_recipe(), resume=True)
+    trainer.folder.recipe.write_text("model: [")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not readable as YAML"):
         start(make_recipe(), resume=True)
 
 

@@ -133,7 +133,7 @@ def test_the_report_so_far_is_kept_after_each_task() -> None:
 def test_a_task_too_small_is_refused_before_any_is_embedded() -> None:
     good, bad = make_task({"all": 60}), make_task({"all": 4})
     embed = Lookup(good)
-    with pytest.raises(ValueError, match=r"made: .*Take more rows or fewer folds"):
+    with pytest.raises(ValueError, match=r"made: .*Take more rows: a greater limit, or none"):
         transfer_report.score_tasks([good, bad], embed, model="m", settings=SMALL)
     assert embed.calls == []
 
