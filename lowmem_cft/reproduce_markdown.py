@@ -90,7 +90,7 @@ def _what(found: Report) -> list[str]:
             "Transfer tasks: "
             + ("all rows." if rows is None else f"at most {rows:,} rows of a split.")
         )
-    limits = [] if share.hours is None else [f"{share.hours:g} hours"]
+    limits = [] if share.hours is None else [f"{share.hours:g} h"]
     limits += [] if share.budget is None else [f"{share.budget} of memory"]
     said.append(f"Asked for: {' and '.join(limits) or 'the whole run, without limits'}.")
     planned = len(asked.own_stages)

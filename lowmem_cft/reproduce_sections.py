@@ -180,16 +180,21 @@ def demonstrations(found: Report) -> list[str]:
         ]
     if found.search is None:
         return [*lines, f"The search: {NOT_RUN}."]
-    return lines + _search(found.search)
+    return lines + _search(found.search, found.reproduction.paper)
 
 
-def _search(search: Search) -> list[str]:
+def _search(search: Search, paper: str) -> list[str]:
     with_one = [trial for trial in search.trials if trial.sentence is not None]
     helpful = sum(trial.gain > 0 for trial in with_one)
     lines = [
         f"{len(with_one)} demonstrations were tried on {search.pairs:,} pairs of {search.set}; "
-        f"{helpful} score higher than no demonstration. The best one is chosen on these very pairs, so its score here "
-        "flatters it: what it does on the other sets stands above.",
+        f"{helpful} score higher than no demonstration. The best one is chosen on these very pairs, "
+        "so its score here flatters it: "
+        + (
+            "what it does on the other sets stands above."
+            if paper == "prompteol"
+            else "it was not scored on others."
+        ),
         "",
     ]
     rows = []

@@ -250,7 +250,7 @@ def test_what_share_it_is(phi: Fabricated) -> None:
     assert "An ablation: 50 of 500 (10 %)" in first
     assert "27,560 of 275,601 (10 %) rows" in first
     assert "at most 500 rows of a split" in first
-    assert "2 hours and 12GiB of memory" in first
+    assert "2 h and 12GiB of memory" in first
     assert "Done: 12 of the paper's 14 stages" in first
 
 
