@@ -52,8 +52,8 @@ NINE = [entry.name for entry in PROTOCOLS["mteb"].sets]
 DEV = "STSBenchmark-dev"
 DEMONSTRATION_TOKENS = 20
 _NO_LIMIT = 4096  # tokens: neither side cuts any sentence of the sets
-_QUICK_TEXTS, _QUICK_PREFIX_TEXTS = 110, 150
-_WARM_UP = 32
+_QUICK_TEXTS, _QUICK_PREFIX_TEXTS = 120, 150
+_WARM_UP = 24
 """Texts: enough that a prefix is shared, and tried out, before anything is timed."""
 _BATCH_SAMPLE = 512
 
