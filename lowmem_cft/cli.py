@@ -395,7 +395,7 @@ def recipes() -> None:
 
 @app.command("icl-search")
 def icl_search(
-    model: Annotated[str, typer.Argument(help="Run folder, or base model.")],
+    model: Annotated[str, typer.Argument(help="Run folder, exported model, or base model.")],
     demonstrations: Annotated[
         Optional[Path],
         typer.Option(help="File with columns sentence and word; the 72 shipped if absent."),

@@ -21,7 +21,7 @@ from lowmem_cft.clean_up import NAME as CLEAN_UP
 from lowmem_cft.correlation import Floats, spearman
 from lowmem_cft.evaluate import ScoredSet, SetScore
 from lowmem_cft.run import library_versions, short_name, write_json
-from lowmem_cft.sts import PROTOCOLS, SCORED, SETS, Protocol
+from lowmem_cft.sts import SCORED, SETS, Protocol
 from lowmem_cft.sts_data import DIGITS
 
 _ROUNDING = 1e-9
@@ -188,8 +188,6 @@ def read(path: Path) -> Scores:
         names = [str(entry["name"]) for entry in listed]
         sha256 = [str(entry["pairs_sha256"]) for entry in listed]
         label, model = str(values["protocol"]), str(values["model"])
-        if values.get("protocol_name", "") is None:  # as older ones were written
-            label = label.replace(PROTOCOLS["mteb"].scored, SCORED)
         float32, complete = bool(values["float32"]), bool(values["complete"])
         told = [float(entry["spearman"]) for entry in listed]
         sizes = [int(entry["num_pairs"]) for entry in listed]
