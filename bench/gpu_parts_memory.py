@@ -192,7 +192,7 @@ def make_rig(name: str, options: Options, quantization: str, peak_flops: float) 
     dtype = torch.float32 if on_cpu else choose_dtype("auto", options.device)
     config = config_for(name, recipe, options.tiny)
     longest = int(nli_lengths(10).max())
-    planner = Planner(Footprint(recipe, config, dtype, longest), options.device.type)
+    planner = Planner(Footprint(recipe, config, dtype, longest, options.device.type))
     fixed = sum(planner.fixed_parts().values())
     if fixed > options.cap_bytes:
         raise DoesNotFit(f"does not fit: {fixed / GIB:.2f} GiB before any text")
