@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,20 +71,13 @@ def info_nce(
         path: how to compute it; chosen by device, dtype and size if None (see `choose_path`).
         workspace_bytes: bound on what is held besides inputs, gradients and a few numbers per
             query and document, 60 MiB if None; does not change the result beyond rounding.
+            Embeddings whose rows have gaps between their elements are copied besides.
         out: (M, D) and (N, D) to write the gradients to, in the dtype they would have, so that
             views of one buffer can be filled without a copy.
 
     Raises:
         ValueError: shapes, dtypes, indices or options do not fit, or the path cannot do them.
     """
-    options: dict[str, Any] = {
-        "softmaxes": softmaxes,
-        "false_negatives": false_negatives,
-        "hardness": hardness,
-        "weight_M": weight_M,
-        "bank": bank,
-        "normalize": normalize,
-    }
     _validate_devices(query_MD, doc_ND, candidates, false_negatives, bank, weight_M)
     _validate(query_MD, doc_ND, candidates, temperature, softmaxes)
     check_shapes(query_MD, doc_ND, false_negatives, bank, weight_M)
@@ -100,7 +94,16 @@ def info_nce(
     if path is Path.TRITON and (reason := why_not_triton(query_MD)) is not None:
         raise ValueError(f"path: got {path.value}, but {reason}; use {Path.CHUNKED.value}")
     scale = torch.as_tensor(temperature, dtype=compute, device=query_MD.device).detach().view(())
-    query_MD, doc_ND = query_MD.detach(), doc_ND.detach()
+    query_MD, doc_ND = _in_rows(query_MD.detach()), _in_rows(doc_ND.detach())
+    candidates = _in_rows(candidates)
+    options: dict[str, Any] = {
+        "softmaxes": softmaxes,
+        "false_negatives": _in_rows(false_negatives),
+        "hardness": hardness,
+        "weight_M": _in_rows(weight_M),
+        "bank": _in_rows(bank),
+        "normalize": normalize,
+    }
     if path is Path.REFERENCE:
         with full_precision(query_MD.device.type):
             return _by_autograd(query_MD, doc_ND, candidates, scale, options, out)
@@ -196,6 +199,21 @@ def why_not_triton(query_MD: Tensor) -> str | None:
     if query_MD.dtype == torch.bfloat16 and major < 8:
         return f"bfloat16 needs compute capability 8.0, and the device has {major}.{minor}"
     return why_triton_cannot_start()
+
+
+def _in_rows(held: Any) -> Any:
+    """Vectors and integers contiguous, embeddings without gaps in their rows; what is so as it is.
+
+    Of a tensor, of those that a dataclass holds, or of None. A kernel's pointer knows no strides
+    but those of an embedding's rows.
+    """
+    if held is None:
+        return None
+    if isinstance(held, Tensor):
+        embeddings = held.ndim == 2 and held.is_floating_point()
+        return held if embeddings and held.stride(1) == 1 else held.contiguous()
+    values = {field.name: getattr(held, field.name) for field in fields(held)}
+    return replace(held, **{name: _in_rows(x) for name, x in values.items() if torch.is_tensor(x)})
 
 
 def _worker(path: Path) -> type[chunked.Chunked] | type[Fused]:
