@@ -19,7 +19,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem_cft_kernels import surroundings
+
 _TORCH = str(Path(torch.__file__).parent)
+
+_READERS = (Tensor.tolist, Tensor.numpy)
+"""They read without an operation that a dispatch mode is told of."""
 
 _READ_VALUES = {"_local_scalar_dense", "is_nonzero", "equal"}
 """They give the host a value."""
@@ -47,7 +52,7 @@ class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered, lists in `found` what makes the host wait, as "operation at file:line".
 
     Where tensors of the meta device are read, torch raises as well. `pin_memory` gives a copy that
-    counts as pinned, and `is_cuda` is true of the stand-ins.
+    counts as pinned; `is_cuda` is true of the stand-ins, and `surroundings.is_gpu` of their device.
 
     Args:
         device: the type of those that stand for the GPU's: "meta" or "cpu".
@@ -68,6 +73,10 @@ class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
             ("is_cuda", is_cuda),
         ):
             self._patches.enter_context(mock.patch.object(Tensor, name, value))
+        is_gpu = mock.patch.object(
+            surroundings, "is_gpu", lambda device: device.type == self.device
+        )
+        self._patches.enter_context(is_gpu)
         self._patches.enter_context(_Calls(self))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -136,7 +145,7 @@ class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Calls(TorchFunctionMode):
-    """Sees the copies that torch makes below what a dispatch mode is told of."""
+    """Sees what reads and copies below what a dispatch mode is told of."""
 
     def __init__(self, waits: HostWaits) -> None:
         super().__init__()
@@ -146,6 +155,8 @@ class _Calls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _READERS and args[0].device.type == self.waits.device:
+            self.waits.add(func.__name__)
         # on the CPU, what the host makes for itself cannot be told from what it makes for the GPU
         if self.waits.device != "cpu" and self._copies(func, args, kwargs):
             self.waits.add(func.__name__)

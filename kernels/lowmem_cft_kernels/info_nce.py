@@ -53,19 +53,22 @@ def info_nce(
     """InfoNCE loss and its gradients in one call; nothing is kept for a backward pass.
 
     `reference.reference_loss` is its definition. Logits are computed and kept in float32 (float64
-    for float64 inputs), whatever the inputs are.
+    for float64 inputs), whatever the inputs are. On a GPU, the host waits for nothing that is
+    queued, unless nobody has looked at the values of the candidates (see `Candidates.validate`).
 
     Args:
         query_MD: (M, D), float16, bfloat16, float32 or float64.
         doc_ND: (N, D), same dtype and device: positives and hard negatives together.
         candidates: each query's positives and which documents it sees.
-        temperature: > 0, a number or a scalar tensor; similarities are divided by it.
+        temperature: > 0, a number or a scalar tensor; similarities are divided by it. The value
+            of one on a GPU is not looked at.
         softmaxes: which comparisons share a denominator; the loss is the mean over softmaxes.
             `ONE_WAY`, `SYMMETRIC`, `GTE`, `QWEN3`, or others (`options.Direction`).
         false_negatives: hides candidates about as similar as the positive.
         hardness: raises the weight of similar negatives.
         weight_M: floats (M,) >= 0; the loss is the weighted mean over queries. A query without a
             positive, or with weight 0, adds nothing. Where none is left, loss and gradients are 0.
+            On a GPU, values are not looked at.
         bank: documents without a gradient.
         normalize: take cosines: the gradient is then that of the raw inputs.
         path: how to compute it; chosen by device, dtype and size if None (see `choose_path`).
@@ -93,7 +96,7 @@ def info_nce(
     path = path or choose_path(query_MD, doc_ND)
     if path is Path.TRITON and (reason := why_not_triton(query_MD)) is not None:
         raise ValueError(f"path: got {path.value}, but {reason}; use {Path.CHUNKED.value}")
-    scale = torch.as_tensor(temperature, dtype=compute, device=query_MD.device).detach().view(())
+    scale = _as_scalar(temperature, query_MD.new_empty((), dtype=compute))
     query_MD, doc_ND = _in_rows(query_MD.detach()), _in_rows(doc_ND.detach())
     candidates = _in_rows(candidates)
     options: dict[str, Any] = {
@@ -199,6 +202,14 @@ def why_not_triton(query_MD: Tensor) -> str | None:
     if query_MD.dtype == torch.bfloat16 and major < 8:
         return f"bfloat16 needs compute capability 8.0, and the device has {major}.{minor}"
     return why_triton_cannot_start()
+
+
+def _as_scalar(temperature: float | Tensor, like: Tensor) -> Tensor:
+    """() where `like` is and in its dtype; a number of the host is filled in, not copied."""
+    if isinstance(temperature, Tensor) and temperature.device.type != "cpu":
+        return temperature.detach().to(like).view(())
+    value = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    return torch.full_like(like, float(value))
 
 
 def _in_rows(held: Any) -> Any:
