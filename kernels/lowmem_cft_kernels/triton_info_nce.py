@@ -401,8 +401,8 @@ def block_arguments(problem: Problem, block: Block) -> dict[str, Any]:
         "col_ptr": col_CD,
         "row_guide_ptr": row_RG,
         "col_guide_ptr": col_CG,
-        "width": width,
-        "guide_width": 0 if guide is None else guide.row_RG.shape[1],
+        "width": _loop_bound(width),
+        "guide_width": 0 if guide is None else _loop_bound(guide.row_RG.shape[1]),
         "row_stride": row_RD.stride(0),
         "col_stride": col_CD.stride(0),
         "row_guide_stride": 0 if row_RG is None else row_RG.stride(0),
@@ -418,6 +418,12 @@ def block_arguments(problem: Problem, block: Block) -> dict[str, Any]:
         # the interpreter takes bfloat16 products for integers'
         "WIDEN": interpreted() and row_RD.dtype == torch.bfloat16,
     }
+
+
+def _loop_bound(number: int) -> Any:
+    """The interpreter makes an array of a number, which Triton 3.6 then takes for an index: numpy
+    refuses that from 2.4 on. A constexpr stays the number that it is."""
+    return triton.language.constexpr(number) if interpreted() else number
 
 
 def _padded(num_columns: int) -> int:
