@@ -37,6 +37,7 @@ lowest: $(VENV)/.lowest
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest -n auto tests/test_gradcache.py \
 	  tests/test_backbone.py tests/test_train.py tests/test_minicpm.py tests/test_imports.py \
 	  tests/test_oom.py tests/test_planner.py tests/test_last_layer.py tests/test_compile.py \
+	  tests/test_attention.py tests/test_step_waits.py \
 	  tests/test_prefix.py tests/test_inference.py tests/test_gpu_check.py \
 	  tests/kernels/test_triton_compile.py \
 	  tests/kernels/test_triton_loss.py::test_shapes_alone_and_many
