@@ -206,11 +206,11 @@ _thread = threading.local()
 
 @contextmanager
 def whole_texts() -> Iterator[None]:
-    """Have transformers take every row of a chunk for one text, in this thread.
+    """Have transformers take every row of a chunk for one text without padding, in this thread.
 
     Where it is given no mask it looks through the positions for several sequences packed into a
-    row, which our chunks never have. On a GPU it waits for the device to do so, in every chunk, and
-    on tensors without data it cannot.
+    row, which our chunks never have, and some models make a mask and look through it for padding.
+    On a GPU it waits for the device to do so, in every chunk, and on tensors without data it cannot.
     """
     _teach_transformers()
     outside = getattr(_thread, "whole_texts", False)
@@ -223,16 +223,23 @@ def whole_texts() -> Iterator[None]:
 
 @functools.cache
 def _teach_transformers() -> None:
-    """Put the search behind a condition, for good: outside `whole_texts` it is what it was."""
+    """Put both searches behind a condition, for good: outside `whole_texts` they are what they were."""
     from transformers import masking_utils
 
-    search = masking_utils.find_packed_sequence_indices
+    packed, padded = "find_packed_sequence_indices", "_ignore_causal_mask_sdpa"
+    for name in (packed, padded):
+        assert hasattr(masking_utils, name), f"transformers has moved {name}"
+    find_packed, can_ignore = getattr(masking_utils, packed), getattr(masking_utils, padded)
 
-    @functools.wraps(search)
-    def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
-        packed: Tensor | None = None
-        if not getattr(_thread, "whole_texts", False):
-            packed = search(position_ids)
-        return packed
+    @functools.wraps(find_packed)
+    def find_unless_whole(position_ids: Tensor) -> Any:
+        whole = getattr(_thread, "whole_texts", False)
+        return None if whole else find_packed(position_ids)
 
-    masking_utils.find_packed_sequence_indices = find_packed_sequence_indices
+    @functools.wraps(can_ignore)
+    def ignore_if_whole(padding_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        whole = getattr(_thread, "whole_texts", False)
+        return can_ignore(None if whole else padding_mask, *args, **kwargs)
+
+    setattr(masking_utils, packed, find_unless_whole)
+    setattr(masking_utils, padded, ignore_if_whole)

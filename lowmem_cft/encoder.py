@@ -130,7 +130,8 @@ class Encoder:
             where = {"use_cache": True, "past_key_values": prefix.cache}
         elif not batch.right_padded:
             where |= {"attention_mask": batch.mask_BT.long(), "position_ids": position_BT}
-        hidden_BTH = self._hidden(batch.ids_BT, **where)
+        with whole_texts() if batch.right_padded else nullcontext():
+            hidden_BTH = self._hidden(batch.ids_BT, **where)
         emb_BD = pool(hidden_BTH, batch.mask_BT, self.pooling)
         emb_BD = F.normalize(emb_BD, dim=-1) if self.normalize else emb_BD
         if state is not None and emb_BD.requires_grad:
@@ -140,7 +141,7 @@ class Encoder:
 
     def _hidden(self, ids_BT: Tensor, **where: Any) -> Tensor:
         seen = nullcontext() if self.attention else SeenBackends()
-        with chosen_backends(), whole_texts(), seen:
+        with chosen_backends(), seen:
             hidden_BTH: Tensor = self.model(input_ids=ids_BT, **where).last_hidden_state
         if isinstance(seen, SeenBackends):
             self.attention = seen.names
