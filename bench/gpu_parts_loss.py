@@ -27,6 +27,8 @@ Finding = tuple[str, str, float, float]
 """Kind, name, value and bound of a check."""
 Task = tuple[str, str, str, tuple[Shape, ...], str]
 """Option set, dtype, path, shapes, device."""
+Findings = Callable[[float], list[Finding]]
+"""Waits so many seconds for a task's findings."""
 
 SHAPES: tuple[Shape, ...] = ((37, 53, 40), (129, 257, 65), (1000, 3001, 2304))
 EXTRA_BYTES = 64 * 2**20
@@ -143,9 +145,7 @@ def loss_tasks(options: Options) -> dict[str, list[Task]]:
 
 
 @contextmanager
-def started(
-    tasks: Sequence[Task], workers: int
-) -> Iterator[dict[Task, Callable[[float], list[Finding]]]]:
+def started(tasks: Sequence[Task], workers: int) -> Iterator[dict[Task, Findings]]:
     """Task -> what waits so many seconds for its findings; without workers they are done then.
 
     A process that failed at a task is given up: after a CUDA error every other task fails in it.
@@ -188,17 +188,18 @@ def check_loss_correctness(options: Options) -> dict[str, Any]:
     everything = [task for of_set in tasks.values() for task in of_set]
     with started(everything, num_workers(options)) as waiting:
         for name, of_set in tasks.items():
-            group = partial(_add_findings, of_set, waiting)
+            group = partial(add_findings, of_set, waiting)
             checks.group(f"loss: {name}", group)
     return checks.to_json()
 
 
-def _add_findings(
+def add_findings(
     tasks: Sequence[Task],
-    waiting: dict[Task, Callable[[float], list[Finding]]],
+    waiting: dict[Task, Findings],
     options: Options,
     checks: Checks,
 ) -> None:
+    """Wait for the tasks, and take what they found into the checks."""
     for task in tasks:
         try:
             # what is done when time is over is read still, of this option set and of the others
