@@ -95,7 +95,7 @@ def make_rig(
     dtype = choose_dtype("auto", options.device) if options.cuda else torch.float32
     config = config_for(name, recipe, options.tiny)
     longest = int(nli_lengths(10).max())
-    planner = Planner(Footprint(recipe, config, dtype, longest), options.device.type)
+    planner = Planner(Footprint(recipe, config, dtype, longest, options.device.type))
     fixed = sum(planner.fixed_parts().values())
     if fixed > limit_bytes:
         raise DoesNotFit(f"does not fit: {fixed / GIB:.2f} GiB before any text")

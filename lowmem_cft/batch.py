@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowmem_cft.machine import to_device
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -24,9 +26,7 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         return TokenBatch(
-            self.ids_BT.to(device, non_blocking=True),
-            self.mask_BT.to(device, non_blocking=True),
-            self.right_padded,
+            to_device(self.ids_BT, device), to_device(self.mask_BT, device), self.right_padded
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_cft.machine import to_device
 from lowmem_cft_kernels.dropout import check_rate, identity_dropout, keep_mask
 
 _MASK_32 = 0xFFFFFFFF
@@ -90,7 +91,7 @@ class DropoutClock:
 def _derive(token_key_L: Tensor, module_keys: list[int]) -> Tensor:
     """int32 (M, L): the token keys of M modules."""
     group = max(1, _WORDS_AT_ONCE // max(1, len(token_key_L)))
-    key_M1 = torch.tensor(module_keys, device=token_key_L.device)[:, None]
+    key_M1 = to_device(torch.tensor(module_keys), token_key_L.device)[:, None]
     groups = torch.split(key_M1, group)
     return torch.cat([_to_int32(_absorb(token_key_L, key_G1)) for key_G1 in groups])
 

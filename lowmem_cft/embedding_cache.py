@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lowmem_cft.machine import to_device
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,16 +36,21 @@ class Slots:
         self._count_P = count_P
         self._start_P = count_P.cumsum(0) - count_P
 
-    def levels(self, place_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def levels(
+        self, place_B: Tensor, device: torch.device
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
         """(rows of the chunk, their first slot), then (rows, second slot) of those with two, ...
 
-        No row occurs twice in a level, so sums over levels have one order: they are the same in
-        every run, also on a GPU.
+        Both on `device`; rows are None where they are all of them, as they are at first. No row
+        occurs twice in a level, so sums over levels have one order: they are the same in every run,
+        also on a GPU.
         """
         start_B, count_B = self._start_P[place_B], self._count_P[place_B]
-        for level in range(int(count_B.max())):
+        yield None, to_device(self._order_S[start_B], device)
+        for level in range(1, int(count_B.max())):
             (row_K,) = torch.nonzero(count_B > level, as_tuple=True)
-            yield row_K, self._order_S[start_B[row_K] + level]
+            slot_K = self._order_S[start_B[row_K] + level]
+            yield to_device(row_K, device), to_device(slot_K, device)
 
 
 class EmbeddingCache:
@@ -79,8 +86,8 @@ class EmbeddingCache:
             self.emb_SD = self._allocate(emb_BD)
         emb_SD = self.emb_SD
         emb_BD = emb_BD.to(device=emb_SD.device, dtype=emb_SD.dtype)
-        for row_K, slot_K in self._slots.levels(place_B):
-            emb_SD[slot_K.to(emb_SD.device)] = emb_BD[row_K.to(emb_SD.device)]
+        for row_K, slot_K in self._slots.levels(place_B, emb_SD.device):
+            emb_SD[slot_K] = emb_BD if row_K is None else emb_BD[row_K]
 
     def for_loss(self) -> tuple[Tensor, Tensor]:
         """emb_SD and an uninitialised d_emb_SD of its shape, float32 or wider, on the device."""
@@ -103,9 +110,9 @@ class EmbeddingCache:
         """d loss / d embedding (B, D) of the texts at these places, on the device."""
         d_emb_SD = self.d_emb_SD
         assert d_emb_SD is not None, "the loss has not been computed"
-        levels = self._slots.levels(place_B)
-        _, slot_K = next(levels)
-        d_emb_BD = d_emb_SD[slot_K.to(d_emb_SD.device)]
+        levels = self._slots.levels(place_B, d_emb_SD.device)
+        _, slot_B = next(levels)
+        d_emb_BD = d_emb_SD[slot_B]
         for row_K, slot_K in levels:
-            d_emb_BD[row_K.to(d_emb_SD.device)] += d_emb_SD[slot_K.to(d_emb_SD.device)]
-        return d_emb_BD.to(self._device)
+            d_emb_BD[row_K] += d_emb_SD[slot_K]
+        return to_device(d_emb_BD, self._device)

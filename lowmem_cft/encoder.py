@@ -9,16 +9,18 @@ Shape suffixes: B texts, T padded tokens, H hidden size, D embedding size (= H).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowmem_cft.attention import SeenBackends, chosen_backends, whole_texts
 from lowmem_cft.batch import TokenBatch, token_positions
 from lowmem_cft.dropout import DropoutClock
 from lowmem_cft.last_layer import ReadRows, read_only
+from lowmem_cft.machine import to_device
 from lowmem_cft.prefix import Prefix
 
 Pooling = Literal["last", "eos", "mean", "weighted-mean"]
@@ -71,6 +73,8 @@ class Encoder:
         self.clock = clock or DropoutClock()
         self.prefix_tried = (0, 0)
         """Tokens of a shared prefix and of the longest text that were found to embed the same."""
+        self.attention: list[str] = []
+        """Names of `attention.Backend`: what computed the attention of the first chunk."""
         self._read = ReadRows()
         if self.reads_last:
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -92,7 +96,8 @@ class Encoder:
         self.clock.step = step
         self.model.train()
         try:
-            yield
+            with chosen_backends():  # checkpointed layers run again in the backward
+                yield
         finally:
             self.model.eval()
 
@@ -113,7 +118,7 @@ class Encoder:
         if self.model.training:
             if place_B is None:
                 place_B = torch.arange(batch.ids_BT.shape[0])
-            state = self._enter(batch, place_B.to(self.device), position_BT)
+            state = self._enter(batch, to_device(place_B, self.device), position_BT)
         # A causal model's real tokens never see what is padded behind them, and the padding gets
         # no gradient: without a mask attention takes its fastest way and copies nothing.
         where: dict[str, Any] = {"use_cache": False}
@@ -125,13 +130,21 @@ class Encoder:
             where = {"use_cache": True, "past_key_values": prefix.cache}
         elif not batch.right_padded:
             where |= {"attention_mask": batch.mask_BT.long(), "position_ids": position_BT}
-        hidden_BTH = self.model(input_ids=batch.ids_BT, **where).last_hidden_state
+        hidden_BTH = self._hidden(batch.ids_BT, **where)
         emb_BD = pool(hidden_BTH, batch.mask_BT, self.pooling)
         emb_BD = F.normalize(emb_BD, dim=-1) if self.normalize else emb_BD
         if state is not None and emb_BD.requires_grad:
             # Checkpointed layers run again in the backward, maybe after other chunks.
             emb_BD.register_hook(lambda _: self._resume(*state))  # type: ignore[no-untyped-call]
         return emb_BD
+
+    def _hidden(self, ids_BT: Tensor, **where: Any) -> Tensor:
+        seen = nullcontext() if self.attention else SeenBackends()
+        with chosen_backends(), whole_texts(), seen:
+            hidden_BTH: Tensor = self.model(input_ids=ids_BT, **where).last_hidden_state
+        if isinstance(seen, SeenBackends):
+            self.attention = seen.names
+        return hidden_BTH
 
     def _enter(
         self, batch: TokenBatch, place_B: Tensor, position_BT: Tensor

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowmem_cft.backbone import linear_names, target_modules
+from lowmem_cft.machine import compute_capability
 from lowmem_cft.recipe import LoraSection, ModelSection, Recipe
 from lowmem_cft.tracing import Checkpointing, CostModel, cost_model, skeleton
 
@@ -80,10 +81,14 @@ class Footprint:
         config: the base model's transformers configuration.
         dtype: compute dtype.
         longest: tokens of the longest text.
+        device_type: "cuda" or "cpu".
     """
 
-    def __init__(self, recipe: Recipe, config: Any, dtype: torch.dtype, longest: int) -> None:
+    def __init__(
+        self, recipe: Recipe, config: Any, dtype: torch.dtype, longest: int, device_type: str
+    ) -> None:
         self.recipe, self.config, self.dtype, self.longest = recipe, config, dtype, longest
+        self.device_type = device_type
         self.weights = weigh(config, recipe.model, recipe.lora, dtype)
         self._traced: dict[Checkpointing, CostModel] = {}
 
@@ -98,6 +103,7 @@ class Footprint:
                 normalize=self.recipe.embedding.normalize,
                 checkpointing=checkpointing,
                 longest=self.longest,
+                capability=compute_capability(self.device_type),
             )
         return self._traced[checkpointing]
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lowmem_cft.attention import TILE
 from lowmem_cft.footprint import Footprint
 from lowmem_cft.plan import MIN_WORKSPACE_BYTES, StepPlan
 from lowmem_cft.recipe import LossSection, MemorySection
@@ -52,17 +53,31 @@ LEAST_GAIN = 0.005
 """Of the plain step's cost: for less no graphs are kept, since they would fill all memory."""
 
 _EVERY = (0, 4, 2, 1)
+_SHORTEST = 4
+"""Tokens of the shortest texts, where lengths are unknown."""
 _EMBEDDING_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _SAMPLE = 4096
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """Of one step: padded tokens in all, the number of chunks, padded tokens of the largest."""
+    """How a step is cut.
+
+    Attributes:
+        padded_tokens: of all chunks.
+        num_chunks: a mean, where the step was estimated from a sample.
+        shapes: (texts, padded tokens of each) of those chunks one of which needs most memory,
+            whether it goes by tokens or by texts.
+    """
 
     padded_tokens: int
     num_chunks: float
-    largest: int
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def largest(self) -> int:
+        """Padded tokens of the largest chunk."""
+        return max(num_texts * width for num_texts, width in self.shapes)
 
 
 @dataclass(frozen=True, eq=False)  # so that `cut` can be remembered by shape
@@ -95,12 +110,44 @@ class BatchShape:
         if self.lengths is None:
             per_chunk = max(1, min(self.slots, budget // self.longest))
             tokens = self.slots * self.longest
-            return Chunking(tokens, self.slots / per_chunk, per_chunk * self.longest)
+            # as many texts may come together as are short
+            short = min(_SHORTEST, self.longest)
+            shapes = {
+                (per_chunk, self.longest),
+                (max(1, min(self.slots, budget // short)), short),
+            }
+            return Chunking(tokens, self.slots / per_chunk, _largest_shapes(shapes))
         sample = self.lengths[: min(self.slots, _SAMPLE)]
         chunks = chunk_by_tokens(sample, budget, chunk_cost)
-        padded = [len(chunk) * int(sample[chunk].max()) for chunk in chunks]
+        cut = [(len(chunk), int(sample[chunk].max())) for chunk in chunks]
+        padded = sum(num_texts * width for num_texts, width in cut)
         times = self.slots / len(sample)
-        return Chunking(round(sum(padded) * times), len(chunks) * times, max(padded))
+        shapes = set(cut)
+        if times > 1:  # where the sample has too few texts of a length, the step fills a chunk
+            for width in np.unique(sample).tolist():
+                num_texts = math.ceil(times * int((sample <= width).sum()))
+                shapes.add((max(1, min(num_texts, budget // width)), width))
+        return Chunking(round(padded * times), len(chunks) * times, _largest_shapes(shapes))
+
+
+def _largest_shapes(shapes: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Those that no other one exceeds in all that memory goes by.
+
+    It goes by tokens, by tokens times width where weights of attention are held, and by texts,
+    whose positions a GPU pads to tiles.
+    """
+    sizes = {
+        (n, width): (n * width, n * width * width, n * math.ceil(width / TILE))
+        for n, width in shapes
+    }
+    return tuple(
+        shape
+        for shape, size in sizes.items()
+        if not any(
+            other != size and all(a >= b for a, b in zip(other, size, strict=True))
+            for other in sizes.values()
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -140,12 +187,11 @@ class Planner:
 
     Args:
         footprint: of the recipe's model.
-        device_type: "cuda" or "cpu".
     """
 
-    def __init__(self, footprint: Footprint, device_type: str) -> None:
+    def __init__(self, footprint: Footprint) -> None:
         self.footprint = footprint
-        self.device_type = device_type if device_type in MARGINS else "cpu"
+        self.device_type = footprint.device_type if footprint.device_type in MARGINS else "cpu"
         self.chunk_cost = CHUNK_COST[self.device_type]
 
     # -- prediction -----------------------------------------------------------------------------
@@ -165,7 +211,15 @@ class Planner:
     def chunk(self, tokens: int, every: int) -> ChunkCost:
         """Cost of a chunk of so many tokens in texts of the greatest length."""
         width = min(self.footprint.longest, tokens)
-        cost = self._mixed(tokens / width, width, every)
+        return self._chunk(tokens / width, width, every)
+
+    def dearest(self, cut: Chunking, every: int) -> ChunkCost:
+        """The greatest of each cost among a step's chunks."""
+        costs = [astuple(self._chunk(*shape, every)) for shape in cut.shapes]
+        return ChunkCost(*(max(values) for values in zip(*costs, strict=True)))
+
+    def _chunk(self, num_texts: float, width: int, every: int) -> ChunkCost:
+        cost = self._mixed(num_texts, width, every)
         dequantized = self.footprint.weights.dequantized_bytes
         return replace(
             cost,
@@ -211,8 +265,8 @@ class Planner:
         cut = shape.cut(plan.backward_tokens, self.chunk_cost)
         padded, chunks = cut.padded_tokens, cut.num_chunks
         kept = padded if plan.kept_tokens is None else min(plan.kept_tokens, padded)
-        chunk = self.chunk(cut.largest, plan.checkpoint_every)
-        bare = self.chunk(shape.cut(plan.forward_tokens, self.chunk_cost).largest, 0)
+        chunk = self.dearest(cut, plan.checkpoint_every)
+        bare = self.dearest(shape.cut(plan.forward_tokens, self.chunk_cost), 0)
         num_kept = chunks * kept / padded
         graphs = _kept_bytes(self, plan, kept, num_kept)
         moments = self._moments(plan, shape, chunk, bare, graphs, all_kept=kept == padded)

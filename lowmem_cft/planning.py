@@ -155,7 +155,7 @@ def planner_for(
         ValueError: there is no configuration, or `lora.targets` does not fit it.
     """
     config = _find_config(recipe.model) if config is None else config
-    return Planner(Footprint(recipe, config, dtype, longest), device_type)
+    return Planner(Footprint(recipe, config, dtype, longest, device_type))
 
 
 def plan_limit(recipe: Recipe, memory_option: str | None, device: str | None) -> tuple[str, int]:

@@ -144,10 +144,12 @@ def _info_nce(
     """The loss of the step's slots: a `gradcache.Loss`, which adds to no parameter's gradient."""
     query, doc = slice(0, texts.num_queries), slice(texts.num_queries, None)
     temperature = None if learned is None else learned()
+    candidates = texts.candidates  # looked at before they are on a GPU, which would be waited for
+    candidates.validate(texts.num_queries, len(emb_SD) - texts.num_queries)
     result = info_nce(
         emb_SD[query],
         emb_SD[doc],
-        texts.candidates.to(emb_SD.device),
+        candidates.to(emb_SD.device),
         temperature=section.temperature if temperature is None else temperature,
         **loss_options(section),
         workspace_bytes=workspace_bytes,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowmem_cft.attention import AsOnDevice, AttentionCall, Backend, backward_bytes
 from lowmem_cft.backbone import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.batch import TokenBatch
 from lowmem_cft.dropout import DropoutClock
@@ -96,19 +98,16 @@ def _give_fake_storage(model: nn.Module) -> None:
 def _traceable() -> Iterator[None]:
     """Skip what fake tensors cannot do, or do in too many steps.
 
-    Transformers looks through the positions for packed sequences, and through a mask for padding;
-    where it cannot read values it makes a mask instead, which real chunks do without. Of dropout
-    what counts is its output.
+    Transformers looks through a mask for padding; where it cannot read values it makes a mask
+    instead, which real chunks do without. Of dropout what counts is its output.
     """
     from transformers import masking_utils
 
     from lowmem_cft import lora
 
-    packed, ignored = "find_packed_sequence_indices", "_ignore_causal_mask_sdpa"
-    for name in (packed, ignored):
-        assert hasattr(masking_utils, name), f"transformers has moved {name}"
+    ignored = "_ignore_causal_mask_sdpa"
+    assert hasattr(masking_utils, ignored), f"transformers has moved {ignored}"
     with (
-        mock.patch.object(masking_utils, packed, return_value=None),
         mock.patch.object(masking_utils, ignored, return_value=True),
         mock.patch.object(lora, "identity_dropout", lambda x_LF, **keys: x_LF.clone()),
     ):
@@ -124,6 +123,7 @@ class Tracer:
         lora, pooling, normalize: the recipe's.
         checkpointing: of no layer, or of all.
         num_layers: how many layers to build.
+        capability: of the CUDA device whose kernels of attention are traced; None for the CPU's.
     """
 
     def __init__(
@@ -136,6 +136,7 @@ class Tracer:
         normalize: bool,
         checkpointing: Checkpointing,
         num_layers: int,
+        capability: tuple[int, int] | None,
     ) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -150,6 +151,7 @@ class Tracer:
         self._encoder = Encoder(model, pooling=pooling, normalize=normalize, clock=clock)
         self._parameters = trainable_parameters(model)
         self._checkpointed = checkpointing == "all"
+        self._attention = AsOnDevice(capability)
         self.dim = 0  # known after the first trace
 
     @property
@@ -157,12 +159,18 @@ class Tracer:
         """Of the adapter's gradients."""
         return sum(parameter.nbytes for parameter in self._parameters)
 
+    @property
+    def attention(self) -> dict[AttentionCall, Backend]:
+        """How the layers call attention, and what computes it; known after the first trace."""
+        return self._attention.backends
+
     def trace(self, num_texts: int, width: int) -> ChunkCost:
         """The cost of a chunk of B texts of T tokens."""
         from torch.utils.flop_counter import FlopCounterMode
 
         shape = (num_texts, width)
-        with self._mode, _traceable(), self._encoder.training_mode(step=0):
+        training = self._encoder.training_mode(step=0)
+        with self._mode, _traceable(), training, self._attention:
             for module in self._encoder.model.modules():
                 if hasattr(module, "layerdrop"):  # its rate is 0, but the draw has no value here
                     module.training = False
@@ -203,12 +211,15 @@ class CostModel:
         tracers: two, of the depths `_LAYERS`.
         num_layers: the model's depth.
         longest: T of the longest text, near which the traces are made.
+        dtype: of the model's arithmetic.
 
     Attributes:
         dim: D of an embedding.
     """
 
-    def __init__(self, tracers: tuple[Tracer, Tracer], num_layers: int, longest: int) -> None:
+    def __init__(
+        self, tracers: tuple[Tracer, Tracer], num_layers: int, longest: int, dtype: torch.dtype
+    ) -> None:
         short = max(1, longest // 2)
         few = max(1, _TOKENS // short)
         shapes = [(few, short), (2 * few, short), (few, 2 * short)]
@@ -217,7 +228,8 @@ class CostModel:
             np.linalg.solve(basis, [astuple(tracer.trace(*shape)) for shape in shapes])
             for tracer in tracers
         )
-        self.dim = tracers[0].dim
+        self.dim, self._dtype = tracers[0].dim, dtype
+        self._attention = tracers[1].attention
         self._gradient_bytes = tracers[1].gradient_bytes - tracers[0].gradient_bytes
         self._depth = (num_layers - _LAYERS[1]) / (_LAYERS[1] - _LAYERS[0])
 
@@ -229,7 +241,19 @@ class CostModel:
         steepest = max(slope.backward_bytes, slope.graph_bytes, self._gradient_bytes)
         slope = replace(slope, backward_bytes=steepest)
         pairs = zip(astuple(high), astuple(slope), strict=True)
-        return ChunkCost(*(float(at + self._depth * more) for at, more in pairs))
+        cost = ChunkCost(*(float(at + self._depth * more) for at, more in pairs))
+        unseen = self._unseen_bytes(math.ceil(num_texts), width)
+        return replace(cost, backward_bytes=cost.backward_bytes + unseen)
+
+    def _unseen_bytes(self, num_texts: int, width: int) -> int:
+        """What a GPU's attention holds in the backward of one layer and no trace shows."""
+        return max(
+            (
+                backward_bytes(call, num_texts, width, self._dtype, backend)
+                for call, backend in self._attention.items()
+            ),
+            default=0,
+        )
 
     def per_layer(self, num_texts: float, width: int) -> float:
         """Graph bytes of one layer that is not the last."""
@@ -252,12 +276,22 @@ def cost_model(
     normalize: bool,
     checkpointing: Checkpointing,
     longest: int,
+    capability: tuple[int, int] | None,
 ) -> CostModel:
     """Trace a configuration; see `Tracer` for the arguments, `CostModel` for `longest`.
 
     What was traced once in this process is remembered.
     """
-    key = (config.to_json_string(), dtype, repr(lora), pooling, normalize, checkpointing, longest)
+    key = (
+        config.to_json_string(),
+        dtype,
+        repr(lora),
+        pooling,
+        normalize,
+        checkpointing,
+        longest,
+        capability,
+    )
     if key not in _traced:
         low, high = (
             Tracer(
@@ -268,10 +302,11 @@ def cost_model(
                 normalize=normalize,
                 checkpointing=checkpointing,
                 num_layers=num_layers,
+                capability=capability,
             )
             for num_layers in _LAYERS
         )
-        _traced[key] = CostModel((low, high), config.num_hidden_layers, longest)
+        _traced[key] = CostModel((low, high), config.num_hidden_layers, longest, dtype)
     return _traced[key]
 
 

@@ -223,6 +223,7 @@ class Trainer:
         if report.found.path != self._loss_path:
             self._loss_path = report.found.path
             self.observer.say(f"loss by the {self._loss_path.value} path")
+            self.observer.say(f"attention by: {', '.join(self.encoder.attention)}")
         loss = float(report.loss)
         if not math.isfinite(loss):
             raise RuntimeError(
@@ -431,6 +432,7 @@ class Trainer:
             "plan": self.plan.to_json(),
             "peak_bytes": memory.peak_bytes(self.device),
             "device": _device_name(self.device),
+            "attention": self.encoder.attention,
             "versions": run.library_versions(),
         }
         if self.temperature is not None:

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from conftest import tiny_tokenizer
+from launches import recorded
 from lowmem_cft.batches import NO_TEXT, RowOrder, RowTable, StepTexts, step_texts
 from lowmem_cft.corpus import Corpus, build_corpus, document_format, query_format, read_sources
-from lowmem_cft.recipe import DataSection, DataSource, Recipe, TextSection
+from lowmem_cft.recipe import DataSection, DataSource, LossSection, Recipe, TextSection
 from lowmem_cft.rows import TrainRow
-from lowmem_cft_kernels import Candidates, info_nce
+from lowmem_cft.step import _info_nce
+from lowmem_cft_kernels import Candidates, LearnedTemperature, info_nce
 from lowmem_cft_kernels.masks import SHARED
 from numerics import relative_error
+from syncs import HostWaits
 
 Indices = npt.NDArray[np.int64]
 
@@ -281,6 +284,22 @@ def test_candidates_move_with_the_step() -> None:
     moved = gather("own", mask_duplicates=True).candidates.to(torch.device("cpu"))
     assert isinstance(moved, Candidates)
     moved.validate(5, 11)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("softmaxes", ["one_way", "symmetric", "gte"])
+def test_the_loss_of_a_step_waits_for_no_gpu(softmaxes: Any, learned: bool) -> None:
+    """Embeddings on the meta device stand for those on a GPU."""
+    texts = gather("own", mask_duplicates=True)
+    section = LossSection(softmaxes=softmaxes, hardness=2.0, false_negative_margin=0.1)
+    temperature = LearnedTemperature().to("meta") if learned else None
+    emb_SD = torch.empty(len(texts.place_S), 6, device="meta")
+    with recorded() as kernels, HostWaits() as found:
+        for _ in range(2):  # again, as after memory ran out
+            report = _info_nce(texts, section, temperature, emb_SD, emb_SD.clone(), 2**20)
+    assert report.loss.device == emb_SD.device
+    assert sum(kernel.count for kernel in kernels.values()) >= 4
+    assert not found.found
 
 
 # --- the corpus -------------------------------------------------------------------------------

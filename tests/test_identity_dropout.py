@@ -159,6 +159,27 @@ def test_any_strides_and_no_elements(dtype: torch.dtype) -> None:
     assert identity_dropout(x_LF[:, :0], key_L, key_F[:0], 0.3).shape == (37, 0)
 
 
+def amid_others(key: Tensor) -> dict[str, Tensor]:
+    """The key as a column of a matrix, as a slice that begins within, and its first one expanded."""
+    column = torch.stack([~key, key, ~key], dim=1)[:, 1]
+    slice_ = torch.cat([~key, key, ~key])[len(key) : 2 * len(key)]
+    return {"column": column, "slice": slice_, "expanded": slice_[:1].expand_as(key)}
+
+
+def viewed_keys(x_LF: Tensor, key_L: Tensor, key_F: Tensor) -> list[Case]:
+    """Each of the keys as each view, beside the other one as it is."""
+    return [(x_LF, view, key_F) for view in amid_others(key_L).values()] + [
+        (x_LF, key_L, view) for view in amid_others(key_F).values()
+    ]
+
+
+def test_keys_of_any_strides() -> None:
+    for x_LF, key_L, key_F in viewed_keys(*make_case((37, 53))):
+        wanted = reference_dropout(x_LF, key_L.clone(), key_F.clone(), 0.3)
+        assert_same_bits(reference_dropout(x_LF, key_L, key_F, 0.3), wanted)
+        assert_same_bits(identity_dropout(x_LF, key_L, key_F, 0.3), wanted)
+
+
 class _Largest(TorchDispatchMode):
     """The greatest number of elements among results that are neither float nor views of floats."""
 
@@ -272,6 +293,7 @@ def test_triton_equals_the_specification(tmp_path: Path) -> None:
         for rate in (2**-34, 0.1, 0.5, 1 - 2**-40)
     ]
     cases.append((cases[-1][0].T.contiguous().T, *cases[-1][1:3], 0.3))
+    cases += [(*case, 0.3) for case in viewed_keys(*make_case((37, 53)))]
     given, made = tmp_path / "given.pt", tmp_path / "made.pt"
     torch.save(cases, given)
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -279,11 +301,12 @@ def test_triton_equals_the_specification(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(made)
-    assert len(results) == len(cases) == 33
+    assert len(results) == len(cases) == 39
     for (x_LF, key_L, key_F, rate), (got, wide) in zip(cases, results, strict=True):
-        wanted = reference_dropout(x_LF, key_L, key_F, rate)
+        wanted = reference_dropout(x_LF, key_L.clone(), key_F.clone(), rate)
         assert_same_bits(got, wanted)
-        if x_LF.is_contiguous():
+        if x_LF.is_contiguous() and key_L.is_contiguous() and key_F.is_contiguous():
             assert_same_bits(wide, wanted)
-        if got.numel() > 1 and 0.1 <= rate <= 0.5:
+        differ = 0 not in (*key_L.stride(), *key_F.stride())
+        if got.numel() > 1 and 0.1 <= rate <= 0.5 and differ:
             assert_is_dropout(got, x_LF, rate)

@@ -68,7 +68,7 @@ def make_recipe(**sections: Any) -> Recipe:
 
 
 def make_planner(config: Any, dtype: torch.dtype, longest: int, **sections: Any) -> Planner:
-    planner = Planner(Footprint(make_recipe(**sections), config, dtype, longest), "cpu")
+    planner = Planner(Footprint(make_recipe(**sections), config, dtype, longest, "cpu"))
     planner.chunk_cost = 2  # as `planned_gradients` cuts
     return planner
 
@@ -221,7 +221,7 @@ def test_weights_are_weighed_as_loaded(double: bool, tmp_path: Path) -> None:
                 tensors += [state.state2.absmax, state.state2.code, state.offset]
             quantized += sum(tensor.nbytes for tensor in tensors)
     made = make_recipe(model={"quantization": "nf4", "double_quantization": double})
-    weights = Footprint(made, tiny_config("opt"), torch.float32, 16).weights
+    weights = Footprint(made, tiny_config("opt"), torch.float32, 16, "cpu").weights
     assert quantized > 0
     assert weights.quantized_bytes == quantized
     plain = [p for n, p in base.named_parameters() if "lora" not in n and p.dtype.is_floating_point]
@@ -235,6 +235,7 @@ def counted_and_allocated() -> tuple[int, int]:
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
+    torch.set_num_threads(1)  # a new process has as many as there are cores
     batch, config = make_batch(), wide_config("llama")
     plan = StepPlan(backward_tokens=200, forward_tokens=400, kept_tokens=600)
     counted = measured_bytes(batch, make_base(config, torch.float32, "none", Path()), 0.0, plan)

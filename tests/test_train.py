@@ -243,7 +243,7 @@ def test_what_the_loss_observes_is_in_the_log(
         train={"steps": 2}, loss={"softmaxes": "gte", "false_negative_margin": -0.05}
     )
     trainer = start(made, observer)
-    trainer.train()
+    metrics = trainer.train()
     lines = run.read_log(trainer.folder)
     assert len(lines) == len(given) == 2
     for line, tensors in zip(lines, given, strict=True):
@@ -260,6 +260,8 @@ def test_what_the_loss_observes_is_in_the_log(
         assert 0 < line["masked_share"] < 1
         assert line["mean_negative"] < line["mean_positive"]
     assert sum(said.startswith("loss by the ") for said in observer.said) == 1
+    assert "attention by: cpu" in observer.said
+    assert metrics["attention"] == ["cpu"]
 
 
 def test_the_log_is_json_where_nothing_is_a_negative(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem_cft_kernels.options import Direction
-from lowmem_cft_kernels.problem import Block, Problem
+from lowmem_cft_kernels.problem import Block, Problem, add_at
 
 
 def join(problem: Problem, lse_BP: Tensor | None, lse_R1: Tensor) -> Tensor:
@@ -50,21 +50,15 @@ def row_share(
 
 
 def column_share(problem: Problem, lse_MP: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) shift and (N,) factor, the same for exp(z - gamma).
-
-    Sums over a document's pairs in one order, whatever the device: sorted, then cut into segments.
-    """
+    """(N,) shift and (N,) factor, the same for exp(z - gamma)."""
     num_docs = len(problem.queries_with_documents.col_CD)
-    weight = (problem.weight_MP / len(problem.softmaxes)).flatten()
+    target, weight = problem.target_MP.flatten(), problem.weight_MP.flatten()
     lse = lse_MP.flatten().masked_fill(weight == 0, torch.inf)
     shift_N = lse.new_full((num_docs,), torch.inf)
-    shift_N.scatter_reduce_(0, problem.target_MP.flatten(), lse, "amin")
-    target, order = problem.target_MP.flatten().sort(stable=True)
-    share = weight[order] * torch.exp(shift_N[target] - lse[order])
-    share.masked_fill_(weight[order] == 0, 0.0)
-    count_N = torch.bincount(target, minlength=num_docs)
-    factor_N = torch.segment_reduce(share, "sum", lengths=count_N, unsafe=True, initial=0)
-    return shift_N, factor_N
+    shift_N.scatter_reduce_(0, target, lse, "amin")
+    share = weight / len(problem.softmaxes) * torch.exp(shift_N[target] - lse)
+    share.masked_fill_(weight == 0, 0.0)
+    return shift_N, add_at(torch.zeros_like(shift_N), target, share)
 
 
 def row_shift(problem: Problem, block: Block, queries: slice, lse_BP: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,38 +53,34 @@ def info_nce(
     """InfoNCE loss and its gradients in one call; nothing is kept for a backward pass.
 
     `reference.reference_loss` is its definition. Logits are computed and kept in float32 (float64
-    for float64 inputs), whatever the inputs are.
+    for float64 inputs), whatever the inputs are. On a GPU, the host waits for nothing that is
+    queued, unless nobody has looked at the values of the candidates (see `Candidates.validate`).
 
     Args:
         query_MD: (M, D), float16, bfloat16, float32 or float64.
         doc_ND: (N, D), same dtype and device: positives and hard negatives together.
         candidates: each query's positives and which documents it sees.
-        temperature: > 0, a number or a scalar tensor; similarities are divided by it.
+        temperature: > 0, a number or a scalar tensor; similarities are divided by it. The value
+            of one on a GPU is not looked at.
         softmaxes: which comparisons share a denominator; the loss is the mean over softmaxes.
             `ONE_WAY`, `SYMMETRIC`, `GTE`, `QWEN3`, or others (`options.Direction`).
         false_negatives: hides candidates about as similar as the positive.
         hardness: raises the weight of similar negatives.
         weight_M: floats (M,) >= 0; the loss is the weighted mean over queries. A query without a
             positive, or with weight 0, adds nothing. Where none is left, loss and gradients are 0.
+            On a GPU, values are not looked at.
         bank: documents without a gradient.
         normalize: take cosines: the gradient is then that of the raw inputs.
         path: how to compute it; chosen by device, dtype and size if None (see `choose_path`).
         workspace_bytes: bound on what is held besides inputs, gradients and a few numbers per
             query and document, 60 MiB if None; does not change the result beyond rounding.
+            Embeddings whose rows have gaps between their elements are copied besides.
         out: (M, D) and (N, D) to write the gradients to, in the dtype they would have, so that
             views of one buffer can be filled without a copy.
 
     Raises:
         ValueError: shapes, dtypes, indices or options do not fit, or the path cannot do them.
     """
-    options: dict[str, Any] = {
-        "softmaxes": softmaxes,
-        "false_negatives": false_negatives,
-        "hardness": hardness,
-        "weight_M": weight_M,
-        "bank": bank,
-        "normalize": normalize,
-    }
     _validate_devices(query_MD, doc_ND, candidates, false_negatives, bank, weight_M)
     _validate(query_MD, doc_ND, candidates, temperature, softmaxes)
     check_shapes(query_MD, doc_ND, false_negatives, bank, weight_M)
@@ -99,8 +96,17 @@ def info_nce(
     path = path or choose_path(query_MD, doc_ND)
     if path is Path.TRITON and (reason := why_not_triton(query_MD)) is not None:
         raise ValueError(f"path: got {path.value}, but {reason}; use {Path.CHUNKED.value}")
-    scale = torch.as_tensor(temperature, dtype=compute, device=query_MD.device).detach().view(())
-    query_MD, doc_ND = query_MD.detach(), doc_ND.detach()
+    scale = _as_scalar(temperature, query_MD.new_empty((), dtype=compute))
+    query_MD, doc_ND = _in_rows(query_MD.detach()), _in_rows(doc_ND.detach())
+    candidates = _in_rows(candidates)
+    options: dict[str, Any] = {
+        "softmaxes": softmaxes,
+        "false_negatives": _in_rows(false_negatives),
+        "hardness": hardness,
+        "weight_M": _in_rows(weight_M),
+        "bank": _in_rows(bank),
+        "normalize": normalize,
+    }
     if path is Path.REFERENCE:
         with full_precision(query_MD.device.type):
             return _by_autograd(query_MD, doc_ND, candidates, scale, options, out)
@@ -196,6 +202,29 @@ def why_not_triton(query_MD: Tensor) -> str | None:
     if query_MD.dtype == torch.bfloat16 and major < 8:
         return f"bfloat16 needs compute capability 8.0, and the device has {major}.{minor}"
     return why_triton_cannot_start()
+
+
+def _as_scalar(temperature: float | Tensor, like: Tensor) -> Tensor:
+    """() where `like` is and in its dtype; a number of the host is filled in, not copied."""
+    if isinstance(temperature, Tensor) and temperature.device.type != "cpu":
+        return temperature.detach().to(like).view(())
+    value = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    return torch.full_like(like, float(value))
+
+
+def _in_rows(held: Any) -> Any:
+    """Vectors and integers contiguous, embeddings without gaps in their rows; what is so as it is.
+
+    Of a tensor, of those that a dataclass holds, or of None. A kernel's pointer knows no strides
+    but those of an embedding's rows.
+    """
+    if held is None:
+        return None
+    if isinstance(held, Tensor):
+        embeddings = held.ndim == 2 and held.is_floating_point()
+        return held if embeddings and held.stride(1) == 1 else held.contiguous()
+    values = {field.name: getattr(held, field.name) for field in fields(held)}
+    return replace(held, **{name: _in_rows(x) for name, x in values.items() if torch.is_tensor(x)})
 
 
 def _worker(path: Path) -> type[chunked.Chunked] | type[Fused]:

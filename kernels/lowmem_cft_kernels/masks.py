@@ -5,10 +5,12 @@ Shape suffixes: M query rows, N document columns, P positives per query, K keys 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from lowmem_cft_kernels.surroundings import on_device
 
 SHARED = -1
 """Owner of a document that came with no query."""
@@ -20,6 +22,8 @@ NO_TARGET = -1
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
     """The positives of each query and the documents that count as its negatives.
+
+    Values are looked at once, by the first `validate`; do not change them after it.
 
     Args:
         target: int64 (M,) or (M, P), columns of each query's positives, each named once in a row;
@@ -41,6 +45,7 @@ class Candidates:
     own_only: bool = False
     query_keys: Tensor | None = None
     doc_keys: Tensor | None = None
+    _sound_for: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.query_keys is None) != (self.doc_keys is None):
@@ -63,7 +68,18 @@ class Candidates:
         return self.query_keys[:, None]
 
     def validate(self, num_queries: int, num_docs: int) -> None:
-        """Raise ValueError where a vector's length or dtype does not fit M queries, N documents."""
+        """Raise ValueError where a tensor does not fit M queries and N documents.
+
+        Shapes and dtypes are looked at in every call, values in the first one with these sizes, and
+        not again in copies that `to` makes after it. To look at values on a GPU, the host waits
+        until all that is queued there is done: validate on the CPU, then call `to`.
+        """
+        self._check_shapes(num_queries, num_docs)
+        if self._sound_for != (num_queries, num_docs):
+            self._check_values(num_queries, num_docs)
+            object.__setattr__(self, "_sound_for", (num_queries, num_docs))
+
+    def _check_shapes(self, num_queries: int, num_docs: int) -> None:
         for name, vector, length, columns in (
             ("target", self.target, num_queries, True),
             ("owner_N", self.owner_N, num_docs, False),
@@ -78,35 +94,47 @@ class Candidates:
                 raise ValueError(
                     f"{name}: got {vector.dtype} {tuple(vector.shape)}, wanted int64 {wanted}"
                 )
-        if self.owner_N is not None and len(self.owner_N):
-            low, high = int(self.owner_N.min()), int(self.owner_N.max())
-            if low < SHARED or high >= num_queries:
-                raise ValueError(
-                    f"owner_N: got entries in {low}..{high}, wanted 0..{num_queries - 1}, or "
-                    f"{SHARED} for none"
-                )
-        if not self.target.numel():
-            return
-        low, high = int(self.target.min()), int(self.target.max())
+
+    def _check_values(self, num_queries: int, num_docs: int) -> None:
+        owner_N, target_MP = self.owner_N, self.target_MP
+        if owner_N is None or not len(owner_N):
+            owner_N = self.target.new_full((1,), SHARED)
+        if not target_MP.numel():
+            target_MP = self.target.new_full((1, 1), NO_TARGET)
+        ordered_MP = target_MP.sort(dim=1).values
+        twice_MP = (ordered_MP[:, 1:] == ordered_MP[:, :-1]) & (ordered_MP[:, 1:] != NO_TARGET)
+        twice_M = twice_MP.any(dim=1).long()
+        # read at once, for on a GPU the host waits for it
+        seen = [*owner_N.aminmax(), *target_MP.aminmax(), twice_M.max(), twice_M.argmax()]
+        owner_low, owner_high, low, high, twice, row = torch.stack(seen).tolist()
+        if owner_low < SHARED or owner_high >= num_queries:
+            raise ValueError(
+                f"owner_N: got entries in {owner_low}..{owner_high}, wanted "
+                f"0..{num_queries - 1}, or {SHARED} for none"
+            )
         if low < NO_TARGET or high >= num_docs:
             raise ValueError(
                 f"target: got entries in {low}..{high}, wanted 0..{num_docs - 1}, or {NO_TARGET} "
                 "for none"
             )
-        ordered_MP = self.target_MP.sort(dim=1).values
-        twice_MP = (ordered_MP[:, 1:] == ordered_MP[:, :-1]) & (ordered_MP[:, 1:] != NO_TARGET)
-        if twice_MP.any():
-            row = int(twice_MP.any(dim=1).nonzero()[0])
+        if twice:
             raise ValueError(
                 f"target: got a column twice in row {row} ({self.target_MP[row].tolist()}), wanted "
                 "each positive once"
             )
 
     def to(self, device: torch.device) -> Candidates:
-        """The same on another device."""
-        moved = {
-            field.name: getattr(self, field.name).to(device)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)
+        """The same on another device; to a GPU, the host waits for nothing that is queued there."""
+        owner_N, query_keys, doc_keys = (
+            None if tensor is None else on_device(tensor, device)
+            for tensor in (self.owner_N, self.query_keys, self.doc_keys)
+        )
+        moved = replace(
+            self,
+            target=on_device(self.target, device),
+            owner_N=owner_N,
+            query_keys=query_keys,
+            doc_keys=doc_keys,
+        )
+        object.__setattr__(moved, "_sound_for", self._sound_for)
+        return moved

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -44,6 +45,18 @@ def _exact_float32() -> Iterator[None]:
         else:
             torch.set_float32_matmul_precision(precision)
         cpu.fp32_precision = kept[1]
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; from a CPU to a GPU, the host waits for nothing that is queued there."""
+    if is_gpu(device) and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """A device that works off a queue."""
+    return device.type == "cuda"
 
 
 @functools.cache

@@ -155,7 +155,7 @@ class Fused:
                 held_ptr=held,
                 factor_ptr=torch.exp2(parts[0] - row_shift_R) / gain,
                 row_shift_ptr=shift_M,
-                weight_ptr=self.problem.weight_MP.contiguous(),
+                weight_ptr=self.problem.weight_MP,
                 unit_ptr=self.unit,
                 scale_ptr=self.scale,
                 first_row=rows.start,
@@ -304,7 +304,7 @@ class Fused:
             wide = columns.stop - columns.start
             padded = held[: rows.stop - rows.start, : _padded(wide)]
             outputs = {
-                "weight_ptr": problem.weight_MP.contiguous() if positives else None,
+                "weight_ptr": problem.weight_MP if positives else None,
                 "scale_ptr": self.scale,
                 "row_shift_ptr": row_shift_R,
                 "col_shift_ptr": col_shift_N if positives else None,
@@ -374,29 +374,33 @@ def block_arguments(problem: Problem, block: Block) -> dict[str, Any]:
     """Pointers, shapes and flags of both kernels that a block alone decides."""
     guide, width = block.guide, block.row_RD.shape[1]
     hardness = block.hardness
-    row_RD, col_CD = _rows_contiguous(block.row_RD), _rows_contiguous(block.col_CD)
-    row_RG = None if guide is None else _rows_contiguous(guide.row_RG)
-    col_CG = None if guide is None else _rows_contiguous(guide.col_CG)
+    row_RD, col_CD = block.row_RD, block.col_CD
+    row_RG = None if guide is None else guide.row_RG
+    col_CG = None if guide is None else guide.col_CG
     groups = block.row_group_R is not None
-    return {
-        "row_ptr": row_RD,
-        "col_ptr": col_CD,
+    vectors = {
         "pick_ptr": block.pick_R,
         "row_inverse_ptr": block.row_inverse_R,
         "col_inverse_ptr": block.col_inverse_C,
-        "target_ptr": None if block.target_RP is None else block.target_RP.contiguous(),
+        "target_ptr": block.target_RP,
         "has_target_ptr": None if block.has_target_R is None else block.has_target_R.to(torch.int8),
         "positive_ptr": problem.positive_MP if block.has_positives else None,
         "row_group_ptr": block.row_group_R if groups else None,
         "col_group_ptr": block.col_group_C if groups else None,
-        "row_key_ptr": None if block.row_key_RK is None else block.row_key_RK.contiguous(),
-        "col_key_ptr": None if block.col_key_CL is None else block.col_key_CL.contiguous(),
+        "row_key_ptr": block.row_key_RK,
+        "col_key_ptr": block.col_key_CL,
         "row_bound_ptr": block.row_bound_R,
         "col_bound_ptr": block.col_bound_C if problem.documents_choose else None,
-        "row_guide_ptr": row_RG,
-        "col_guide_ptr": col_CG,
         "row_guide_inverse_ptr": None if guide is None else guide.row_inverse_R,
         "col_guide_inverse_ptr": None if guide is None else guide.col_inverse_C,
+    }
+    for name, vector in vectors.items():  # kernels are told no strides of these
+        assert vector is None or vector.is_contiguous(), name
+    return vectors | {
+        "row_ptr": row_RD,
+        "col_ptr": col_CD,
+        "row_guide_ptr": row_RG,
+        "col_guide_ptr": col_CG,
         "width": width,
         "guide_width": 0 if guide is None else guide.row_RG.shape[1],
         "row_stride": row_RD.stride(0),
@@ -414,10 +418,6 @@ def block_arguments(problem: Problem, block: Block) -> dict[str, Any]:
         # the interpreter takes bfloat16 products for integers'
         "WIDEN": interpreted() and row_RD.dtype == torch.bfloat16,
     }
-
-
-def _rows_contiguous(x_RD: Tensor) -> Tensor:
-    return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
 
 
 def _padded(num_columns: int) -> int:
