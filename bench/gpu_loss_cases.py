@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -131,7 +131,8 @@ def with_gaps(value: Any) -> Any:
     that could be right.
     """
     if isinstance(value, (Candidates, FalseNegatives, Bank)):
-        return replace(value, **{name: with_gaps(one) for name, one in vars(value).items()})
+        given = [field.name for field in fields(value) if field.init]
+        return replace(value, **{name: with_gaps(getattr(value, name)) for name in given})
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if value.ndim == 2 and value.is_floating_point():
