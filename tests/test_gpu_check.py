@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -193,6 +195,25 @@ def test_budgets(check: Any) -> None:
     for wrong in ("memory=", "memory=0", "-3", "nothing=5", "long"):
         with pytest.raises(SystemExit):
             of("--seconds", wrong)
+
+
+def test_what_is_written_about_the_calls_is_so(check: Any) -> None:
+    """Calls in README.md and in the script's text can be made; both know all parts and budgets."""
+    readme = (BENCH / "README.md").read_text(encoding="utf-8")
+    lines = [*readme.splitlines(), *check.__doc__.splitlines()]
+    calls = [
+        line.partition("gpu_check.py")[2] for line in lines if "python bench/gpu_check" in line
+    ]
+    assert len(calls) > 6
+    chosen = [
+        check.budgets(check.parse_arguments(shlex.split(call, comments=True))) for call in calls
+    ]
+    assert all(chosen)
+    rows = [line.split("|")[1:3] for line in readme.splitlines() if line.startswith("| `")]
+    seconds = {name.strip(" `"): cell.split()[0] for name, cell in rows if ".py" not in name}
+    assert seconds == {name: f"{part.seconds}" for name, part in check.PARTS.items()}
+    for name in check.PARTS:
+        assert re.search(rf"^{name} ", check.__doc__, re.MULTILINE), name
 
 
 def test_what_is_left_is_given_in_order_of_worth(check: Any) -> None:
