@@ -66,9 +66,10 @@ class Options:
         return self.seconds - (time.perf_counter() - self.started)
 
     def note(self, found: Mapping[str, Any]) -> None:
+        """Keep this beside what was noted before: all there is if the part does not end."""
         self.noted.update(found)
         if self.result is not None:
-            write_whole(self.result, {**found, "unfinished": True})
+            write_whole(self.result, {**self.noted, "unfinished": True})
 
 
 def release() -> None:

@@ -37,6 +37,9 @@ _MODEL_SECONDS = 45.0
 _READING_SECONDS = 5.0
 """Kept of the time for a step: for its plan, its batch and writing it down."""
 
+_SURE = 0.9
+"""Share of the time that a step is expected to take at most: it is expected from a small one."""
+
 
 def check_memory(options: Options) -> dict[str, Any]:
     """Real models beside the ballast, and the loss on as many rows."""
@@ -132,7 +135,8 @@ def measure_steps(rig: Rig, result: dict[str, Any]) -> None:
     large_rows, large = largest_fitting(rig, wanted)
     if large_rows <= small_rows:
         return
-    seconds = max(1.0, options.left - _READING_SECONDS)
+    options.note({"in_work": result})  # if the step takes longer than it should
+    seconds = max(1.0, _SURE * (options.left - _READING_SECONDS))
     if options.step_seconds is not None:
         seconds = min(seconds, options.step_seconds)
     every = one_in(first, small, large, large_rows, seconds)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import vs_sentence_transformers
 from gpu_options import Options
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("sentence_transformers", "datasets", "bitsandbytes", "pydantic", "peft", "accelerate")
 ARGUMENTS = {
     True: ["--quick"],
@@ -28,13 +30,20 @@ def check_train(options: Options) -> dict[str, Any]:
         raise RuntimeError(
             f"not here: {'; '.join(missing)}; bench/README.md says how to carry them"
         )
-    if not options.cuda:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for the sides' processes
+    prepare_environment(options)
     arguments = ARGUMENTS[options.tiny]
     values, wrong = vs_sentence_transformers.compare(
         vs_sentence_transformers.parse(arguments), arguments
     )
     return {"ok": not wrong, "differences": wrong, **values}
+
+
+def prepare_environment(options: Options) -> None:
+    """For the sides' processes: the project, which may not be installed, and the chosen device."""
+    folders = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if folder)
+    if not options.cuda:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def missing_packages() -> list[str]:
