@@ -54,7 +54,9 @@ def check_smoke(options: Options) -> dict[str, Any]:
         with started(tasks, num_workers(options)) as waiting:
             checks.group("nf4", check_nf4)
             checks.group("attention", partial(check_attention, found))
-            of_results = {task: partial(results_alone, waiting[task]) for task in tasks}
+            of_results: dict[Task, Findings] = {
+                task: partial(results_alone, waiting[task]) for task in tasks
+            }
             checks.group("loss", partial(add_findings, tasks, of_results))
     except Stopped:
         say("  the smoke test ends here")
