@@ -102,6 +102,9 @@ _GRACE = 45.0
 _START = 12.0
 """Seconds that starting a part's process takes, at most."""
 
+_TINY_TIMES = 4.0
+"""A CPU may take so many times as long for its small sizes as a GPU for its own."""
+
 _CLOSING = 3.0
 """Seconds of the total that are kept for ending a part and writing what there is."""
 
@@ -151,8 +154,9 @@ PARTS: dict[str, Part] = {
 def budgets(values: argparse.Namespace) -> dict[str, float]:
     """Seconds of each chosen part, by name and in order."""
     given: dict[str | None, float] = dict(values.seconds or ())
+    slower = _TINY_TIMES if values.tiny else 1.0
     return {
-        name: given.get(name, given.get(None, PARTS[name].seconds))
+        name: given.get(name, given.get(None, slower * PARTS[name].seconds))
         for name in PARTS
         if not values.only or name in values.only
     }

@@ -878,3 +878,28 @@ def test_tiles_are_reported_beside_the_shipped_ones(
     assert found["left_out"]
     assert options.noted == found
     json.dumps(found)
+
+
+# -- beside sentence-transformers ------------------------------------------------------------------
+
+
+def test_a_model_that_others_train_is_left_as_it_is(check: Any, part: Any) -> None:
+    """After our warm-up their training forward sees all rows of chunks of any size."""
+    from transformers import AutoModel
+
+    import vs_sentence_transformers
+
+    recipe = part("real_models").make_recipe("demo")
+    assert recipe.embedding.pooling in ("last", "eos")
+    small = part("small_models")
+    torch.manual_seed(0)
+    model = AutoModel.from_config(small.small_config("llama", True))
+    encoder = vs_sentence_transformers.encoder_around(model, recipe)
+    ids_BT = torch.arange(4, 28).view(4, 6)
+    model.train()
+    wanted = model(ids_BT).last_hidden_state
+    batch = small.make_batch(6, 14, 12)
+    with encoder.training_mode(step=0):
+        encoder(small.pad(batch.store, batch.texts.text_P, small.PAD))
+        got = model(ids_BT).last_hidden_state
+    assert torch.equal(got, wanted)
