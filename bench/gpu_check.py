@@ -52,8 +52,8 @@ loss_speed    as of bench/loss.py, with its picture beside `--out`
 loss_memory   cases, each with extra_bytes (peak beyond inputs and gradients, 64 MiB at most),
               reserved_bytes, seconds, tflops, max_rel_error as in bench/loss.py; the largest has
               65,536 x 131,072 similarities of size 2304.
-loss_rates    calls: by mode, the microseconds and TFLOP/s of the loss's own kernels and of the
-              library's products, apart, and the dearest kernels. products: TFLOP/s of addmm at two
+loss_rates    calls: by dtype and mode, the microseconds and TFLOP/s of the loss's own kernels and of
+              the library's products, apart, and the dearest kernels. products: TFLOP/s of addmm at two
               sizes of rectangles. tiles: milliseconds of a call by tile and registers.
 dropout_speed rows as of bench/dropout.py
 loss_bounds   alone: poison around inputs and gradients. memcheck, racecheck: the same under

@@ -238,8 +238,10 @@ def message_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:600]} ({where})"
 
 
-_LONG = ("steps", "lora", "chunk_profile", "one_way", "symmetric")
+_LONG = ("steps", "lora", "chunk_profile")
 """Keys of results that no line on the screen can show."""
+
+_LINE = 800
 
 
 def guarded(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -249,7 +251,7 @@ def guarded(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Exception as error:
         result = {"ok": False, "error": message_of(error)}
     brief = {key: value for key, value in result.items() if key not in _LONG}
-    say(f"  {name}: {brief}")
+    say(f"  {name}: {str(brief)[:_LINE]}")
     for step in result.get("steps", ()):
         keys = ("rows", "seconds", "share", "tokens_per_s", "tflops", "ratio", "moment", "ran_out")
         say(f"    { ({key: step[key] for key in keys}) }")

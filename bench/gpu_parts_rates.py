@@ -56,19 +56,24 @@ def check_rates(options: Options) -> dict[str, Any]:
 
 
 def call_rates(options: Options) -> dict[str, Any]:
-    """By mode: microseconds of one call's kernels, by what they are, and their rates."""
+    """By dtype and mode: microseconds of one call's kernels, by what they are, and their rates."""
     m, n, d = SIZES[options.tiny]
     device, draw = options.device, torch.Generator(options.device).manual_seed(0)
-    vectors = (torch.randn(rows, d, generator=draw, device=device) for rows in (m, n))
-    query_MD, doc_ND = (F.normalize(x, dim=1).bfloat16() for x in vectors)
+    vectors = [torch.randn(rows, d, generator=draw, device=device) for rows in (m, n)]
+    query_MD, doc_ND = (F.normalize(x, dim=1) for x in vectors)
     candidates = Candidates(target=torch.arange(m, device=device))
-    found: dict[str, Any] = {"ok": True, "m": m, "n": n, "d": d, "dtype": "bfloat16"}
-    for name, softmaxes in {"one_way": ONE_WAY, "symmetric": SYMMETRIC}.items():
-
-        def call(softmaxes: Any = softmaxes) -> object:
-            return info_nce(query_MD, doc_ND, candidates, temperature=0.05, softmaxes=softmaxes)
-
-        found[name] = apart(kernels_of(call, device), m * n * d)
+    found: dict[str, Any] = {"ok": True, "m": m, "n": n, "d": d}
+    for dtype in (torch.bfloat16, torch.float32):
+        for mode, softmaxes in {"one_way": ONE_WAY, "symmetric": SYMMETRIC}.items():
+            call = partial(
+                info_nce,
+                query_MD.to(dtype),
+                doc_ND.to(dtype),
+                candidates,
+                temperature=0.05,
+                softmaxes=softmaxes,
+            )
+            found[f"{str(dtype)[6:]}, {mode}"] = apart(kernels_of(call, device), m * n * d)
     return found
 
 

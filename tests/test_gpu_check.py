@@ -88,8 +88,8 @@ def test_memory_and_speed(check: Any, capfd: pytest.CaptureFixture[str], tmp_pat
     assert found["versions"].keys() >= {"python", "triton", "transformers", "cuda", "driver"}
     assert found["machine"]["device"]
     assert found["parts"]["dropout_speed"]["rows"][0]["ratio"] > 0
-    for mode in ("one_way", "symmetric"):
-        assert found["parts"]["loss_rates"]["calls"][mode]["microseconds"]["products"] > 0
+    for call in ("bfloat16, one_way", "float32, symmetric"):
+        assert found["parts"]["loss_rates"]["calls"][call]["microseconds"]["products"] > 0
     memory = found["parts"]["memory"]
     assert memory["ballast"]["held_bytes"] > 0
     assert set(memory["models"]) == {"MiniCPM-2B"}
