@@ -1,8 +1,8 @@
 # make demo   set up, train the embedded small model, print scores and one line of JSON
 # make test   set up, pass the tests
 # make lint   style, types, import contracts
-# make lowest the tests that touch transformers or compile kernels, on the oldest transformers and
-#             triton supported
+# make lowest the tests that touch transformers, run kernels or go through the GPU check, on the
+#             oldest torch, triton and transformers supported
 
 PYTHON ?= python3
 VENV := .venv
@@ -37,8 +37,10 @@ lowest: $(VENV)/.lowest
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest -n auto tests/test_gradcache.py \
 	  tests/test_backbone.py tests/test_train.py tests/test_minicpm.py tests/test_imports.py \
 	  tests/test_oom.py tests/test_planner.py tests/test_last_layer.py tests/test_compile.py \
-	  tests/test_prefix.py tests/test_inference.py \
-	  tests/kernels/test_triton_compile.py
+	  tests/test_attention.py tests/test_step_waits.py \
+	  tests/test_prefix.py tests/test_inference.py tests/test_gpu_check.py \
+	  tests/kernels/test_triton_compile.py \
+	  tests/kernels/test_triton_loss.py::test_shapes_alone_and_many
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; ok = sys.version_info >= (3, 10); \
@@ -54,10 +56,13 @@ $(VENV)/.dev: $(VENV)/.run
 	$(PIP) install --quiet --constraint constraints.txt --group dev
 	touch $@
 
-# Laid over the environment: the lower bounds of pyproject.toml for what changes most.
+# Laid over the environment: the lower bounds of pyproject.toml for what changes most. torch needs its
+# CUDA libraries (5 GB); what transformers needs is there already, and must not come twice.
 $(VENV)/.lowest: $(VENV)/.dev Makefile
+	rm -rf $(VENV)/lowest
+	$(PIP) install --quiet --target $(VENV)/lowest torch==2.11.0 triton==3.6.0
 	$(PIP) install --quiet --upgrade --target $(VENV)/lowest --no-deps \
-	  transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 triton==3.6.0
+	  transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 	touch $@
 
 clean:

@@ -16,7 +16,12 @@ from torch import Tensor
 
 from lowmem_cft.machine import to_device
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "split-bf16": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 class Slots:
@@ -58,7 +63,7 @@ class EmbeddingCache:
 
     Args:
         slots: of the step.
-        dtype: "fp32", "bf16" or "fp16"; see `StepPlan`.
+        dtype: `StepPlan.embedding_dtype`.
         offload: keep both in host memory (pinned where there is a GPU) but during `on_device`.
     """
 
@@ -69,7 +74,7 @@ class EmbeddingCache:
         self._device = torch.device("cpu")
 
     def _allocate(self, like_BD: Tensor) -> Tensor:
-        wide = like_BD.dtype == torch.float64 and self._dtype == "fp32"
+        wide = like_BD.dtype == torch.float64 and DTYPES[self._dtype] == torch.float32
         host = self._offload and like_BD.device.type != "cpu"
         self._device = like_BD.device
         return torch.empty(

@@ -5,9 +5,32 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lowmem_cft.machine import AMPERE
+
 WORKSPACE_BYTES = 32 * 2**20
 MIN_WORKSPACE_BYTES = 2**20
 """Below this the loss is not split further: what is short then is not its workspace."""
+
+BF16_TEMPERATURE = 0.02
+"""From this temperature on, embeddings in bfloat16 leave the error of dQ within twice the one that
+the loss has from holding d loss / d similarity in bfloat16 (docs/log.md)."""
+
+
+def auto_embedding_dtype(
+    capability: tuple[int, int] | None, *, temperature: float, normalized: bool
+) -> str:
+    """The `embedding_dtype` that puts the loss on tensor cores and rounds little.
+
+    Args:
+        capability: of the CUDA device, None for a CPU, which has no tensor cores.
+        temperature: the lowest that the loss may have.
+        normalized: embeddings are unit vectors; of others the range is not known.
+    """
+    if capability is None:
+        return "fp32"
+    if capability < AMPERE:  # tensor cores take float16 alone
+        return "fp16" if normalized else "fp32"
+    return "bf16" if normalized and temperature >= BF16_TEMPERATURE else "split-bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +44,8 @@ class StepPlan:
             phase, so that the second does not encode them again; None keeps all.
         checkpoint_every: gradient checkpointing of every k-th layer; 1 is every layer, 0 none.
         embedding_dtype: how the cache holds embeddings: fp32, bf16 or fp16; their gradient is
-            float32. fp32 on a float64 model is float64.
+            float32. fp32 on a float64 model is float64. split-bf16 is fp32 that the loss multiplies
+            as halves in bfloat16 (`lowmem_cft_kernels.Products`).
         offload_embeddings: the cache and its gradient are in (pinned) host memory except
             while the loss is computed.
         workspace_bytes: bound on what the loss holds besides inputs and gradients.

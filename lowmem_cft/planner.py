@@ -25,10 +25,12 @@ import numpy.typing as npt
 
 from lowmem_cft.attention import TILE
 from lowmem_cft.footprint import Footprint
-from lowmem_cft.plan import MIN_WORKSPACE_BYTES, StepPlan
+from lowmem_cft.machine import compute_capability
+from lowmem_cft.plan import MIN_WORKSPACE_BYTES, StepPlan, auto_embedding_dtype
 from lowmem_cft.recipe import LossSection, MemorySection
 from lowmem_cft.tokens import chunk_by_tokens
 from lowmem_cft.tracing import ChunkCost
+from lowmem_cft_kernels import split_bytes
 
 GIB = 2**30
 
@@ -55,7 +57,7 @@ LEAST_GAIN = 0.005
 _EVERY = (0, 4, 2, 1)
 _SHORTEST = 4
 """Tokens of the shortest texts, where lengths are unknown."""
-_EMBEDDING_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_EMBEDDING_BYTES = {"fp32": 4, "split-bf16": 4, "bf16": 2, "fp16": 2}
 _SAMPLE = 4096
 
 
@@ -305,6 +307,8 @@ class Planner:
         gradient = slots * dim * 4
         index = slots * INDEX_BYTES
         workspace = min(plan.workspace_bytes, _loss_bytes(shape, dim, self.footprint.recipe.loss))
+        if plan.embedding_dtype == "split-bf16" and self.device_type != "cpu":
+            workspace += split_bytes(slots, dim)
         host = plan.offload_embeddings and self.device_type != "cpu"
         before: dict[str, float] = {"index": index, "embeddings": 0 if host else embeddings}
         after: dict[str, float] = {"index": index, "embedding_gradient": 0 if host else gradient}
@@ -361,6 +365,7 @@ class Planner:
         fixed = {"auto": _EVERY, "on": (1,), "off": (0,)}
         every = fixed.get(str(section.checkpointing)) or (int(section.checkpointing),)
         offload = {"auto": (False, True), "on": (True,), "off": (False,)}
+        embedding_dtype = self._embedding_dtype(section)
         for offloaded in offload[section.offload_embeddings]:
             for k in every:
                 for tokens in self._budgets(section, shape):
@@ -368,9 +373,20 @@ class Planner:
                         backward_tokens=tokens,
                         forward_tokens=self._forward_tokens(tokens, k),
                         checkpoint_every=k,
-                        embedding_dtype=section.embedding_dtype,
+                        embedding_dtype=embedding_dtype,
                         offload_embeddings=offloaded,
                     )
+
+    def _embedding_dtype(self, section: MemorySection) -> str:
+        if section.embedding_dtype != "auto":
+            return section.embedding_dtype
+        recipe = self.footprint.recipe
+        learned = recipe.loss.learn_temperature
+        return auto_embedding_dtype(
+            compute_capability(self.device_type),
+            temperature=recipe.loss.temperature_bounds[0] if learned else recipe.loss.temperature,
+            normalized=recipe.embedding.normalize,
+        )
 
     def _forward_tokens(self, backward_tokens: int, every: int) -> int:
         """The best budget without a graph that takes no more memory than a chunk with one."""

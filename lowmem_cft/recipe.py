@@ -216,7 +216,7 @@ class TrainSection(_Section):
 
 
 class MemorySection(_Section):
-    """How much memory to use, and how. None of it changes the result, only time and memory."""
+    """How much memory to use, and how. None of it changes the result beyond rounding."""
 
     limit: str = "auto"
     """For all of it, weights and libraries included: 12GiB, 11.5GB, 800MiB; auto takes what is
@@ -227,8 +227,10 @@ class MemorySection(_Section):
     """Keep the first phase's graphs: of all chunks, of none, or of as many as fit."""
     checkpointing: Literal["auto", "on", "off"] | Count = "auto"
     """Of all layers, of none, or of every k-th layer."""
-    embedding_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """How the batch's embeddings wait for the loss; 16 bits round them."""
+    embedding_dtype: Literal["auto", "fp32", "split-bf16", "bf16", "fp16"] = "auto"
+    """How the batch's embeddings wait for the loss and are multiplied in it; 16 bits round them.
+    split-bf16: in float32, multiplied on tensor cores as halves in bfloat16. auto: fp32 on a CPU; on
+    a GPU 16 bits where they cost no more than the loss's own rounding, else split-bf16."""
     offload_embeddings: Literal["auto", "on", "off"] = "auto"
     """Hold them and their gradient in host memory while chunks are computed."""
 

@@ -28,6 +28,7 @@ from lowmem_cft_kernels import (
     Negatives,
     Observed,
     Path,
+    Products,
     info_nce,
 )
 
@@ -112,7 +113,7 @@ class ContrastiveStep:
 
         found, plan = gradcache_step(
             encode,
-            partial(_info_nce, texts, self.loss, self.temperature),
+            partial(_info_nce, texts, self.loss, self.temperature, plan.embedding_dtype),
             cut=partial(cut_by_length, lengths_P, chunk_cost=self.chunk_cost),
             slots=Slots(texts.place_S),
             parameters=self.parameters,
@@ -137,6 +138,7 @@ def _info_nce(
     texts: StepTexts,
     section: LossSection,
     learned: LearnedTemperature | None,
+    embedding_dtype: str,
     emb_SD: Tensor,
     d_emb_SD: Tensor,
     workspace_bytes: int,
@@ -144,6 +146,7 @@ def _info_nce(
     """The loss of the step's slots: a `gradcache.Loss`, which adds to no parameter's gradient."""
     query, doc = slice(0, texts.num_queries), slice(texts.num_queries, None)
     temperature = None if learned is None else learned()
+    split = embedding_dtype == "split-bf16" and emb_SD.dtype == torch.float32
     candidates = texts.candidates  # looked at before they are on a GPU, which would be waited for
     candidates.validate(texts.num_queries, len(emb_SD) - texts.num_queries)
     result = info_nce(
@@ -152,6 +155,7 @@ def _info_nce(
         candidates.to(emb_SD.device),
         temperature=section.temperature if temperature is None else temperature,
         **loss_options(section),
+        products=Products.SPLIT_BF16 if split else Products.EXACT,
         workspace_bytes=workspace_bytes,
         out=(d_emb_SD[query], d_emb_SD[doc]),
     )

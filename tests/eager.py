@@ -1,7 +1,8 @@
-"""The loss as a model that runs in 16 bit would compute it: what 16-bit paths are measured by."""
+"""The loss by plain products of rounded matrices: what the paths that round are measured by."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,29 +14,34 @@ from lowmem_cft_kernels import InfoNCEResult, Path
 from lowmem_cft_kernels.reference import reference_loss
 
 
-class _EagerProducts(TorchFunctionMode):
-    """Similarities by products of 16-bit matrices."""
+class _Products(TorchFunctionMode):
+    """Similarities by a product of the test's."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.dtype, self.count = dtype, 0
+        self.multiply, self.count = multiply, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in (Tensor.__matmul__, Tensor.matmul) and args[0].requires_grad:
             self.count += 1
-            return (args[0].to(self.dtype) @ args[1].to(self.dtype)).float()
+            return self.multiply(*args)
         return func(*args, **(kwargs or {}))
 
 
 def eagerly(case: Case) -> InfoNCEResult:
-    """The formula with 16-bit products, a float32 cross entropy and 16-bit gradients."""
+    """As a model that runs in 16 bit: 16-bit products and gradients, a float32 cross entropy."""
+    dtype = case.query_MD.dtype
+
+    def multiply(x: Tensor, y: Tensor) -> Tensor:
+        return (x.to(dtype) @ y.to(dtype)).float()
+
     query_MD, doc_ND = (x.clone().requires_grad_() for x in (case.query_MD, case.doc_ND))
     temperature = torch.tensor(case.temperature, requires_grad=True)
     wide = case.to(torch.float32).options
     options = {**wide, "temperature": temperature}
-    with _EagerProducts(case.query_MD.dtype) as products:
+    with _Products(multiply) as products:
         loss, seen = reference_loss(query_MD.float(), doc_ND.float(), case.candidates, **options)
     assert products.count == 3
     gradients = torch.autograd.grad(loss, (query_MD, doc_ND, temperature))
@@ -48,3 +54,40 @@ def eagerly(case: Case) -> InfoNCEResult:
         observed=seen,
         path=Path.REFERENCE,
     )
+
+
+def rounding(case: Case, *, split: bool) -> InfoNCEResult:
+    """In float64, but for d loss / d similarity in bfloat16; `split`: as `Products.SPLIT_BF16`."""
+
+    def multiply(x: Tensor, y: Tensor) -> Tensor:
+        product: Tensor = _Rounding.apply(x, y, split)  # type: ignore[no-untyped-call]
+        return product
+
+    with _Products(multiply) as products:
+        result = case.to(torch.float64).run(Path.REFERENCE)
+    assert products.count == 3
+    return result
+
+
+class _Rounding(torch.autograd.Function):
+    """A product: exact, or of split matrices, whose gradient is one of high halves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, split: bool) -> Tensor:
+        if not split:
+            ctx.save_for_backward(x, y)
+            return x @ y
+        (high_x, low_x), (high_y, low_y) = _halves(x), _halves(y)
+        ctx.save_for_backward(high_x, high_y)
+        return high_x @ high_y + high_x @ low_y + low_x @ high_y
+
+    @staticmethod
+    def backward(ctx: Any, d_product: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, y = ctx.saved_tensors
+        rounded = d_product.bfloat16().to(d_product)
+        return rounded @ y.T, x.T @ rounded, None
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    high = x.bfloat16().to(x)
+    return high, (x - high).bfloat16().to(x)

@@ -1,9 +1,9 @@
 """Runs cases of the loss by its Triton path in triton's interpreter, in a process of its own.
 
 `interpret` is the call; the child is this file: `python interpreted.py GIVEN MADE`, with
-TRITON_INTERPRET=1 before triton is imported. A job may be watched: then new memory holds NaN
-between guards, and every address that a kernel reads or writes must be an element of one of the
-tensors that it was given.
+TRITON_INTERPRET=1 before triton is imported. bfloat16 is rounded to, where the interpreter cuts
+off. A job may be watched: then new memory holds NaN between guards, and every address that a kernel
+reads or writes must be an element of one of the tensors that it was given.
 """
 
 from __future__ import annotations
@@ -195,6 +195,24 @@ def _checked_accesses(addresses: _Addresses) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _rounded_to_bfloat16() -> Iterator[None]:
+    """To nearest, ties to even, as a GPU does it."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert: Any = interpreter._convert_float
+
+    def converted(data: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, rounding_mode)
+        rounded = torch.tensor(data, dtype=torch.float32).bfloat16()
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    with mock.patch.object(interpreter, "_convert_float", converted):
+        yield
+
+
 def _run(job: Job) -> Done:
     from lowmem_cft_kernels import triton_info_nce
 
@@ -202,6 +220,7 @@ def _run(job: Job) -> Done:
     names = ("lse_kernel", "gradient_kernel", "scale_kernel")
     kernels = {name: _Kernel(getattr(triton_info_nce, name), addresses) for name in names}
     with ExitStack() as stack:
+        stack.enter_context(_rounded_to_bfloat16())
         for name, kernel in kernels.items():
             stack.enter_context(mock.patch.object(triton_info_nce, name, kernel))
         if job.rows is not None:

@@ -18,7 +18,7 @@ import triton
 from compiling import Resources, compile_for
 from launches import recorded
 from loss_cases import Settings, make_case
-from lowmem_cft_kernels import Path
+from lowmem_cft_kernels import Path, Products
 
 WRITTEN = File(__file__).parent / "kernels" / "resources.json"
 
@@ -39,7 +39,12 @@ SETTINGS: dict[str, Settings] = {
         }
     ),
 }
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "split": torch.float32,  # multiplied as halves in bfloat16
+}
 
 Target = tuple[int, str, str]
 """Compute capability, dtype, name of the settings."""
@@ -52,12 +57,16 @@ def targets() -> Iterator[Target]:
             yield from ((capability, dtype, name) for name in SETTINGS)
     yield from ((capability, "bf16", "symmetric") for capability in (80, 90, 120))
     yield from ((89, "bf16", name) for name in SETTINGS)
+    for capability in (80, 86, 89, 90, 120):
+        yield from ((capability, "split", name) for name in SETTINGS)
 
 
 def measure(target: Target) -> dict[str, Resources]:
     """Of each kernel that the loss launches."""
     capability, dtype, name = target
     case = make_case(SETTINGS[name], (64, 128, 64), DTYPES[dtype])
+    if dtype == "split":
+        case = case.having(products=Products.SPLIT_BF16)
     with recorded(capability) as kernels:
         case.run(Path.TRITON)
     found = {}

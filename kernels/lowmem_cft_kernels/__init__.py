@@ -19,9 +19,11 @@ from lowmem_cft_kernels.options import (
     FalseNegatives,
     Hardness,
     Negatives,
+    Products,
     Softmax,
 )
 from lowmem_cft_kernels.result import InfoNCEResult, Observed, Path
+from lowmem_cft_kernels.split import split_bytes
 from lowmem_cft_kernels.temperature import LearnedTemperature
 
 __all__ = [
@@ -39,9 +41,11 @@ __all__ = [
     "Negatives",
     "Observed",
     "Path",
+    "Products",
     "Softmax",
     "choose_path",
     "identity_dropout",
     "info_nce",
     "info_nce_loss",
+    "split_bytes",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowmem_cft_kernels import chunked
+from lowmem_cft_kernels import chunked, tiles
 from lowmem_cft_kernels.masks import Candidates
 from lowmem_cft_kernels.options import (
     ONE_WAY,
@@ -19,11 +19,12 @@ from lowmem_cft_kernels.options import (
     Direction,
     FalseNegatives,
     Hardness,
+    Products,
     Softmax,
     check_shapes,
     check_softmaxes,
 )
-from lowmem_cft_kernels.problem import make_problem
+from lowmem_cft_kernels.problem import Problem, make_problem
 from lowmem_cft_kernels.reference import reference_loss
 from lowmem_cft_kernels.result import InfoNCEResult, Path
 from lowmem_cft_kernels.surroundings import full_precision, why_triton_cannot_start
@@ -46,6 +47,7 @@ def info_nce(
     weight_M: Tensor | None = None,
     bank: Bank | None = None,
     normalize: bool = False,
+    products: Products = Products.EXACT,
     path: Path | None = None,
     workspace_bytes: int | None = None,
     out: tuple[Tensor, Tensor] | None = None,
@@ -71,6 +73,10 @@ def info_nce(
             On a GPU, values are not looked at.
         bank: documents without a gradient.
         normalize: take cosines: the gradient is then that of the raw inputs.
+        products: how the Triton path multiplies float32 inputs. `SPLIT_BF16` (float32 alone, on CUDA
+            from compute capability 8.0 on) does it on tensor cores, and holds what
+            `split.split_bytes` gives beside the workspace: O((M + N) D). Other paths always
+            compute exactly.
         path: how to compute it; chosen by device, dtype and size if None (see `choose_path`).
         workspace_bytes: bound on what is held besides inputs, gradients and a few numbers per
             query and document, 60 MiB if None; does not change the result beyond rounding.
@@ -83,6 +89,7 @@ def info_nce(
     """
     _validate_devices(query_MD, doc_ND, candidates, false_negatives, bank, weight_M)
     _validate(query_MD, doc_ND, candidates, temperature, softmaxes)
+    _validate_products(query_MD, products)
     check_shapes(query_MD, doc_ND, false_negatives, bank, weight_M)
     if bank is not None and not any(Direction.QUERY_TO_DOC in one for one in softmaxes):
         raise ValueError("bank: got one, but no softmax has query_to_doc in it")
@@ -112,8 +119,7 @@ def info_nce(
             return _by_autograd(query_MD, doc_ND, candidates, scale, options, out)
     with torch.no_grad(), full_precision(query_MD.device.type):
         problem = make_problem(query_MD, doc_ND, candidates, temperature=scale, **options)
-        worker = _worker(path)
-        work = worker(problem, *out, workspace_bytes or worker.default_workspace_bytes)
+        work = _worker(path, problem, out, workspace_bytes, products)
         loss, d_temperature = work.run()
         num_seeable = len(doc_ND) + (0 if bank is None else len(bank.doc_CD))
         observed = work.tally.observed(problem, num_seeable)
@@ -227,12 +233,20 @@ def _in_rows(held: Any) -> Any:
     return replace(held, **{name: _in_rows(x) for name, x in values.items() if torch.is_tensor(x)})
 
 
-def _worker(path: Path) -> type[chunked.Chunked] | type[Fused]:
+def _worker(
+    path: Path,
+    problem: Problem,
+    out: tuple[Tensor, Tensor],
+    workspace_bytes: int | None,
+    products: Products,
+) -> chunked.Chunked | Fused:
     if path is Path.CHUNKED:
-        return chunked.Chunked
+        return chunked.Chunked(
+            problem, *out, workspace_bytes or chunked.Chunked.default_workspace_bytes
+        )
     from lowmem_cft_kernels.triton_info_nce import Fused  # not where triton is missing
 
-    return Fused
+    return Fused(problem, *out, workspace_bytes or Fused.default_workspace_bytes, products)
 
 
 def _validate(
@@ -264,6 +278,23 @@ def _validate(
             raise ValueError(f"temperature: got {value}, wanted a finite number above 0")
     check_softmaxes(softmaxes)
     candidates.validate(query_MD.shape[0], doc_ND.shape[0])
+
+
+def _validate_products(query_MD: Tensor, products: Products) -> None:
+    if not isinstance(products, Products):
+        raise ValueError(f"products: got {products!r}, wanted of {[one.value for one in Products]}")
+    if products is Products.EXACT:
+        return
+    if query_MD.dtype != torch.float32:
+        raise ValueError(
+            f"products: got {products.value} for {query_MD.dtype}, wanted float32 inputs; use "
+            f"{Products.EXACT.value}"
+        )
+    if (capability := tiles.capability_of(query_MD.device)) < 80:
+        raise ValueError(
+            f"products: got {products.value}, which needs compute capability 8.0, and the device "
+            f"has {capability / 10}; use {Products.EXACT.value}"
+        )
 
 
 def _validate_devices(query_MD: Tensor, doc_ND: Tensor, *given: object) -> None:

@@ -126,6 +126,16 @@ class Hardness:
     on: Negatives = Negatives.ALL
 
 
+class Products(str, Enum):
+    """How float32 embeddings are multiplied."""
+
+    EXACT = "exact"
+    """As float32, which tensor cores don't do."""
+    SPLIT_BF16 = "split-bf16"
+    """On tensor cores: logits by three products of bfloat16 halves, to about float32's precision;
+    d loss / d similarity, and what it is multiplied by, rounded to bfloat16. See `split`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bank:
     """More documents that every query sees as negatives, and that get no gradient.

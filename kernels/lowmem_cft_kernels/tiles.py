@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lowmem_cft_kernels.options import Products
 from lowmem_cft_kernels.problem import Block
 
 GROUP = 8
@@ -33,14 +34,13 @@ class Tile:
     num_warps: int
     num_stages: int
 
-    def constants(self, block: Block) -> dict[str, Any]:
+    def constants(self, width: int, guide_width: int) -> dict[str, Any]:
         """The kernels' compile-time arguments that depend on the tile."""
-        guide_width = 0 if block.guide is None else block.guide.row_RG.shape[1]
         return {
             "BLOCK_R": self.block_r,
             "BLOCK_C": self.block_c,
             "BLOCK_D": self.block_d,
-            "EVEN_D": block.row_RD.shape[1] % self.block_d == 0,
+            "EVEN_D": width % self.block_d == 0,
             "EVEN_G": guide_width % self.block_d == 0,
             "GROUP": GROUP,
         }
@@ -68,13 +68,22 @@ def is_heavy(block: Block) -> bool:
     )
 
 
-def choose_tile(kernel: str, block: Block) -> Tile:
+def choose_tile(kernel: str, block: Block, products: Products = Products.EXACT) -> Tile:
     """The tile for `lse` or `gradient` on the block's device.
+
+    Split embeddings take the tile of 16 bits at half its depth: two halves are loaded at once.
 
     Cards of one architecture differ in shared memory. Where the entry for plain blocks does not fit
     the card, the one for heavy blocks, which is smaller, is taken.
     """
-    device, bits = block.row_RD.device, 8 * block.row_RD.element_size()
+    if products is Products.SPLIT_BF16:
+        tile = _tile_that_fits(kernel, block, 16)
+        return replace(tile, block_d=tile.block_d // 2)
+    return _tile_that_fits(kernel, block, 8 * block.row_RD.element_size())
+
+
+def _tile_that_fits(kernel: str, block: Block, bits: int) -> Tile:
+    device = block.row_RD.device
     capability = capability_of(device)
     if is_heavy(block):
         return tile_for(capability, kernel, bits, "heavy")

@@ -9,7 +9,7 @@ is rounded to 16 bit are probabilities. `kernels/README.md` has the reasons.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from lowmem_cft_kernels.denominators import column_shift, join, mean_loss, row_shift
-from lowmem_cft_kernels.options import Direction, Negatives
+from lowmem_cft_kernels.options import Direction, Negatives, Products
 from lowmem_cft_kernels.problem import Block, Problem, add_at, row_blocks, strips, through_norm
+from lowmem_cft_kernels.split import split
 from lowmem_cft_kernels.tally import Tally
 from lowmem_cft_kernels.tiles import Tile, choose_tile
 from lowmem_cft_kernels.triton_tiles import (
@@ -62,9 +63,17 @@ class Fused:
     default_workspace_bytes = 60 * 2**20
 
     def __init__(
-        self, problem: Problem, d_query_MD: Tensor, d_doc_ND: Tensor, workspace_bytes: int
+        self,
+        problem: Problem,
+        d_query_MD: Tensor,
+        d_doc_ND: Tensor,
+        workspace_bytes: int,
+        products: Products = Products.EXACT,
     ) -> None:
-        self.problem = problem
+        self.problem, self.products = problem, products
+        self.held_dtype = problem.queries_with_documents.row_RD.dtype
+        if products is Products.SPLIT_BF16:
+            self.held_dtype = torch.bfloat16
         self.d_query_MD, self.d_doc_ND = d_query_MD, d_doc_ND
         self.gradient_bytes = workspace_bytes * 3 // 4
         self.lse_bytes = workspace_bytes - self.gradient_bytes
@@ -74,6 +83,7 @@ class Fused:
         self.unit = (1 / (self.temperature.double() * LN2)).float()
         self.best_M = problem.best_M
         self._arguments: dict[int, dict[str, Any]] = {}
+        self._split: dict[int, Tensor] = {}
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Loss and d loss / d temperature."""
@@ -107,8 +117,8 @@ class Fused:
         if self.problem.documents_choose or len(self.problem.blocks) > 1:
             return 0
         num_rows, num_columns = _size(block)
-        rows = self.gradient_bytes // (_padded(num_columns) * block.row_RD.element_size())
-        tile = choose_tile("lse", block)
+        rows = self.gradient_bytes // (_padded(num_columns) * self.held_dtype.itemsize)
+        tile = self._tile("lse", block)
         tiles = triton.cdiv(num_columns, tile.block_c)
         rows = min(rows, self.lse_bytes // (tiles * _LSE_ROW_BYTES * 2), num_rows)
         if tile.block_r < rows < num_rows:  # no tile but the matrix's last is partly empty
@@ -119,8 +129,8 @@ class Fused:
         """Loss, and the sum of G z; G from a strip's exponentials, scaled in place."""
         problem, block = self.problem, self.problem.queries_with_documents
         num_rows, num_columns = _size(block)
-        tile, size_r = choose_tile("lse", block), self._rows_at_once()
-        held = block.row_RD.new_empty((size_r, _padded(num_columns)))
+        tile, size_r = self._tile("lse", block), self._rows_at_once()
+        held = self.best_M.new_empty((size_r, _padded(num_columns)), dtype=self.held_dtype)
         loss, columns = torch.zeros_like(self.temperature[0]), slice(0, num_columns)
         gain = FP16_GAIN.value if held.dtype == torch.float16 else 1.0
         for rows in row_blocks(num_rows, size_r):
@@ -188,8 +198,7 @@ class Fused:
 
     def _scan(self, block: Block, *, rows_choose: bool) -> tuple[Tensor, Tensor | None]:
         """Log-sum-exps of a block's rows, and of its columns where documents choose."""
-        problem = self.problem
-        tile = choose_tile("lse", block)
+        problem, tile = self.problem, self._tile("lse", block)
         columns_choose = block is problem.queries_with_documents and problem.documents_choose
         num_rows, num_columns = _size(block)
         lse_R = self.best_M.new_full((num_rows,), -torch.inf)
@@ -285,21 +294,21 @@ class Fused:
         col_shift_N: Tensor | None,
     ) -> None:
         """Add a block's gradients, rectangle by rectangle."""
-        problem, tile = self.problem, choose_tile("gradient", block)
+        problem, tile = self.problem, self._tile("gradient", block)
         softmax = problem.softmax_of(block.direction)
         row_shift_R = None
         if softmax is not None:
             row_shift_R = row_shift(problem, block, everyone, lse_MP[softmax])[:, 0] / LN2
         positives = block is problem.queries_with_documents
         num_rows, num_columns = _size(block)
-        itemsize, width = block.row_RD.element_size(), block.row_RD.shape[1]
+        itemsize, width = self.held_dtype.itemsize, block.row_RD.shape[1]
         size_r, row_bytes = min(_ROWS, num_rows), 0
         if block.pick_R is not None:  # picked rows and their gradient are held too
             row_bytes = width * (itemsize + 4)
             size_r = min(size_r, max(1, self.gradient_bytes // (2 * row_bytes)))
         size_c = (self.gradient_bytes // size_r - row_bytes) // itemsize // 128 * 128
         size_c = min(max(128, size_c), _padded(num_columns))
-        held = block.row_RD.new_empty((size_r, size_c))
+        held = self.best_M.new_empty((size_r, size_c), dtype=self.held_dtype)
         for rows, columns in _rectangles(num_rows, num_columns, size_r, size_c):
             wide = columns.stop - columns.start
             padded = held[: rows.stop - rows.start, : _padded(wide)]
@@ -315,7 +324,8 @@ class Fused:
             self._multiply(block, rows, columns, padded[:, :wide])
 
     def _multiply(self, block: Block, rows: slice, columns: slice, grad_RC: Tensor) -> None:
-        row_RD, col_CD = block.pick(block.row_RD, rows), block.col_CD[columns]
+        row_RD = block.pick(self._factor(block.row_RD), rows)
+        col_CD = self._factor(block.col_CD)[columns]
         if block.pick_R is None:
             _add_product(self.d_query_MD[rows], grad_RC, col_CD)
         else:
@@ -336,12 +346,34 @@ class Fused:
             total += torch.linalg.vecdot(x_RD[rows].float(), d_x_RD[rows]).sum()
         return total
 
+    # -- operands -------------------------------------------------------------------------------
+
+    def _operand(self, x_RD: Tensor) -> Tensor:
+        """What tiles are products of: these embeddings, or their halves, which are made once."""
+        if self.products is Products.EXACT or x_RD.dtype != torch.float32:
+            return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
+        if id(x_RD) not in self._split:
+            self._split[id(x_RD)] = split(x_RD)
+        return self._split[id(x_RD)]
+
+    def _factor(self, x_RD: Tensor) -> Tensor:
+        """(R, D): what the library multiplies d loss / d similarity by.
+
+        High numbers do: their rounding costs no more than that of d loss / d similarity.
+        """
+        if self.products is Products.EXACT:
+            return x_RD
+        return self._operand(x_RD)[:, 0, : x_RD.shape[1]]
+
+    def _tile(self, kernel: str, block: Block) -> Tile:
+        return choose_tile(kernel, block, self.products)
+
     # -- launches -------------------------------------------------------------------------------
 
     def _shared(self, block: Block) -> dict[str, Any]:
         """`block_arguments`, made once: a rectangle takes the GPU no longer than they take Python."""
         if id(block) not in self._arguments:
-            self._arguments[id(block)] = block_arguments(self.problem, block)
+            self._arguments[id(block)] = block_arguments(self.problem, block, self._operand)
         return self._arguments[id(block)]
 
     def _launch(
@@ -355,9 +387,10 @@ class Fused:
     ) -> None:
         num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
         grid = (triton.cdiv(num_rows, tile.block_r) * triton.cdiv(num_columns, tile.block_c),)
+        shared = self._shared(block)
         with torch.cuda.device_of(block.row_RD):  # type: ignore[no-untyped-call]
             kernel[grid](
-                **self._shared(block),
+                **shared,
                 **arguments,
                 temperature_ptr=self.temperature,
                 unit_ptr=self.unit,
@@ -365,18 +398,19 @@ class Fused:
                 num_rows=num_rows,
                 first_column=columns.start,
                 num_columns=num_columns,
-                **tile.constants(block),
+                **tile.constants(shared["width"], shared["guide_width"]),
                 **tile.options(),
             )
 
 
-def block_arguments(problem: Problem, block: Block) -> dict[str, Any]:
+def block_arguments(
+    problem: Problem, block: Block, operand: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
     """Pointers, shapes and flags of both kernels that a block alone decides."""
-    guide, width = block.guide, block.row_RD.shape[1]
-    hardness = block.hardness
-    row_RD, col_CD = block.row_RD, block.col_CD
-    row_RG = None if guide is None else guide.row_RG
-    col_CG = None if guide is None else guide.col_CG
+    guide, hardness = block.guide, block.hardness
+    row_RD, col_CD = operand(block.row_RD), operand(block.col_CD)
+    row_RG = None if guide is None else operand(guide.row_RG)
+    col_CG = None if guide is None else operand(guide.col_CG)
     groups = block.row_group_R is not None
     vectors = {
         "pick_ptr": block.pick_R,
@@ -401,8 +435,8 @@ def block_arguments(problem: Problem, block: Block) -> dict[str, Any]:
         "col_ptr": col_CD,
         "row_guide_ptr": row_RG,
         "col_guide_ptr": col_CG,
-        "width": width,
-        "guide_width": 0 if guide is None else guide.row_RG.shape[1],
+        "width": _loop_bound(row_RD.shape[-1]),
+        "guide_width": 0 if row_RG is None else _loop_bound(row_RG.shape[-1]),
         "row_stride": row_RD.stride(0),
         "col_stride": col_CD.stride(0),
         "row_guide_stride": 0 if row_RG is None else row_RG.stride(0),
@@ -415,9 +449,17 @@ def block_arguments(problem: Problem, block: Block) -> dict[str, Any]:
         "OWN_ONLY": block.own_only,
         "TARGET_HIDES": block.target_hides,
         "HARDNESS": 0 if hardness is None else HARDNESS_ON[hardness.on],
+        "SPLIT": row_RD.ndim == 3,
+        "SPLIT_G": row_RG is not None and row_RG.ndim == 3,
         # the interpreter takes bfloat16 products for integers'
         "WIDEN": interpreted() and row_RD.dtype == torch.bfloat16,
     }
+
+
+def _loop_bound(number: int) -> Any:
+    """The interpreter makes an array of a number, which Triton 3.6 then takes for an index: numpy
+    refuses that from 2.4 on. A constexpr stays the number that it is."""
+    return triton.language.constexpr(number) if interpreted() else number
 
 
 def _padded(num_columns: int) -> int:

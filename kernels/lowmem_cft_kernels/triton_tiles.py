@@ -46,8 +46,12 @@ def products(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """float32 (BLOCK_R, BLOCK_C): rows times columns; WIDEN: convert before the product."""
+    """float32 (BLOCK_R, BLOCK_C): rows times columns; WIDEN: convert before the product.
+
+    SPLIT: both are `width` high numbers and as many low ones, a whole number of BLOCK_D.
+    """
     d = tl.arange(0, BLOCK_D)
     row_ptrs = row_ptr + r_index.to(tl.int64)[:, None] * row_stride + d[None, :]
     col_ptrs = col_ptr + c_index.to(tl.int64)[:, None] * col_stride + d[None, :]
@@ -61,6 +65,13 @@ def products(  # type: ignore[no-untyped-def]
             cols = tl.load(col_ptrs, mask=inside, other=0.0)
         if WIDEN:
             rows, cols = rows.to(tl.float32), cols.to(tl.float32)
+        if SPLIT:
+            tl.static_assert(EVEN_D)
+            low_rows, low_cols = tl.load(row_ptrs + width), tl.load(col_ptrs + width)
+            if WIDEN:
+                low_rows, low_cols = low_rows.to(tl.float32), low_cols.to(tl.float32)
+            rc_sum = tl.dot(rows, tl.trans(low_cols), rc_sum, input_precision="ieee")
+            rc_sum = tl.dot(low_rows, tl.trans(cols), rc_sum, input_precision="ieee")
         rc_sum = tl.dot(rows, tl.trans(cols), rc_sum, input_precision="ieee")
         row_ptrs += BLOCK_D
         col_ptrs += BLOCK_D
@@ -84,6 +95,7 @@ def similarities(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Products, of unit vectors where inverse norms are given; rows picked where a pick is."""
     r_index = r_place
@@ -91,7 +103,7 @@ def similarities(  # type: ignore[no-untyped-def]
         r_index = tl.load(pick_ptr + r_place)
     rc_sim = products(
         row_ptr, col_ptr, r_index, c_place, row_stride, col_stride, width,
-        BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, WIDEN,
+        BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, WIDEN, SPLIT,
     )  # fmt: skip
     if row_inverse_ptr is not None:
         r_inverse = tl.load(row_inverse_ptr + r_index)
@@ -184,6 +196,7 @@ def tile(  # type: ignore[no-untyped-def]
     P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
     SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr, SPLIT_G: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Logits in units of log2 as rows see them and as columns do, and where positives are.
@@ -192,7 +205,7 @@ def tile(  # type: ignore[no-untyped-def]
     """
     rc_sim = similarities(
         row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr, r_place, c_place,
-        row_stride, col_stride, width, BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, WIDEN,
+        row_stride, col_stride, width, BLOCK_R, BLOCK_C, BLOCK_D, EVEN_D, WIDEN, SPLIT,
     )  # fmt: skip
     rc_own = rc_outside
     if target_ptr is not None:
@@ -213,7 +226,7 @@ def tile(  # type: ignore[no-untyped-def]
             rc_guide = similarities(
                 row_guide_ptr, col_guide_ptr, pick_ptr, row_guide_inverse_ptr,
                 col_guide_inverse_ptr, r_place, c_place, row_guide_stride, col_guide_stride,
-                guide_width, BLOCK_R, BLOCK_C, BLOCK_D, EVEN_G, WIDEN,
+                guide_width, BLOCK_R, BLOCK_C, BLOCK_D, EVEN_G, WIDEN, SPLIT_G,
             )  # fmt: skip
         rc_above = rc_hidden | (rc_guide > tl.load(row_bound_ptr + r_place)[:, None])
         rc_row = masked(rc_logit, rc_above, rc_own, rc_outside, target_ptr, TARGET_HIDES)
@@ -271,6 +284,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
     P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
     SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr, SPLIT_G: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     HARDNESS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -299,7 +313,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
         r_place, c_place, rc_outside, unit, width, guide_width,
         row_stride, col_stride, row_guide_stride, col_guide_stride,
         P, K, L, SAME_HIDES, OWN_ONLY, TARGET_HIDES, EVEN_D, EVEN_G, WIDEN,
-        BLOCK_R, BLOCK_C, BLOCK_D,
+        SPLIT, SPLIT_G, BLOCK_R, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     r_out, c_out = tile_c.to(tl.int64) * num_rows + r, tile_r.to(tl.int64) * num_columns + c
     r_inside, c_inside = r < num_rows, c < num_columns
@@ -354,6 +368,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
     SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr, SPLIT_G: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     HARDNESS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -377,7 +392,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
         r_place, c_place, rc_outside, unit, width, guide_width,
         row_stride, col_stride, row_guide_stride, col_guide_stride,
         P, K, L, SAME_HIDES, OWN_ONLY, TARGET_HIDES, EVEN_D, EVEN_G, WIDEN,
-        BLOCK_R, BLOCK_C, BLOCK_D,
+        SPLIT, SPLIT_G, BLOCK_R, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     rc_grad = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
     if col_shift_ptr is not None:
