@@ -521,7 +521,7 @@ def test_models_are_built_as_the_planner_weighs_them(
     base = models.build_base(config, recipe, torch.bfloat16, device)
     linear = {type(base.get_submodule(n)).__name__ for n in models.linear_names(base)}
     assert linear == ({"Linear4bit"} if quantization == "nf4" else {"Linear"})
-    weights = Footprint(recipe, config, torch.bfloat16, 150).weights
+    weights = Footprint(recipe, config, torch.bfloat16, 150, "cpu").weights
     assert models.weight_bytes(base) == (weights.quantized_bytes, weights.plain_bytes)
     assert not any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers()))
     real = dict(AutoModel.from_config(config, dtype=torch.bfloat16).named_buffers())
