@@ -27,7 +27,8 @@ loss_correctness  num_checks; failed: the checks that did not hold, each with va
               the greatest value of each kind of check with its bound; groups: seconds of each.
               Sets of options against the formula in float64, at ragged sizes, by the Triton path and
               the chunked one; float32 to 1e-5, value and observations in every dtype; gradients of
-              16 bits to twice the error of plain autograd in the dtype; twice the same bits.
+              16 bits to twice the error of plain autograd in the dtype, those of float32 on tensor
+              cores (split-bf16) to twice that of bf16; twice the same bits.
 correctness   the same keys. Gradients of every plan are held against one plain full-batch backward
               on the same device (peft's own layers): float64 to 1e-10, float32 to 1e-5, bf16 by the
               error of plain PyTorch under autocast against float64, at most 1.5 times. skipped: what

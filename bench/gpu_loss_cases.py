@@ -71,6 +71,7 @@ a matrix do; see `make_case`."""
 
 _GUIDE_WIDTH = 16
 _TEMPERATURE = 0.125
+_NOISE = 2.0**-9
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,16 @@ class Case:
         return replace(
             self, query_MD=query_MD, doc_ND=doc_ND, candidates=candidates, options=options
         )
+
+    def off_the_grid(self) -> Case:
+        """Embeddings that 16 bits cannot hold, but float32 can; only for sets without bounds."""
+        draw = torch.Generator().manual_seed(8)
+
+        def moved(x_RD: Tensor) -> Tensor:
+            noise_RD = torch.randn(x_RD.shape, generator=draw, dtype=torch.float64).to(x_RD.device)
+            return (x_RD * (1 + _NOISE * noise_RD)).float().to(x_RD.dtype)
+
+        return replace(self, query_MD=moved(self.query_MD), doc_ND=moved(self.doc_ND))
 
     def by_eager(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries, documents and temperature by autograd in the inputs' own dtype."""

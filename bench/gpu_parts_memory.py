@@ -26,9 +26,10 @@ from gpu_steps import (
 from lowmem_cft import memory
 from lowmem_cft.attention import SeenBackends
 from lowmem_cft.backbone import quiet_libraries
+from lowmem_cft.machine import AMPERE
 from lowmem_cft.planner import MARGINS, BatchShape
 from lowmem_cft.recipe import MemorySection
-from lowmem_cft_kernels import Candidates, info_nce
+from lowmem_cft_kernels import Candidates, Products, info_nce
 from measure import synchronize
 
 _MODEL_SECONDS = 45.0
@@ -169,6 +170,7 @@ def measure_loss(options: Options, rows: int, dim: int, workspace_bytes: int) ->
             emb_SD[rows:],
             candidates,
             temperature=0.05,
+            products=products_here(options),
             workspace_bytes=workspace_bytes,
             out=(d_emb_SD[:rows], d_emb_SD[rows:]),
         )
@@ -189,6 +191,12 @@ def measure_loss(options: Options, rows: int, dim: int, workspace_bytes: int) ->
         "matrix_bytes": 4 * rows * 2 * rows,
         "ok": bool(result.loss.isfinite()) and bool(d_emb_SD.isfinite().all()),
     }
+
+
+def products_here(options: Options) -> Products:
+    """As the trainer multiplies embeddings of float32 on such a device."""
+    newer = options.cuda and torch.cuda.get_device_capability(options.device) >= AMPERE
+    return Products.SPLIT_BF16 if newer else Products.EXACT
 
 
 def loss_phases(options: Options, so_far: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gpu_options import Options, guarded, release, say
 from gpu_profile import dearest, kernels_of
-from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates, info_nce, tune
+from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates, Products, info_nce, tune
 from lowmem_cft_kernels.tiles import Tile, capability_of, tile_for
 from measure import median, synchronize
 
@@ -63,7 +63,12 @@ def call_rates(options: Options) -> dict[str, Any]:
     query_MD, doc_ND = (F.normalize(x, dim=1) for x in vectors)
     candidates = Candidates(target=torch.arange(m, device=device))
     found: dict[str, Any] = {"ok": True, "m": m, "n": n, "d": d}
-    for dtype in (torch.bfloat16, torch.float32):
+    exact, split = Products.EXACT, Products.SPLIT_BF16  # the second is the trainer's on a GPU
+    for dtype, products in (
+        (torch.bfloat16, exact),
+        (torch.float32, exact),
+        (torch.float32, split),
+    ):
         for mode, softmaxes in {"one_way": ONE_WAY, "symmetric": SYMMETRIC}.items():
             call = partial(
                 info_nce,
@@ -72,8 +77,10 @@ def call_rates(options: Options) -> dict[str, Any]:
                 candidates,
                 temperature=0.05,
                 softmaxes=softmaxes,
+                products=products,
             )
-            found[f"{str(dtype)[6:]}, {mode}"] = apart(kernels_of(call, device), m * n * d)
+            name = split.value if products is split else str(dtype)[6:]
+            found[f"{name}, {mode}"] = apart(kernels_of(call, device), m * n * d)
     return found
 
 

@@ -17,7 +17,16 @@ from torch.nn import functional as F
 from gpu_loss_cases import Shape
 from gpu_nf4 import four_bit, no_nf4
 from gpu_options import Checks, Options, Stopped, matrix_peak, release, say, seconds_of
-from gpu_parts_loss import Finding, Findings, Task, add_findings, num_workers, started
+from gpu_parts_loss import (
+    SPLIT,
+    Finding,
+    Findings,
+    Task,
+    add_findings,
+    can_split,
+    num_workers,
+    started,
+)
 from lowmem_cft.attention import (
     AttentionCall,
     SeenBackends,
@@ -205,7 +214,9 @@ def loss_tasks(options: Options) -> list[Task]:
     if not options.cuda or training_dtype(options) == torch.bfloat16:
         dtypes.append("bfloat16")
     device = str(options.device)
-    return [(name, dtype, path.value, (shape,), device) for dtype in dtypes for name in LOSSES]
+    ways = [(name, dtype) for dtype in dtypes for name in LOSSES]
+    ways += [(name, SPLIT) for name in LOSSES if can_split(name, options)]
+    return [(name, dtype, path.value, (shape,), device) for name, dtype in ways]
 
 
 def results_alone(findings: Findings, seconds: float) -> list[Finding]:

@@ -91,7 +91,7 @@ def test_memory_and_speed(check: Any, capfd: pytest.CaptureFixture[str], tmp_pat
     assert written.public == Version(torch.__version__).public
     assert found["machine"]["device"]
     assert found["parts"]["dropout_speed"]["rows"][0]["ratio"] > 0
-    for call in ("bfloat16, one_way", "float32, symmetric"):
+    for call in ("bfloat16, one_way", "float32, symmetric", "split-bf16, one_way"):
         assert found["parts"]["loss_rates"]["calls"][call]["microseconds"]["products"] > 0
     memory = found["parts"]["memory"]
     assert memory["ballast"]["held_bytes"] > 0
@@ -294,7 +294,7 @@ def test_smoke(check: Any, part: Any, capfd: pytest.CaptureFixture[str]) -> None
     assert found["copy_gbps"] > 0
     assert found["nf4"] is None
     assert found["attention"][0]["backends"] == ["cpu"]
-    for dtype in ("float32", "float16", "bfloat16"):
+    for dtype in ("float32", "float16", "bfloat16", "split-bf16"):
         assert f"loss: value, {dtype}" in found["worst"]
     words = frozenset().union(
         *(part("loss_cases").OPTION_SETS[n] for n in part("parts_smoke").LOSSES)
