@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -61,24 +61,31 @@ OPTION_SETS: dict[str, frozenset[str]] = {
         "queries margin ignored",
         "all bank weights tensor",
         "symmetric normalize keys tensor",
+        "symmetric own keys weights row-margins ignored strided",
         "gte positives ignored keys own guides row-margins in-batch weights bank normalize",
     )
 }
 """Softmaxes (one way if none is named), several positives, rows left out, owners, one key or two
-per query, bounds, hardness and so on; see `make_case`."""
+per query, bounds, hardness and so on; strided: vectors that lie among other numbers, as columns of
+a matrix do; see `make_case`."""
 
 _GUIDE_WIDTH = 16
 _TEMPERATURE = 0.125
+_NOISE = 2.0**-9
 
 
 @dataclass(frozen=True)
 class Case:
-    """What `info_nce` is called with; `options` are its keywords."""
+    """What `info_nce` is called with; `options` are its keywords.
+
+    `strided`: `to` lays all vectors out with gaps.
+    """
 
     query_MD: Tensor
     doc_ND: Tensor
     candidates: Candidates
     options: Mapping[str, Any]
+    strided: bool = False
 
     def run(self, path: Path, **more: Any) -> InfoNCEResult:
         return info_nce(
@@ -100,7 +107,24 @@ class Case:
             if isinstance(value, (Bank, FalseNegatives)):
                 value = replace(value, **{key: moved(one) for key, one in vars(value).items()})
             options[name] = moved(value)
-        return Case(moved(self.query_MD), moved(self.doc_ND), self.candidates.to(device), options)
+        candidates = self.candidates.to(device)
+        if self.strided:
+            options = {name: with_gaps(value) for name, value in options.items()}
+            candidates = with_gaps(candidates)
+        query_MD, doc_ND = moved(self.query_MD), moved(self.doc_ND)
+        return replace(
+            self, query_MD=query_MD, doc_ND=doc_ND, candidates=candidates, options=options
+        )
+
+    def off_the_grid(self) -> Case:
+        """Embeddings that 16 bits cannot hold, but float32 can; only for sets without bounds."""
+        draw = torch.Generator().manual_seed(8)
+
+        def moved(x_RD: Tensor) -> Tensor:
+            noise_RD = torch.randn(x_RD.shape, generator=draw, dtype=torch.float64).to(x_RD.device)
+            return (x_RD * (1 + _NOISE * noise_RD)).float().to(x_RD.dtype)
+
+        return replace(self, query_MD=moved(self.query_MD), doc_ND=moved(self.doc_ND))
 
     def by_eager(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of queries, documents and temperature by autograd in the inputs' own dtype."""
@@ -109,6 +133,22 @@ class Case:
         options = {**self.options, "temperature": leaves[2]}
         loss, _ = reference_loss(leaves[0], leaves[1], self.candidates, **options)
         return torch.autograd.grad(loss, leaves)  # type: ignore[return-value]
+
+
+def with_gaps(value: Any) -> Any:
+    """The same, in which every vector and every matrix of integers is a column of something wider.
+
+    Between its numbers lie those of another place: whoever takes them for contiguous reads numbers
+    that could be right.
+    """
+    if isinstance(value, (Candidates, FalseNegatives, Bank)):
+        given = [field.name for field in fields(value) if field.init]
+        return replace(value, **{name: with_gaps(getattr(value, name)) for name in given})
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if value.ndim == 2 and value.is_floating_point():
+        return value
+    return torch.stack([value, value.flip(0)], dim=-1)[..., 0]
 
 
 def make_case(words: frozenset[str], shape: Shape) -> Case:
@@ -168,7 +208,8 @@ def make_case(words: frozenset[str], shape: Shape) -> Case:
         "normalize": normalize,
     }
     candidates = _candidates(words, target_MP, num_docs, draw)
-    return Case(unit * query_MD, unit * doc_ND, candidates, options)
+    strided = "strided" in words
+    return Case(unit * query_MD, unit * doc_ND, candidates, options, strided)
 
 
 def _margin(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_ballast import Ballast
 from lowmem_cft.live_bytes import LiveBytes
 from measure import median, synchronize, write_whole
 
@@ -37,19 +38,21 @@ def say(text: str) -> None:
 class Options:
     """What a part may ask.
 
-    `seconds`: the part's budget, from `started` on. `step_seconds`: most that one measured step
-    should take. `result`: where `note` writes what the part has so far, which is `noted`. `picture`:
-    where one may be drawn.
+    `seconds`: the part's budget, from `started` on. `rows`: triplets of the memory proof's step,
+    which should take `step_seconds` at most. `ballast`: beside which the part runs. `result`: where
+    `note` writes what the part has so far, which is `noted`. `picture`: where one may be drawn.
     """
 
     device: torch.device
     tiny: bool
     cap_bytes: int
     seconds: float
-    step_seconds: float = 25.0
+    rows: int = 65536
+    step_seconds: float | None = None
     models: tuple[str, ...] = ()
     result: Path | None = None
     picture: Path | None = None
+    ballast: Ballast | None = None
     started: float = field(default_factory=time.perf_counter)
     noted: dict[str, Any] = field(default_factory=dict)
 
@@ -63,9 +66,10 @@ class Options:
         return self.seconds - (time.perf_counter() - self.started)
 
     def note(self, found: Mapping[str, Any]) -> None:
+        """Keep this beside what was noted before: all there is if the part does not end."""
         self.noted.update(found)
         if self.result is not None:
-            write_whole(self.result, {**found, "unfinished": True})
+            write_whole(self.result, {**self.noted, "unfinished": True})
 
 
 def release() -> None:
@@ -155,14 +159,19 @@ def matrix_peak(options: Options) -> float:
     return 2 * size**3 / seconds_of(lambda: a @ b, 10, options.device)
 
 
-class Checks:
-    """What was found beside what was wanted."""
+class Stopped(Exception):
+    """A check did not hold, and nothing is to be checked after it."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+
+class Checks:
+    """What was found beside what was wanted; `stop` raises `Stopped` at the first failure."""
+
+    def __init__(self, options: Options, *, stop: bool = False) -> None:
+        self.options, self.stop = options, stop
         self.count = 0
         self.failed: list[dict[str, Any]] = []
         self.worst: dict[str, dict[str, Any]] = {}
+        self.skipped: dict[str, str] = {}
         self.seconds: dict[str, float | str] = {}
 
     def at_most(self, kind: str, name: str, value: float, bound: float) -> None:
@@ -171,8 +180,8 @@ class Checks:
         if kind not in self.worst or value > self.worst[kind]["value"]:
             self.worst[kind] = entry
         if not value <= bound:  # a value that is no number fails too
-            self.failed.append({"kind": kind, **entry})
             say(f"  FAILED {kind}, {name}: {value:.3e}, wanted at most {bound:.0e}")
+            self._failed({"kind": kind, **entry})
 
     def holds(self, kind: str, name: str, value: bool) -> None:
         self.at_most(kind, name, 0.0 if value else 1.0, 0.0)
@@ -180,18 +189,30 @@ class Checks:
     def fails(self, kind: str, error: Exception, **more: str) -> None:
         """An exception in the place of a finding."""
         self.count += 1
-        self.failed.append({"kind": kind, **more, "error": message_of(error)})
         say(f"  FAILED {kind} {' '.join(more.values())}: {message_of(error)}")
+        self._failed({"kind": kind, **more, "error": message_of(error)})
+
+    def skips(self, what: str, reason: str) -> None:
+        """Something that cannot be checked on this machine, which is no failure."""
+        self.skipped[what] = reason
+        say(f"  not checked, {what}: {reason}")
+
+    def _failed(self, entry: dict[str, Any]) -> None:
+        self.failed.append(entry)
+        if self.stop:
+            raise Stopped(entry["kind"])
 
     def group(self, name: str, work: Callable[[Options, Checks], None]) -> None:
         """Run a group of checks; an exception in it is a failed check."""
         if self.options.left < 5:
             self.seconds[name] = "skipped"
-            self.failed.append({"kind": name, "error": "no time left"})
+            self._failed({"kind": name, "error": "no time left"})
             return
         start = time.perf_counter()
         try:
             work(self.options, self)
+        except Stopped:
+            raise
         except Exception as error:
             self.fails(name, error)
         release()
@@ -206,6 +227,7 @@ class Checks:
             "failed": self.failed,
             "worst": self.worst,
             "groups": self.seconds,
+            "skipped": self.skipped,
         }
 
 
@@ -216,15 +238,21 @@ def message_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:600]} ({where})"
 
 
+_LONG = ("steps", "lora", "chunk_profile")
+"""Keys of results that no line on the screen can show."""
+
+_LINE = 800
+
+
 def guarded(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What it gives, or that it failed."""
     try:
         result = work()
     except Exception as error:
         result = {"ok": False, "error": message_of(error)}
-    brief = {key: value for key, value in result.items() if key not in ("steps", "lora")}
-    say(f"  {name}: {brief}")
+    brief = {key: value for key, value in result.items() if key not in _LONG}
+    say(f"  {name}: {str(brief)[:_LINE]}")
     for step in result.get("steps", ()):
-        keys = ("rows", "seconds", "tokens_per_s", "tflops", "ratio", "ratio_step", "moment")
+        keys = ("rows", "seconds", "share", "tokens_per_s", "tflops", "ratio", "moment", "ran_out")
         say(f"    { ({key: step[key] for key in keys}) }")
     return result

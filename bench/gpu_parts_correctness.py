@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_nf4 import no_nf4
 from gpu_options import Checks, Options, capped, release, say
-from gpu_real_models import attach, build_base, make_recipe, no_nf4, nudge_adapter
+from gpu_real_models import attach, build_base, make_recipe, nudge_adapter
 from gpu_small_models import (
     FAMILIES,
     PAD,
@@ -215,8 +216,7 @@ def check_nf4(options: Options, checks: Checks) -> None:
     """Plans on 4-bit weights equal the plain step on the same ones."""
     reason = no_nf4(options)
     if reason is not None:
-        say(f"  4-bit weights are not checked: {reason}")
-        return
+        return checks.skips("nf4", reason)
     batch = batch_for(options)
     for family in FAMILIES:
         recipe = make_recipe("demo", ["lora.dropout=0.1", "embedding.pooling=last"])
@@ -231,6 +231,7 @@ def check_nf4(options: Options, checks: Checks) -> None:
         wanted = plain_gradients(encoder, batch)
         for got in found:
             checks.at_most("plans on nf4", family, greatest_error(got, wanted), 1e-5)
+    return None
 
 
 def check_correctness(options: Options) -> dict[str, Any]:

@@ -17,18 +17,32 @@ import torch
 from torch import Tensor
 
 import loss
-from gpu_loss_cases import OPTION_SETS, Case, Shape, make_case
+from gpu_loss_cases import MARGINS, OPTION_SETS, Case, Shape, make_case
 from gpu_options import Checks, Options, Peak, capped, context_bytes, guarded, release
 from loss_sides import MODES
-from lowmem_cft_kernels import GTE, ONE_WAY, SYMMETRIC, Candidates, InfoNCEResult, Path, info_nce
+from lowmem_cft_kernels import (
+    GTE,
+    ONE_WAY,
+    SYMMETRIC,
+    Candidates,
+    InfoNCEResult,
+    Path,
+    Products,
+    info_nce,
+)
 from measure import synchronize
 
 Finding = tuple[str, str, float, float]
 """Kind, name, value and bound of a check."""
 Task = tuple[str, str, str, tuple[Shape, ...], str]
 """Option set, dtype, path, shapes, device."""
+Findings = Callable[[float], list[Finding]]
+"""Waits so many seconds for a task's findings."""
 
 SHAPES: tuple[Shape, ...] = ((37, 53, 40), (129, 257, 65), (1000, 3001, 2304))
+SPLIT = Products.SPLIT_BF16.value
+"""In the place of a dtype: float32, multiplied on tensor cores as the trainer does on a GPU."""
+
 EXTRA_BYTES = 64 * 2**20
 """What the loss may hold beyond inputs and gradients."""
 
@@ -85,9 +99,13 @@ def check_set(
     found: list[Finding] = []
     for shape in shapes:
         exact = make_case(OPTION_SETS[name], shape).to(torch.float64, torch.device(device))
-        case = exact.to(getattr(torch, dtype), torch.device(device))
+        more: dict[str, Any] = {}
+        if dtype == SPLIT:
+            exact, more = exact.off_the_grid(), {"products": Products.SPLIT_BF16}
+        inputs = torch.float32 if dtype == SPLIT else getattr(torch, dtype)
+        case = exact.to(inputs, torch.device(device))
         wanted = exact.run(Path.REFERENCE)
-        got, again = case.run(Path(path)), case.run(Path(path))
+        got, again = case.run(Path(path), **more), case.run(Path(path), **more)
         title = f"{path}, {dtype}: {name}, {'x'.join(map(str, shape))}"
         keys = ("loss", *_GRADIENTS)
         same = all(torch.equal(getattr(got, key), getattr(again, key)) for key in keys)
@@ -109,10 +127,13 @@ def _compared(
         for key, error in errors.items():
             yield f"loss: {key}, {dtype}", error, bound
     else:
-        eager = errors_of(case, case.by_eager(), wanted)
+        half = case.to(torch.bfloat16, case.query_MD.device) if dtype == SPLIT else case
+        eager = errors_of(case, half.by_eager(), wanted)
         eager["d_temperature"] = max(eager.values())  # a single number may be right by luck
         for key, error in errors.items():
             yield f"loss: {key}'s error by eager's, {dtype}", error / eager[key], 2.0
+    if dtype == SPLIT:
+        return  # without a grid, ranks depend on rounding
     for key, value in vars(wanted.observed).items():
         if case.options["normalize"] and key in ("accuracy", "mean_rank"):
             continue  # two cosines that are equal by the formula are not after rounding
@@ -137,15 +158,22 @@ def loss_tasks(options: Options) -> dict[str, list[Task]]:
     ways += [("float16", fused), ("bfloat16", fused if bfloat16 else Path.CHUNKED)]
     ways += [("float32", fused)] if options.cuda else []
     return {
-        name: [(name, dtype, path.value, shapes, device) for dtype, path in ways]
+        name: [
+            (name, dtype, path.value, shapes, device)
+            for dtype, path in [*ways, *([(SPLIT, fused)] if can_split(name, options) else [])]
+        ]
         for name in OPTION_SETS
     }
 
 
+def can_split(name: str, options: Options) -> bool:
+    """The device has bfloat16, and no bound of the set decides by a rounding who is hidden."""
+    older = options.cuda and torch.cuda.get_device_capability(options.device) < (8, 0)
+    return not older and not OPTION_SETS[name] & (MARGINS | {"guides"})
+
+
 @contextmanager
-def started(
-    tasks: Sequence[Task], workers: int
-) -> Iterator[dict[Task, Callable[[float], list[Finding]]]]:
+def started(tasks: Sequence[Task], workers: int) -> Iterator[dict[Task, Findings]]:
     """Task -> what waits so many seconds for its findings; without workers they are done then.
 
     A process that failed at a task is given up: after a CUDA error every other task fails in it.
@@ -188,17 +216,18 @@ def check_loss_correctness(options: Options) -> dict[str, Any]:
     everything = [task for of_set in tasks.values() for task in of_set]
     with started(everything, num_workers(options)) as waiting:
         for name, of_set in tasks.items():
-            group = partial(_add_findings, of_set, waiting)
+            group = partial(add_findings, of_set, waiting)
             checks.group(f"loss: {name}", group)
     return checks.to_json()
 
 
-def _add_findings(
+def add_findings(
     tasks: Sequence[Task],
-    waiting: dict[Task, Callable[[float], list[Finding]]],
+    waiting: dict[Task, Findings],
     options: Options,
     checks: Checks,
 ) -> None:
+    """Wait for the tasks, and take what they found into the checks."""
     for task in tasks:
         try:
             # what is done when time is over is read still, of this option set and of the others

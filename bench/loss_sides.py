@@ -263,7 +263,7 @@ class MemEff(Side):
 class RowWise(Side):
     """A loss of rows that choose among columns; symmetric is two of them."""
 
-    cuda_only = True
+    cuda_only = True  # but where a subclass says otherwise
 
     def refuses(self, task: Task) -> str | None:
         if torch.promote_types(task.query_MD.dtype, torch.float32) != torch.float32:
@@ -284,6 +284,37 @@ class RowWise(Side):
             return loss
 
         return lambda: by_autograd(task, loss_of)
+
+
+class TorchLinear(RowWise):
+    """torch's own linear_cross_entropy, from 2.13 on: by its formula, and by chunks of rows."""
+
+    name = "torch_linear"
+    cuda_only = False
+
+    def absent(self, device: torch.device) -> str | None:
+        if not hasattr(F, "linear_cross_entropy"):
+            return f"not in torch {torch.__version__}, from 2.13 on"
+        return super().absent(device)
+
+    def needed_bytes(self, task: Task) -> int:
+        m, n, _ = task.size
+        return super().needed_bytes(task) + 4 * 4 * m * n
+
+    def variants(self, task: Task) -> dict[str, Callable[[], Work]]:
+        cross_entropy: Any = F.linear_cross_entropy
+        chunks: Any = nn.LinearCrossEntropyOptions()
+
+        def row_loss(row_RD: Tensor, col_CD: Tensor, target_R: Tensor, *, options: Any) -> Tensor:
+            loss: Tensor = cross_entropy(
+                row_RD / task.temperature, col_CD, target_R, options=options
+            )
+            return loss
+
+        return {
+            name: self.prepare(task, functools.partial(row_loss, options=options))
+            for name, options in {"formula": None, "chunks": chunks}.items()
+        }
 
 
 class InfCL(RowWise):
@@ -338,7 +369,10 @@ class CutCrossEntropy(RowWise):
 
 
 class Liger(RowWise):
-    """liger-kernel's fused linear cross entropy: the queries are its input, documents its weight."""
+    """liger-kernel's fused linear cross entropies: queries are the input, documents the weight.
+
+    The scaled one takes the temperature; on Hopper it needs nvidia-cutlass-dsl.
+    """
 
     name = "liger"
     package = "liger_kernel"
@@ -355,10 +389,21 @@ class Liger(RowWise):
             value: Tensor = loss(col_CD, row_RD / task.temperature, target_R)
             return value
 
-        return {
+        variants = {
             name: self.prepare(task, functools.partial(row_loss, loss=loss))
             for name, loss in found.items()
         }
+        return variants | {"scaled": functools.partial(self._prepare_scaled, task)}
+
+    def _prepare_scaled(self, task: Task) -> Work:
+        ops = importlib.import_module("liger_kernel.ops")
+        scaled: Any = ops.LigerFusedLinearScaledCrossEntropyFunction
+
+        def row_loss(row_RD: Tensor, col_CD: Tensor, target_R: Tensor) -> Tensor:
+            loss_R: Tensor = scaled.apply(row_RD, col_CD, target_R, task.temperature)
+            return loss_R.mean()
+
+        return self.prepare(task, row_loss)()
 
 
 class Ours(Side):
@@ -405,6 +450,7 @@ def make_sides(
         Compiled(),
         SentenceTransformersLoss("st", [ST_DEFAULT]),
         SentenceTransformersLoss("st-best", mini_batches),
+        TorchLinear(),
         MemEff(),
         InfCL(),
         CutCrossEntropy(),

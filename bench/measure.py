@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,18 +120,24 @@ def print_line(values: Mapping[str, Any]) -> None:
 def run_limited(script: Path, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
     """`run_fresh` for a script that may fail: what it had written by its end, and an `error`.
 
-    The script overwrites `--result FILE` as it goes, by `write_whole`. It is killed after `seconds`.
+    The script overwrites `--result FILE` as it goes, by `write_whole`. It is killed after `seconds`,
+    with all processes that it started.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, str(script), *arguments, "--result", str(result)]
         error = None
+        process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
         try:
-            code = subprocess.run(command, stdout=sys.stderr, check=False, timeout=seconds)
-            if code.returncode:
-                error = f"its process ended with {code.returncode}"
+            code = process.wait(seconds)
+            if code:
+                error = f"its process ended with {code}"
         except subprocess.TimeoutExpired:
             error = f"killed after {seconds:.0f} s"
+        finally:  # also of a script that has ended: what it left behind
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         values: dict[str, Any] = {}
         if result.is_file():
             values = json.loads(result.read_text(encoding="utf-8"))

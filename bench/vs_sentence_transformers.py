@@ -452,7 +452,6 @@ def run_st(options: argparse.Namespace, folder: Path) -> SideResult:
     from sentence_transformers import SentenceTransformerTrainer
 
     from lowmem_cft.backbone import choose_device, choose_dtype
-    from lowmem_cft.encoder import Encoder
 
     device = choose_device()
     recipe = build_recipe(options, folder)
@@ -477,12 +476,19 @@ def run_st(options: argparse.Namespace, folder: Path) -> SideResult:
         trainer.train()
         return seconds, [float(value) for value in losses]
 
-    encoder = Encoder(
-        model[0].auto_model,
-        pooling=recipe.embedding.pooling,
-        normalize=recipe.embedding.normalize,
-    )
+    encoder = encoder_around(model[0].auto_model, recipe)
     return measured(train, encoder, tokenizer, recipe, st_chunks(options))
+
+
+def encoder_around(model: Any, recipe: Recipe) -> Encoder:
+    """Embeds with a model that others train: no layer is changed to compute only what we read."""
+    from lowmem_cft.encoder import Encoder
+
+    class WholeEncoder(Encoder):
+        reads_last = False
+
+    section = recipe.embedding
+    return WholeEncoder(model, pooling=section.pooling, normalize=section.normalize)
 
 
 def st_chunks(options: argparse.Namespace) -> str:

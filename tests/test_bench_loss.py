@@ -110,6 +110,7 @@ def test_rows_line_and_picture(
         ["ours", "ours_reference", "eager", "st", "st-best"],
         ["ours_triton", "memeff", "inf_cl", "cce", "liger"],
     )
+    (here if hasattr(F, "linear_cross_entropy") else rivals).append("torch_linear")
     arguments = [
         "--sizes",
         "24x48x32",
@@ -133,7 +134,8 @@ def test_rows_line_and_picture(
         assert (row["m"], row["n"], row["d"], row["dtype"]) == (*SIZE, "float32")
         if name in rivals:
             assert row["status"] == "absent"
-            assert row["note"] in ("not installed", "not run: needs CUDA")
+            reasons = ("not installed", "not run: needs CUDA", "not in torch 2.1")
+            assert row["note"].startswith(reasons)
             assert row["ms_median"] is None
             continue
         assert row["status"] == "ok", row
@@ -184,6 +186,29 @@ def test_a_correct_variant_stands_for_the_others(loss: Any) -> None:
     assert "none: RuntimeError: it does not" in one["note"]
     assert other["status"] == "failed"
     assert other["note"] == "none: RuntimeError: it does not"
+
+
+def test_torch_without_the_function_is_named(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    sides = [side for side in loss.make_sides() if side.name == "torch_linear"]
+    (row,) = loss.run(CPU, [SIZE], modes=["one_way"], sides=sides)["rows"]
+    assert row["status"] == "absent"
+    assert row["note"] == f"not in torch {torch.__version__}, from 2.13 on"
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
+def test_variants_of_torchs_own_are_judged(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both do the same work; one that does not is wrong and stands for nothing."""
+    sides = [side for side in loss.make_sides() if side.name == "torch_linear"]
+    task = loss.make_task(SIZE, "symmetric", torch.bfloat16, CPU, 0.05, True)
+    wanted = loss.wanted_gradients(task)
+    for name, prepare in sides[0].variants(task).items():
+        error = max(loss.relative_error(*pair) for pair in zip(prepare()(), wanted, strict=True))
+        assert error < loss.BOUNDS[torch.bfloat16], name
+    right = F.linear_cross_entropy
+    monkeypatch.setattr(F, "linear_cross_entropy", lambda *a, **k: right(*a, **k) * 1.1)
+    for row in loss.run(CPU, [SIZE], sides=sides)["rows"]:
+        assert row["status"] == "wrong"
 
 
 @pytest.mark.parametrize("when", ["judged", "measured"])

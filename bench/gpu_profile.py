@@ -1,0 +1,67 @@
+"""Which kernels a piece of work spends its time in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from measure import synchronize
+
+_NAME = 120
+"""Characters of a kernel's name that are kept: templates are longer than anyone reads."""
+
+
+def kernels_of(work: Callable[[], object], device: torch.device) -> dict[str, tuple[int, float]]:
+    """Name of each kernel -> its calls and microseconds, in one run after one that does not count.
+
+    On a CPU operations, each without those that it calls.
+    """
+    work()
+    synchronize(device)
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    with profile(activities=activities) as profiler:
+        work()
+        synchronize(device)
+    found: dict[str, tuple[int, float]] = {}
+    for event in profiler.key_averages():
+        if event.device_type.name.lower() != device.type:
+            continue
+        taken = event.self_device_time_total if cuda else event.self_cpu_time_total
+        calls, before = found.get(event.key, (0, 0.0))
+        found[event.key] = (calls + event.count, before + taken)
+    return found
+
+
+def dearest(kernels: dict[str, tuple[int, float]], count: int = 25) -> list[dict[str, Any]]:
+    """The `count` that take longest, with their share of all of them."""
+    total = sum(taken for _, taken in kernels.values()) or 1.0
+    ordered = sorted(kernels.items(), key=lambda item: -item[1][1])
+    return [
+        {
+            "name": name[:_NAME],
+            "calls": calls,
+            "microseconds": round(taken, 1),
+            "share": round(taken / total, 4),
+        }
+        for name, (calls, taken) in ordered[:count]
+    ]
+
+
+def profiled(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """The dearest kernels of some work, how many there are, and its time beside theirs."""
+    kernels = kernels_of(work, device)
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return {
+        "microseconds": round(1e6 * (time.perf_counter() - start), 1),
+        "busy_microseconds": round(sum(taken for _, taken in kernels.values()), 1),
+        "num_kernels": sum(calls for calls, _ in kernels.values()),
+        "kernels": dearest(kernels),
+    }
