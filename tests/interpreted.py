@@ -217,7 +217,7 @@ def _run(job: Job) -> Done:
     from lowmem_cft_kernels import triton_info_nce
 
     addresses = _Addresses(job.withheld) if job.watched else None
-    names = ("lse_kernel", "gradient_kernel", "scale_kernel")
+    names = ("lse_kernel", "merge_kernel", "gradient_kernel", "scale_kernel")
     kernels = {name: _Kernel(getattr(triton_info_nce, name), addresses) for name in names}
     with ExitStack() as stack:
         stack.enter_context(_rounded_to_bfloat16())

@@ -15,10 +15,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_cft_kernels import tiles, triton_info_nce
 
-KERNELS = ("lse_kernel", "gradient_kernel", "scale_kernel")
+KERNELS = ("lse_kernel", "merge_kernel", "gradient_kernel", "scale_kernel")
 
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
 
@@ -101,7 +102,26 @@ def recorded(capability: int = 80) -> Iterator[dict[str, Recorder]]:
             (tiles, "capability_of", lambda device: capability),
             (Tensor, "is_cuda", property(lambda tensor: True)),
             # the one operation that a CPU has not: a product of 16-bit matrices summed in float32
-            (torch, "addmm", lambda *_, out, **__: out),
+            (torch, "addmm", lambda *_, out, **__: out.zero_()),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield kernels
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what torch would launch: operations that are neither views nor allocations."""
+
+    _NO_LAUNCH = (
+        *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+        *("promote_types", "_unsafe_view", "detach", "alias"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += not (func.is_view or func.overloadpacket.__name__ in self._NO_LAUNCH)
+        return func(*args, **(kwargs or {}))

@@ -26,9 +26,9 @@ def mean_loss(problem: Problem, queries: slice, lse_BP: Sequence[Tensor]) -> Ten
     """These queries' share of the loss, from L of each softmax."""
     weight_BP = problem.weight_MP[queries]
     positive_BP = problem.positive_MP[queries] / problem.temperature
-    mean_BP = torch.stack(list(lse_BP)).mean(dim=0) - positive_BP
+    lse = lse_BP[0] if len(lse_BP) == 1 else torch.stack(list(lse_BP)).mean(dim=0)
     # where weights are 0 a denominator may be empty, its logarithm infinite
-    return (weight_BP * mean_BP.masked_fill(weight_BP == 0, 0.0)).sum()
+    return (weight_BP * (lse - positive_BP).masked_fill_(weight_BP == 0, 0.0)).sum()
 
 
 def row_share(
@@ -41,23 +41,25 @@ def row_share(
     weight the shift is infinite.
     """
     weight_BP = problem.weight_MP[queries] / len(problem.softmaxes)
-    lse_BP = lse_BP.masked_fill(weight_BP == 0, torch.inf)
+    without_BP = weight_BP == 0
+    lse_BP = lse_BP.masked_fill(without_BP, torch.inf)
     if block.direction is Direction.DOC_TO_DOC:
         return lse_BP.reshape(-1, 1), weight_BP.reshape(-1, 1)
     shift_B1 = lse_BP.amin(dim=1, keepdim=True)
     share_BP = weight_BP * torch.exp(shift_B1 - lse_BP)
-    return shift_B1, share_BP.masked_fill_(weight_BP == 0, 0.0).sum(dim=1, keepdim=True)
+    return shift_B1, share_BP.masked_fill_(without_BP, 0.0).sum(dim=1, keepdim=True)
 
 
 def column_share(problem: Problem, lse_MP: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) shift and (N,) factor, the same for exp(z - gamma)."""
     num_docs = len(problem.queries_with_documents.col_CD)
     target, weight = problem.target_MP.flatten(), problem.weight_MP.flatten()
-    lse = lse_MP.flatten().masked_fill(weight == 0, torch.inf)
+    without = weight == 0
+    lse = lse_MP.flatten().masked_fill(without, torch.inf)
     shift_N = lse.new_full((num_docs,), torch.inf)
     shift_N.scatter_reduce_(0, target, lse, "amin")
     share = weight / len(problem.softmaxes) * torch.exp(shift_N[target] - lse)
-    share.masked_fill_(weight == 0, 0.0)
+    share.masked_fill_(without, 0.0)
     return shift_N, add_at(torch.zeros_like(shift_N), target, share)
 
 

@@ -34,7 +34,7 @@ from lowmem_cft_kernels.options import Bank, Direction, FalseNegatives, Hardness
 NORM_EPSILON = 1e-12
 """Norms below it count as it, as in torch.nn.functional.normalize."""
 
-_STRIP_BYTES = {False: 4 * 2**20, True: 8 * 2**20}
+_STRIP_BYTES = {False: 4 * 2**20, True: 16 * 2**20}
 """Rows worked on at once where a few numbers per row are wanted, on a CPU and on CUDA."""
 
 
@@ -189,8 +189,10 @@ def make_problem(
     bound_M = bound_N = None
     if false_negatives is not None:
         bound_M, bound_N = _bounds(false_negatives, query, doc, positive_MP, target_MP, there_MP)
-    index_M = torch.arange(len(query_MD), device=query_MD.device)
-    owned = candidates.owner_N is not None
+    in_use = frozenset[Direction]().union(*softmaxes)
+    owned, index_M = candidates.owner_N is not None, None
+    if owned or Direction.QUERY_TO_QUERY in in_use:
+        index_M = torch.arange(len(query_MD), device=query_MD.device)
     blocks = [
         _block(
             Direction.QUERY_TO_DOC,
@@ -206,7 +208,6 @@ def make_problem(
             hardness=hardness,
         )
     ]
-    in_use = frozenset[Direction]().union(*softmaxes)
     if bank is not None and len(bank.doc_CD):
         others = _side(bank.doc_CD.detach(), bank.keys_C, bank.guide_CG, compute, normalize)
         if query_guide is None:  # whatever the bank has, the loss does not ask for it
@@ -422,9 +423,8 @@ def _pair_products(query: _Side, doc: _Side, target_MP: Tensor, compute: torch.d
     product_MP = torch.empty(target_MP.shape, dtype=compute, device=target_MP.device)
     row_bytes = width * compute.itemsize * (1 + num_positives)
     for rows in strips(len(target_MP), row_bytes, cuda=target_MP.is_cuda):
-        query_B1D = query.x_ND[rows, None].to(compute)
-        doc_BPD = doc.x_ND[target_MP[rows]].to(compute)
-        product_MP[rows] = torch.linalg.vecdot(query_B1D, doc_BPD)
+        terms_BPD = query.x_ND[rows, None].to(compute) * doc.x_ND[target_MP[rows]]
+        torch.sum(terms_BPD, dim=2, dtype=compute, out=product_MP[rows])
     if query.inverse_N is not None and doc.inverse_N is not None:
         product_MP *= query.inverse_N[:, None] * doc.inverse_N[target_MP]
     return product_MP

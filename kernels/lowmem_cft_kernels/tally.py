@@ -34,19 +34,20 @@ class Tally:
 
     def observed(self, problem: Problem, num_seeable: int) -> Observed:
         """In the end; `num_seeable`: documents and bank together."""
-        counted_M = problem.counted_M
-        counted_MP = problem.there_MP & counted_M[:, None]
-        positive_sum = problem.positive_MP.masked_fill(~counted_MP, 0.0).sum()
-        num_positives = counted_MP.sum()
-        queries = counted_M.sum()
-        above_M = self.above_M.masked_fill(~counted_M, 0)
+        there_MP, ignored_M = problem.there_MP, ~problem.counted_M
+        counts_M = [problem.counted_M, self.above_M == 0, self.above_M, self.seen_M]
+        counts = torch.stack([*counts_M, there_MP.sum(dim=1)]).masked_fill_(ignored_M, 0)
+        queries, first, above, seen, positives = counts.sum(dim=1).unbind()
+        positive_M = problem.positive_MP.masked_fill(~there_MP, 0.0).sum(dim=1)
+        sums = torch.stack([positive_M, self.sum_M]).masked_fill_(ignored_M, 0.0)
+        positive_sum, seen_sum = sums.sum(dim=1).unbind()
         return Observed.from_sums(
             queries=queries,
-            first=((above_M == 0) & counted_M).sum(),
-            above=above_M.sum(),
-            positives=num_positives,
-            negatives=self.seen_M.masked_fill(~counted_M, 0).sum() - num_positives,
-            others=queries * num_seeable - num_positives,
+            first=first,
+            above=above,
+            positives=positives,
+            negatives=seen - positives,
+            others=queries * num_seeable - positives,
             positive_sum=positive_sum,
-            negative_sum=self.sum_M.masked_fill(~counted_M, 0.0).sum() - positive_sum,
+            negative_sum=seen_sum - positive_sum,
         )

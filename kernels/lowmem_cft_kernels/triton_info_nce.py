@@ -24,9 +24,9 @@ from lowmem_cft_kernels.tally import Tally
 from lowmem_cft_kernels.tiles import Tile, choose_tile
 from lowmem_cft_kernels.triton_tiles import (
     COLUMN_PADDING,
-    FP16_GAIN,
     gradient_kernel,
     lse_kernel,
+    merge_kernel,
     scale_kernel,
 )
 
@@ -45,6 +45,12 @@ _SCALE_NUMBERS = 4096
 
 _SCALE_TAKES = ("target_ptr", "positive_ptr", "row_inverse_ptr", "col_inverse_ptr", "P")
 
+_MERGE_PARTS, _MERGE_ROWS = 32, 32
+"""Tiles that one program merges at a time, of so many rows."""
+
+_PLAIN_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+"""Of kernels without products; said outright, because triton warns where it is left open."""
+
 _LSE_ROW_BYTES = 5 * 4
 """What the first pass writes per row and tile of columns."""
 
@@ -55,6 +61,24 @@ _FP16_RANGE = 2.0**13
 def interpreted() -> bool:
     """Kernels run in triton's interpreter, on a CPU (set by TRITON_INTERPRET=1 before import)."""
     return bool(triton.knobs.runtime.interpret)
+
+
+class _Sums:
+    """Maxima and shifted sums of exponentials, in units of log2, of all rows or columns of a block.
+
+    Attributes:
+        top, total: (count,), over the tiles that are merged.
+        part_top, part_total: room for those of a rectangle's tiles.
+    """
+
+    def __init__(self, like: Tensor, count: int, part_size: int) -> None:
+        self.top, self.total = like.new_full((count,), -torch.inf), like.new_zeros(count)
+        # tensors of their own: kernels are compiled anew for a slice that begins off 16 bytes
+        self.part_top, self.part_total = (like.new_empty(part_size) for _ in range(2))
+
+    def lse(self) -> Tensor:
+        """(count,), natural."""
+        return self.total.log().add_(self.top, alpha=LN2)
 
 
 class Fused:
@@ -131,40 +155,30 @@ class Fused:
         num_rows, num_columns = _size(block)
         tile, size_r = self._tile("lse", block), self._rows_at_once()
         held = self.best_M.new_empty((size_r, _padded(num_columns)), dtype=self.held_dtype)
-        loss, columns = torch.zeros_like(self.temperature[0]), slice(0, num_columns)
-        gain = FP16_GAIN.value if held.dtype == torch.float16 else 1.0
+        columns, tiles = slice(0, num_columns), triton.cdiv(num_columns, tile.block_c)
+        sums_R, counts = _Sums(self.best_M, num_rows, tiles * size_r), self._counts(tiles * size_r)
         for rows in row_blocks(num_rows, size_r):
             padded = held[: rows.stop - rows.start]
-            parts = self._tile_sums(block, rows, columns, tile, exp=padded)
-            lse_BP = join(problem, None, _merged(parts)[:, None])
-            loss = loss + mean_loss(problem, rows, [lse_BP])
-            row_shift_R = row_shift(problem, block, rows, lse_BP)[:, 0] / LN2
-            self._to_gradient(block, rows, tile, padded, parts, row_shift_R, gain)
+            self._sum_tiles(block, rows, columns, tile, sums_R, counts=counts, exp=padded)
+            self._to_gradient(block, rows, tile, padded, sums_R)
             self._multiply(block, rows, columns, padded[:, :num_columns])
-        del held, padded, parts  # what comes takes workspace too
+        loss = mean_loss(problem, slice(0, num_rows), [join(problem, None, sums_R.lse()[:, None])])
+        del held, padded, sums_R, counts  # what comes takes workspace too
         return loss, self._with_own_gradient()
 
     def _to_gradient(
-        self,
-        block: Block,
-        rows: slice,
-        tile: Tile,
-        held: Tensor,
-        parts: list[Tensor],
-        row_shift_R: Tensor,
-        gain: float,
+        self, block: Block, rows: slice, tile: Tile, held: Tensor, sums_R: _Sums
     ) -> None:
         num_rows, num_columns = rows.stop - rows.start, _size(block)[1]
-        shift_M = self.best_M.new_empty(len(self.best_M))
-        shift_M[rows] = row_shift_R
         part_rows = max(1, _SCALE_NUMBERS // tile.block_c)
         grid = (triton.cdiv(num_rows, part_rows) * triton.cdiv(num_columns, tile.block_c),)
         shared = self._shared(block)
         with torch.cuda.device_of(held):  # type: ignore[no-untyped-call]
             scale_kernel[grid](
                 held_ptr=held,
-                factor_ptr=torch.exp2(parts[0] - row_shift_R) / gain,
-                row_shift_ptr=shift_M,
+                part_top_ptr=sums_R.part_top,
+                top_ptr=sums_R.top,
+                total_ptr=sums_R.total,
                 weight_ptr=self.problem.weight_MP,
                 unit_ptr=self.unit,
                 scale_ptr=self.scale,
@@ -174,6 +188,7 @@ class Fused:
                 held_stride=held.stride(0),
                 BLOCK_C=tile.block_c,
                 PART_R=part_rows,
+                **_PLAIN_LAUNCH,
                 **{name: shared[name] for name in _SCALE_TAKES},
             )
 
@@ -187,7 +202,7 @@ class Fused:
             softmax = problem.softmax_of(block.direction)
             lse_R, lse_C = self._scan(block, rows_choose=softmax is not None)
             choosing = problem.softmax_of(Direction.DOC_TO_QUERY)
-            if softmax is not None:
+            if softmax is not None and lse_R is not None:
                 lse_MP[softmax] = join(problem, lse_MP[softmax], lse_R[:, None])
             if lse_C is not None and choosing is not None:
                 column_MP, held_MP = lse_C[problem.target_MP], lse_MP[choosing]
@@ -196,65 +211,90 @@ class Fused:
                 )
         return [one for one in lse_MP if one is not None]
 
-    def _scan(self, block: Block, *, rows_choose: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-sum-exps of a block's rows, and of its columns where documents choose."""
-        problem, tile = self.problem, self._tile("lse", block)
+    def _scan(self, block: Block, *, rows_choose: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Log-sum-exps of a block's rows and of its columns, as far as they choose."""
+        problem = self.problem
+        tile = self._tile("lse", block)
         columns_choose = block is problem.queries_with_documents and problem.documents_choose
         num_rows, num_columns = _size(block)
-        lse_R = self.best_M.new_full((num_rows,), -torch.inf)
-        lse_C = self.best_M.new_full((num_columns,), -torch.inf) if columns_choose else None
         size_r = min(_ROWS, num_rows)
         per_tile = max(1, self.lse_bytes // (size_r * _LSE_ROW_BYTES * 2))
-        for rows, columns in _rectangles(num_rows, num_columns, size_r, per_tile * tile.block_c):
-            parts_r = triton.cdiv(rows.stop - rows.start, tile.block_r)
-            size = (parts_r, columns.stop - columns.start)
-            col_parts = [self.best_M.new_empty(size) for _ in range(2)]
-            column_outputs = col_parts if columns_choose else None
-            parts = self._tile_sums(
-                block, rows, columns, tile, rows_choose=rows_choose, col_parts=column_outputs
-            )
-            if rows_choose:
-                torch.logaddexp(lse_R[rows], _merged(parts), out=lse_R[rows])
-            if lse_C is not None:
-                torch.logaddexp(lse_C[columns], _merged(col_parts), out=lse_C[columns])
-        return lse_R, lse_C
+        size_c = min(per_tile * tile.block_c, num_columns)
+        parts_r, parts_c = triton.cdiv(size_r, tile.block_r), triton.cdiv(size_c, tile.block_c)
+        sums_R = sums_C = counts = None
+        if rows_choose:
+            sums_R = _Sums(self.best_M, num_rows, parts_c * size_r)
+        if columns_choose:
+            sums_C = _Sums(self.best_M, num_columns, parts_r * size_c)
+        if block.direction is Direction.QUERY_TO_DOC:
+            counts = self._counts(parts_c * size_r)
+        for rows, columns in _rectangles(num_rows, num_columns, size_r, size_c):
+            self._sum_tiles(block, rows, columns, tile, sums_R, sums_C, counts)
+        lse_R = None if sums_R is None else sums_R.lse()
+        return lse_R, None if sums_C is None else sums_C.lse()
 
-    def _tile_sums(
+    def _counts(self, size: int) -> list[Tensor]:
+        """Room for what the tally takes of a rectangle's tiles: visible above, visible, their sum."""
+        integers = [self.best_M.new_empty(size, dtype=torch.int32) for _ in range(2)]
+        return [*integers, self.best_M.new_empty(size)]
+
+    def _sum_tiles(
         self,
         block: Block,
         rows: slice,
         columns: slice,
         tile: Tile,
-        *,
-        rows_choose: bool = True,
-        col_parts: list[Tensor] | None = None,
+        sums_R: _Sums | None,
+        sums_C: _Sums | None = None,
+        counts: list[Tensor] | None = None,
         exp: Tensor | None = None,
-    ) -> list[Tensor]:
-        """(tiles of columns, rows) each: `lse_kernel`'s maxima and sums of rows; fills the tally."""
-        num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
-        size = (triton.cdiv(num_columns, tile.block_c), num_rows)
-        # tensors of their own: kernels are compiled anew for a slice that begins off 16 bytes
-        row_parts = [self.best_M.new_empty(size) for _ in range(3)]
-        counts = [torch.empty_like(row_parts[0], dtype=torch.int32) for _ in range(2)]
-        observe = block.direction is Direction.QUERY_TO_DOC
+    ) -> None:
+        """Add a rectangle to the sums that are given, and its counts to the tally."""
+        above, seen, total = (None, None, None) if counts is None else counts
         outputs = {
-            "row_top_ptr": row_parts[0] if rows_choose else None,
-            "row_total_ptr": row_parts[1] if rows_choose else None,
-            "col_top_ptr": None if col_parts is None else col_parts[0],
-            "col_total_ptr": None if col_parts is None else col_parts[1],
-            "above_ptr": counts[0] if observe else None,
-            "seen_ptr": counts[1] if observe else None,
-            "sum_ptr": row_parts[2] if observe else None,
-            "best_ptr": self.best_M if observe else None,
+            "row_top_ptr": None if sums_R is None else sums_R.part_top,
+            "row_total_ptr": None if sums_R is None else sums_R.part_total,
+            "col_top_ptr": None if sums_C is None else sums_C.part_top,
+            "col_total_ptr": None if sums_C is None else sums_C.part_total,
+            "above_ptr": above,
+            "seen_ptr": seen,
+            "sum_ptr": total,
+            "best_ptr": None if counts is None else self.best_M,
             "exp_ptr": exp,
             "exp_stride": 0 if exp is None else exp.stride(0),
         }
         self._launch(lse_kernel, block, rows, columns, tile, outputs)
-        if observe:
-            self.tally.above_M[rows] += counts[0].sum(dim=0)
-            self.tally.seen_M[rows] += counts[1].sum(dim=0)
-            self.tally.sum_M[rows] += row_parts[2].sum(dim=0)
-        return row_parts
+        num_rows, num_columns = rows.stop - rows.start, columns.stop - columns.start
+        if sums_R is not None or counts is not None:
+            self._merge(sums_R, counts, triton.cdiv(num_columns, tile.block_c), rows)
+        if sums_C is not None:
+            self._merge(sums_C, None, triton.cdiv(num_rows, tile.block_r), columns)
+
+    def _merge(
+        self, sums: _Sums | None, counts: list[Tensor] | None, num_parts: int, at: slice
+    ) -> None:
+        above, seen, total = (None, None, None) if counts is None else counts
+        tally = None if counts is None else self.tally
+        count = at.stop - at.start
+        with torch.cuda.device_of(self.best_M):  # type: ignore[no-untyped-call]
+            merge_kernel[(triton.cdiv(count, _MERGE_ROWS),)](
+                part_top_ptr=None if sums is None else sums.part_top,
+                part_total_ptr=None if sums is None else sums.part_total,
+                part_above_ptr=above,
+                part_seen_ptr=seen,
+                part_sum_ptr=total,
+                top_ptr=None if sums is None else sums.top,
+                total_ptr=None if sums is None else sums.total,
+                above_ptr=None if tally is None else tally.above_M,
+                seen_ptr=None if tally is None else tally.seen_M,
+                sum_ptr=None if tally is None else tally.sum_M,
+                num_parts=_loop_bound(num_parts),
+                first=at.start,
+                count=count,
+                PARTS=_MERGE_PARTS,
+                BLOCK=_MERGE_ROWS,
+                **_PLAIN_LAUNCH,
+            )
 
     # -- second pass ----------------------------------------------------------------------------
 
@@ -341,10 +381,11 @@ class Fused:
         """(1,): sum over rows of <row, its gradient>."""
         block = self.problem.queries_with_documents
         x_RD, d_x_RD = (block.col_CD, self.d_doc_ND) if docs else (block.row_RD, self.d_query_MD)
-        total = torch.zeros_like(self.temperature)
-        for rows in strips(len(x_RD), x_RD.shape[1] * 4, cuda=x_RD.is_cuda):
-            total += torch.linalg.vecdot(x_RD[rows].float(), d_x_RD[rows]).sum()
-        return total
+        parts = [
+            (x_RD[rows] * d_x_RD[rows]).sum()
+            for rows in strips(len(x_RD), x_RD.shape[1] * 4, cuda=x_RD.is_cuda)
+        ]
+        return torch.stack(parts).sum(dim=0, keepdim=True)
 
     # -- operands -------------------------------------------------------------------------------
 
@@ -417,7 +458,9 @@ def block_arguments(
         "row_inverse_ptr": block.row_inverse_R,
         "col_inverse_ptr": block.col_inverse_C,
         "target_ptr": block.target_RP,
-        "has_target_ptr": None if block.has_target_R is None else block.has_target_R.to(torch.int8),
+        "has_target_ptr": None
+        if block.has_target_R is None
+        else block.has_target_R.view(torch.int8),
         "positive_ptr": problem.positive_MP if block.has_positives else None,
         "row_group_ptr": block.row_group_R if groups else None,
         "col_group_ptr": block.col_group_C if groups else None,
@@ -479,11 +522,6 @@ def _rectangles(
     for rows in row_blocks(num_rows, size_r):
         for columns in row_blocks(num_columns, size_c):
             yield rows, columns
-
-
-def _merged(parts: list[Tensor]) -> Tensor:
-    """Natural log-sum-exp over tiles, from maxima and shifted sums in units of log2."""
-    return (parts[0] * LN2 + parts[1].log()).logsumexp(dim=0)
 
 
 def _add_product(out_RD: Tensor, grad_RC: Tensor, x_CD: Tensor) -> None:

@@ -422,11 +422,62 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptrs, rc_grad.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["num_parts", "first", "count"])  # type: ignore[untyped-decorator]
+def merge_kernel(  # type: ignore[no-untyped-def]
+    part_top_ptr, part_total_ptr, part_above_ptr, part_seen_ptr, part_sum_ptr,
+    top_ptr, total_ptr, above_ptr, seen_ptr, sum_ptr,
+    num_parts, first, count,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add what `lse_kernel` wrote of `count` rows (or columns) to what is held of them.
+
+    Parts are (num_parts, count), what is held begins at `first`. Maxima and shifted sums of exp2 go
+    together, as do the three of the tally; what has no pointer is left out. PARTS parts of BLOCK
+    rows at a time.
+    """
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    r_inside, place = r < count, first + r
+    if top_ptr is not None:
+        r_top = tl.load(top_ptr + place, mask=r_inside, other=float("-inf"))
+        r_total = tl.load(total_ptr + place, mask=r_inside, other=0.0)
+    if above_ptr is not None:
+        r_above, r_seen = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        r_sum = tl.load(sum_ptr + place, mask=r_inside, other=0.0)
+    for start in range(0, num_parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        inside = (part < num_parts)[:, None] & r_inside[None, :]
+        at = part.to(tl.int64)[:, None] * count + r[None, :]
+        if top_ptr is not None:
+            pr_top = tl.load(part_top_ptr + at, mask=inside, other=float("-inf"))
+            pr_total = tl.load(part_total_ptr + at, mask=inside, other=0.0)
+            r_new = tl.maximum(r_top, tl.max(pr_top, 0))
+            r_shift = tl.where(r_new == float("-inf"), 0.0, r_new)
+            r_total = r_total * tl.exp2(r_top - r_shift)
+            r_total += tl.sum(pr_total * tl.exp2(pr_top - r_shift[None, :]), 0)
+            r_top = r_new
+        if above_ptr is not None:  # in floats, as in `lse_kernel`: exact up to 2^24
+            pr_above = tl.load(part_above_ptr + at, mask=inside, other=0)
+            pr_seen = tl.load(part_seen_ptr + at, mask=inside, other=0)
+            r_above += tl.sum(pr_above.to(tl.float32), 0)
+            r_seen += tl.sum(pr_seen.to(tl.float32), 0)
+            r_sum += tl.sum(tl.load(part_sum_ptr + at, mask=inside, other=0.0), 0)
+    if top_ptr is not None:
+        tl.store(top_ptr + place, r_top, mask=r_inside)
+        tl.store(total_ptr + place, r_total, mask=r_inside)
+    if above_ptr is not None:
+        r_above_before = tl.load(above_ptr + place, mask=r_inside, other=0)
+        r_seen_before = tl.load(seen_ptr + place, mask=r_inside, other=0)
+        tl.store(above_ptr + place, r_above_before + r_above.to(tl.int64), mask=r_inside)
+        tl.store(seen_ptr + place, r_seen_before + r_seen.to(tl.int64), mask=r_inside)
+        tl.store(sum_ptr + place, r_sum, mask=r_inside)
+
+
 @triton.jit(do_not_specialize=["first_row", "num_rows", "num_columns"])  # type: ignore[untyped-decorator]
 def scale_kernel(  # type: ignore[no-untyped-def]
     held_ptr,
-    factor_ptr,
-    row_shift_ptr,
+    part_top_ptr,
+    top_ptr,
+    total_ptr,
     target_ptr,
     positive_ptr,
     weight_ptr,
@@ -444,8 +495,9 @@ def scale_kernel(  # type: ignore[no-untyped-def]
 ):
     """In place, from `lse_kernel`'s `exp` to what `gradient_kernel` gives where only rows choose.
 
-    `factor` (tiles of columns, num_rows) brings a tile's row to exp2(z - rho); positives, where
-    exp2(z - rho) - weight cancels, are computed anew in float32. PART_R rows a program.
+    `part_top` (tiles of columns, num_rows) are the maxima that a tile's rows are held with, `top`
+    and `total` the rows' own. Positives, where exp2(z - rho) - weight cancels, are computed anew in
+    float32. PART_R rows a program.
     """
     tiles_c = tl.cdiv(num_columns, BLOCK_C)
     part, tile_c = tl.program_id(0) // tiles_c, tl.program_id(0) % tiles_c
@@ -454,18 +506,30 @@ def scale_kernel(  # type: ignore[no-untyped-def]
     inside = r_inside[:, None] & inside_padded(c, num_columns)[None, :]
     r_place = (first_row + tl.minimum(r, num_rows - 1)).to(tl.int64)
     held_ptrs = held_ptr + r.to(tl.int64)[:, None] * held_stride + c[None, :]
-    r_factor = tl.load(factor_ptr + tile_c.to(tl.int64) * num_rows + r, mask=r_inside, other=0.0)
+    r_weight = tl.zeros((PART_R,), dtype=tl.float32)
+    for p in tl.static_range(P):
+        r_weight += tl.load(weight_ptr + r_place * P + p)
+    r_top, r_total = tl.load(top_ptr + r_place), tl.load(total_ptr + r_place)
+    part_top_ptrs = part_top_ptr + tile_c.to(tl.int64) * num_rows + r
+    r_part_top = tl.load(part_top_ptrs, mask=r_inside, other=float("-inf"))
+    r_share = r_weight / r_total
+    r_factor = tl.exp2(r_part_top - r_top) * r_share
+    r_factor = tl.where(r_weight > 0, r_factor, 0.0)  # without weight, it may see nothing at all
+    if held_ptr.dtype.element_ty == tl.float16:
+        r_factor /= FP16_GAIN
     rc_grad = tl.load(held_ptrs, mask=inside, other=0.0).to(tl.float32) * r_factor[:, None]
     unit = tl.load(unit_ptr)
-    r_shift = tl.load(row_shift_ptr + r_place)
     for p in tl.static_range(P):
         r_target = tl.load(target_ptr + r_place * P + p)
-        r_exp = tl.exp2(tl.load(positive_ptr + r_place * P + p) * unit - r_shift)
+        r_exp = tl.exp2(tl.load(positive_ptr + r_place * P + p) * unit - r_top)
+        # a row that sees its positive alone gets no gradient, whatever a division rounds
+        r_exp = tl.where(r_exp == r_total, r_weight, r_exp * r_share)
+        r_exp = tl.where(r_weight > 0, r_exp, 0.0)
         rc_grad = tl.where(r_target[:, None] == c[None, :], r_exp[:, None], rc_grad)
     for p in tl.static_range(P):
         r_target = tl.load(target_ptr + r_place * P + p)
-        r_weight = tl.load(weight_ptr + r_place * P + p)
-        rc_grad -= tl.where(r_target[:, None] == c[None, :], r_weight[:, None], 0.0)
+        r_own = tl.load(weight_ptr + r_place * P + p)
+        rc_grad -= tl.where(r_target[:, None] == c[None, :], r_own[:, None], 0.0)
     rc_grad *= tl.load(scale_ptr)
     if row_inverse_ptr is not None:
         c_place = tl.minimum(c, num_columns - 1)

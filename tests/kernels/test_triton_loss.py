@@ -155,6 +155,21 @@ def test_low_temperature(scale: int, tmp_path: File) -> None:
     assert_all_agree(jobs, done, bound, saturated=scale > 1)
 
 
+def test_a_row_that_sees_its_positive_alone_has_no_gradient(tmp_path: File) -> None:
+    """Not even one of rounding: its share of its denominator is 1."""
+    jobs = []
+    for dtype in (torch.float32, torch.float16):
+        case = make_case(SETS["weights"], WIDE, dtype)
+        keys = {"query_keys": torch.zeros(WIDE[0]).long(), "doc_keys": torch.zeros(WIDE[1]).long()}
+        candidates = dataclasses.replace(case.candidates, **keys)
+        jobs.append(Job(dataclasses.replace(case, candidates=candidates), rows=16))
+    for one in interpret(tmp_path, jobs, small_tiles=True):
+        assert one.launches["scale_kernel"]
+        assert not one.result.d_query_MD.any()
+        assert not one.result.d_doc_ND.any()
+        assert abs(float(one.result.loss)) < 1e-7
+
+
 # nothing else is read or written
 
 
