@@ -59,11 +59,17 @@ def ballast(*, cuda: bool, leave_bytes: int) -> Iterator[Ballast]:
     watch.start()
     try:
         line = process.stdout.readline()
+        watch.cancel()
         if not line:
             raise RuntimeError(
                 f"the ballast's process took no memory; it ended with {process.wait()}"
             )
         yield Ballast(**json.loads(line))
+        if process.poll() is not None:
+            raise RuntimeError(
+                f"the ballast's process ended early, with {process.returncode}: what was measured "
+                "beside it had the whole card"
+            )
     finally:
         watch.cancel()
         process.stdin.close()

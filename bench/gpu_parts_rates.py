@@ -63,11 +63,11 @@ def call_rates(options: Options) -> dict[str, Any]:
     query_MD, doc_ND = (F.normalize(x, dim=1) for x in vectors)
     candidates = Candidates(target=torch.arange(m, device=device))
     found: dict[str, Any] = {"ok": True, "m": m, "n": n, "d": d}
-    exact, split = Products.EXACT, Products.SPLIT_BF16  # the second is the trainer's on a GPU
+    exact, split = Products.EXACT, Products.SPLIT_BF16
     for dtype, products in (
+        (torch.float16, exact),  # the trainer's, of normalised embeddings
+        (torch.float32, split),  # and of others
         (torch.bfloat16, exact),
-        (torch.float32, exact),
-        (torch.float32, split),
     ):
         for mode, softmaxes in {"one_way": ONE_WAY, "symmetric": SYMMETRIC}.items():
             call = partial(

@@ -380,12 +380,9 @@ class Planner:
     def _embedding_dtype(self, section: MemorySection) -> str:
         if section.embedding_dtype != "auto":
             return section.embedding_dtype
-        recipe = self.footprint.recipe
-        learned = recipe.loss.learn_temperature
         return auto_embedding_dtype(
             compute_capability(self.device_type),
-            temperature=recipe.loss.temperature_bounds[0] if learned else recipe.loss.temperature,
-            normalized=recipe.embedding.normalize,
+            normalized=self.footprint.recipe.embedding.normalize,
         )
 
     def _forward_tokens(self, backward_tokens: int, every: int) -> int:

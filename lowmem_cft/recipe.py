@@ -230,7 +230,7 @@ class MemorySection(_Section):
     embedding_dtype: Literal["auto", "fp32", "split-bf16", "bf16", "fp16"] = "auto"
     """How the batch's embeddings wait for the loss and are multiplied in it; 16 bits round them.
     split-bf16: in float32, multiplied on tensor cores as halves in bfloat16. auto: fp32 on a CPU; on
-    a GPU 16 bits where they cost no more than the loss's own rounding, else split-bf16."""
+    a GPU fp16 for normalised embeddings, else split-bf16."""
     offload_embeddings: Literal["auto", "on", "off"] = "auto"
     """Hold them and their gradient in host memory while chunks are computed."""
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -91,7 +92,7 @@ def test_memory_and_speed(check: Any, capfd: pytest.CaptureFixture[str], tmp_pat
     assert written.public == Version(torch.__version__).public
     assert found["machine"]["device"]
     assert found["parts"]["dropout_speed"]["rows"][0]["ratio"] > 0
-    for call in ("bfloat16, one_way", "float32, symmetric", "split-bf16, one_way"):
+    for call in ("float16, one_way", "bfloat16, symmetric", "split-bf16, one_way"):
         assert found["parts"]["loss_rates"]["calls"][call]["microseconds"]["products"] > 0
     memory = found["parts"]["memory"]
     assert memory["ballast"]["held_bytes"] > 0
@@ -451,6 +452,28 @@ def test_the_ballast_does_not_outlive_a_killed_process(part: Any, tmp_path: Path
     holder.wait()
     holder.stdout.close()
     child.wait(20)
+
+
+def test_the_ballast_may_be_held_for_longer_than_it_may_take_to_start(part: Any) -> None:
+    ballast = part("ballast")
+    with ballast.ballast(cuda=False, leave_bytes=1):
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        assert all(timer.finished.is_set() for timer in timers), "one waits to end the ballast"
+
+
+def test_a_ballast_that_ended_early_spoils_what_was_measured(part: Any) -> None:
+    ballast = part("ballast")
+
+    def kill_it() -> None:
+        (child,) = psutil.Process().children()
+        child.kill()
+        child.wait(20)
+
+    with (
+        pytest.raises(RuntimeError, match="ended early"),
+        ballast.ballast(cuda=False, leave_bytes=1),
+    ):
+        kill_it()
 
 
 def test_a_ballast_that_takes_no_memory_is_an_error(
