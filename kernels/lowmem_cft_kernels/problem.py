@@ -34,7 +34,7 @@ from lowmem_cft_kernels.options import Bank, Direction, FalseNegatives, Hardness
 NORM_EPSILON = 1e-12
 """Norms below it count as it, as in torch.nn.functional.normalize."""
 
-_STRIP_BYTES = {False: 4 * 2**20, True: 16 * 2**20}
+_STRIP_BYTES = {False: 4 * 2**20, True: 8 * 2**20}
 """Rows worked on at once where a few numbers per row are wanted, on a CPU and on CUDA."""
 
 
