@@ -56,11 +56,11 @@ def eagerly(case: Case) -> InfoNCEResult:
     )
 
 
-def rounding(case: Case, *, split: bool) -> InfoNCEResult:
-    """In float64, but for d loss / d similarity in bfloat16; `split`: as `Products.SPLIT_BF16`."""
+def rounding(case: Case) -> InfoNCEResult:
+    """All in float64, but for d loss / d similarity, which is rounded to bfloat16."""
 
     def multiply(x: Tensor, y: Tensor) -> Tensor:
-        product: Tensor = _Rounding.apply(x, y, split)  # type: ignore[no-untyped-call]
+        product: Tensor = _Rounding.apply(x, y)  # type: ignore[no-untyped-call]
         return product
 
     with _Products(multiply) as products:
@@ -70,24 +70,15 @@ def rounding(case: Case, *, split: bool) -> InfoNCEResult:
 
 
 class _Rounding(torch.autograd.Function):
-    """A product: exact, or of split matrices, whose gradient is one of high halves."""
+    """A product whose own gradient is rounded."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, split: bool) -> Tensor:
-        if not split:
-            ctx.save_for_backward(x, y)
-            return x @ y
-        (high_x, low_x), (high_y, low_y) = _halves(x), _halves(y)
-        ctx.save_for_backward(high_x, high_y)
-        return high_x @ high_y + high_x @ low_y + low_x @ high_y
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x @ y
 
     @staticmethod
-    def backward(ctx: Any, d_product: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, d_product: Tensor) -> tuple[Tensor, Tensor]:
         x, y = ctx.saved_tensors
         rounded = d_product.bfloat16().to(d_product)
-        return rounded @ y.T, x.T @ rounded, None
-
-
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    high = x.bfloat16().to(x)
-    return high, (x - high).bfloat16().to(x)
+        return rounded @ y.T, x.T @ rounded

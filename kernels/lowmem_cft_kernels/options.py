@@ -132,8 +132,8 @@ class Products(str, Enum):
     EXACT = "exact"
     """As float32, which tensor cores don't do."""
     SPLIT_BF16 = "split-bf16"
-    """On tensor cores: logits by three products of bfloat16 halves, to about float32's precision;
-    d loss / d similarity, and what it is multiplied by, rounded to bfloat16. See `split`."""
+    """On tensor cores, as products of bfloat16 halves: logits to about float32's precision; of a
+    gradient, only d loss / d similarity is rounded to bfloat16. See `split`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -364,18 +364,18 @@ class Fused:
             self._multiply(block, rows, columns, padded[:, :wide])
 
     def _multiply(self, block: Block, rows: slice, columns: slice, grad_RC: Tensor) -> None:
-        row_RD = block.pick(self._factor(block.row_RD), rows)
-        col_CD = self._factor(block.col_CD)[columns]
-        if block.pick_R is None:
-            _add_product(self.d_query_MD[rows], grad_RC, col_CD)
-        else:
-            d_row_RD = torch.zeros(row_RD.shape, dtype=torch.float32, device=row_RD.device)
-            _add_product(d_row_RD, grad_RC, col_CD)
+        d_row_RD = self.d_query_MD[rows]
+        if block.pick_R is not None:
+            d_row_RD = self.d_doc_ND.new_zeros((len(grad_RC), self.d_doc_ND.shape[1]))
+        for col_CD in self._factors(block.col_CD):
+            _add_product(d_row_RD, grad_RC, col_CD[columns])
+        if block.pick_R is not None:
             add_at(self.d_doc_ND, block.pick_R[rows], d_row_RD)
         if block.learns:
             query_columns = block.direction is Direction.QUERY_TO_QUERY
             d_col_ND = self.d_query_MD if query_columns else self.d_doc_ND
-            _add_product(d_col_ND[columns], grad_RC.T, row_RD)
+            for row_RD in self._factors(block.row_RD):
+                _add_product(d_col_ND[columns], grad_RC.T, block.pick(row_RD, rows))
 
     def _with_own_gradient(self, *, docs: bool = False) -> Tensor:
         """(1,): sum over rows of <row, its gradient>."""
@@ -397,14 +397,14 @@ class Fused:
             self._split[id(x_RD)] = split(x_RD)
         return self._split[id(x_RD)]
 
-    def _factor(self, x_RD: Tensor) -> Tensor:
-        """(R, D): what the library multiplies d loss / d similarity by.
+    def _factors(self, x_RD: Tensor) -> tuple[Tensor, ...]:
+        """(R, D) each: the library multiplies d loss / d similarity by their sum.
 
-        High numbers do: their rounding costs no more than that of d loss / d similarity.
+        Low halves count where embeddings are alike: what they differ in is what a gradient is of.
         """
         if self.products is Products.EXACT:
-            return x_RD
-        return self._operand(x_RD)[:, 0, : x_RD.shape[1]]
+            return (x_RD,)
+        return self._operand(x_RD)[:, :, : x_RD.shape[1]].unbind(dim=1)
 
     def _tile(self, kernel: str, block: Block) -> Tile:
         return choose_tile(kernel, block, self.products)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from eager import rounding
 from interpreted import Job, interpret
@@ -14,7 +16,6 @@ from loss_cases import (
     Case,
     assert_agrees,
     assert_same_bits,
-    assert_substantial,
     errors,
     make_case,
     option_sets,
@@ -65,21 +66,12 @@ def test_products_are_close_to_those_of_float32(width: int) -> None:
     assert float(error_RC.norm()) < 0.01 * float((high_RC - wanted_RC).norm())
 
 
-@pytest.mark.parametrize("temperature", [0.02, 0.05, 0.2])
-@pytest.mark.parametrize("name", ["plain", "symmetric", "gte"])
-def test_high_halves_are_enough_for_the_gradient(name: str, temperature: float) -> None:
-    """The error is at most twice what rounding d loss / d similarity alone makes."""
-    case = make_case(SETS[name], (250, 500, 64), torch.float32).having(temperature=temperature)
-    wanted = case.to(torch.float64).run(Path.REFERENCE)
-    assert_substantial(wanted)
-    lost, found = (errors(case, rounding(case, split=x), wanted) for x in (False, True))
-    for field in GRADIENTS:
-        assert 0 < found[field] <= 2 * lost[field]
-    assert 0 < found["loss"] < 1e-5
-
-
 def check_in_interpreter(cases: dict[str, Case], folder: File, **keywords: Any) -> None:
-    """Loss as that of float32, gradients with at most twice what plain torch's rounding makes."""
+    """Loss as that of float32; of gradients, at most twice what rounding d similarity costs.
+
+    Thrice with one pass, where exponentials are rounded before: if two numbers make a row, the
+    errors of d similarity cancel and theirs do not.
+    """
     small_tiles = keywords.pop("small_tiles", False)
     jobs = [
         Job(case, {**SPLIT, "workspace_bytes": (1, 20_000, 1 << 25)[i % 3]}, **keywords)
@@ -91,9 +83,10 @@ def check_in_interpreter(cases: dict[str, Case], folder: File, **keywords: Any) 
     for (name, case), one in zip(cases.items(), done, strict=True):
         wanted = case.to(torch.float64).run(Path.REFERENCE)
         found = errors(case, one.result, wanted)
-        lost = errors(case, rounding(case, split=True), wanted)
+        lost = errors(case, rounding(case), wanted)
+        factor = 3 if one.launches["scale_kernel"] else 2
         for field in GRADIENTS:
-            assert found[field] <= 2 * lost[field], f"{name}: {field}"
+            assert 0 < found[field] <= factor * lost[field], f"{name}: {field}"
         assert found["loss"] <= 2e-6, name
         # a sum of products of the gradient, whose errors cancel in part
         assert found["d_temperature"] <= 2**-8, name
@@ -115,6 +108,19 @@ def test_many_tiles_and_rectangles_watched(tmp_path: File) -> None:
     names = ALONE_AND_MANY[::3]
     cases = {name: make_case(SETS[name], (20, 150, 72), torch.float32) for name in names}
     check_in_interpreter(cases, tmp_path, small_tiles=True, rows=16, watched=True)
+
+
+def test_low_halves_count_in_gradients(tmp_path: File) -> None:
+    """In two passes nothing is lost but by rounding d similarity; high halves lose 1.6 times it."""
+    case = make_case(SETS["plain"], (32, 512, 40), torch.float32).having(temperature=1.0)
+    shared_D = 2 * F.normalize(drawn(1, 40, 3), dim=1)
+    case = replace(case, query_MD=case.query_MD + shared_D, doc_ND=case.doc_ND + shared_D)
+    (done,) = interpret(tmp_path, [Job(case, {**SPLIT, "workspace_bytes": 1})])
+    assert done.launches["gradient_kernel"]
+    wanted = case.to(torch.float64).run(Path.REFERENCE)
+    found, lost = errors(case, done.result, wanted), errors(case, rounding(case), wanted)
+    for field in GRADIENTS:
+        assert 0 < found[field] <= 1.1 * lost[field]
 
 
 def test_other_paths_are_exact() -> None:
