@@ -15,8 +15,9 @@ MIN_WORKSPACE_BYTES = 2**20
 def auto_embedding_dtype(capability: tuple[int, int] | None, *, normalized: bool) -> str:
     """The `embedding_dtype` that puts the loss on tensor cores and rounds least.
 
-    Unit vectors have no use for bfloat16's range: in float16 they cost an eighth of its rounding,
-    less than the loss itself has from 16-bit probabilities, at the same speed (docs/log.md).
+    Unit vectors have no use for bfloat16's range, and float16 costs an eighth of its rounding: no
+    more than the loss has from probabilities in 16 bits, where bfloat16 may cost ten times that at
+    low temperatures (docs/log.md).
 
     Args:
         capability: of the CUDA device, None for a CPU, which has no tensor cores.
