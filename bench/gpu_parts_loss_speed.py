@@ -28,7 +28,7 @@ SANITIZERS: dict[str, list[str]] = {
 }
 CHILD = Path(__file__).with_name("gpu_sanitized.py")
 TINY_SIZE = (24, 48, 32)
-TUNED = tune.ENTRIES[:4]
+TUNED = tuple(entry for entry in tune.ENTRIES if tune.bits_of(entry) == 16)
 """The entries for 16 bits."""
 
 _REFUSED = "Device not supported"

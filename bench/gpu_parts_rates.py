@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from gpu_options import Options, guarded, release, say
 from gpu_profile import dearest, kernels_of
 from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates, Products, info_nce, tune
-from lowmem_cft_kernels.tiles import Tile, capability_of, tile_for
+from lowmem_cft_kernels.tiles import LOADS, Tile, capability_of, tile_for
 from measure import median, synchronize
 
 SIZES = {True: (64, 128, 32), False: (16384, 32768, 2304)}
@@ -27,13 +27,6 @@ a card of 132 multiprocessors."""
 
 PRODUCTS = ("gemm", "cutlass", "nvjet", "xmma", "cublas", "addmm", "aten::mm", "aten::bmm")
 """Marks in the names of library kernels that multiply matrices."""
-
-MIDDLE = (
-    Tile(block_r=64, block_c=128, block_d=64, num_warps=8, num_stages=3),
-    Tile(block_r=128, block_c=64, block_d=64, num_warps=8, num_stages=3),
-)
-"""Between the tiles of plain blocks and the smallest ones, for blocks with more masks."""
-
 
 REGISTERS = 128
 """With these, two programs of 8 warps share a multiprocessor."""
@@ -136,11 +129,11 @@ def tile_times(options: Options) -> dict[str, Any]:
     if not options.cuda:
         return {"ok": True, "skipped": "tiles are timed on CUDA"}
     capability, size = capability_of(options.device), (8192, 16384, 2304)
-    entries = ("lse-16-plain", "lse-16-heavy")
+    entries = ("lse-16-plain", "lse-16-middle")
     timer = tune.CallTimer(options.device, tune.present_tiles(capability, entries), repeats=3)
-    plain, heavy = (tile_for(capability, "lse", 16, load) for load in ("plain", "heavy"))
+    plain, middle, heavy = (tile_for(capability, "lse", 16, load) for load in LOADS)
     trials = [(entries[0], plain, None), (entries[0], plain, REGISTERS)]
-    trials += [(entries[1], tile, None) for tile in dict.fromkeys((heavy, *MIDDLE))]
+    trials += [(entries[1], tile, None) for tile in dict.fromkeys((middle, heavy))]
     found: dict[str, Any] = {"ok": True, "size": size, "trials": []}
     for entry, tile, registers in trials:
         if options.left < 8:

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss_cases import Case
 from lowmem_cft_kernels import InfoNCEResult, Path
+from lowmem_cft_kernels.tiles import LOADS
 
 SMALL_TILES = {
     "lse": {"block_r": 16, "block_c": 64, "block_d": 16, "num_warps": 4, "num_stages": 2},
@@ -73,7 +74,7 @@ def interpret(folder: File, jobs: Sequence[Job], *, small_tiles: bool = False) -
             f"{kernel}-{bits}-{load}": tile
             for kernel, tile in SMALL_TILES.items()
             for bits in (16, 32)
-            for load in ("plain", "heavy")
+            for load in LOADS
         }
         environment["LOWMEM_CFT_TILES"] = str(folder / "tiles.json")
         (folder / "tiles.json").write_text(json.dumps({"80": entries}), encoding="utf-8")

@@ -22,23 +22,26 @@ from lowmem_cft_kernels import Path, Products
 
 WRITTEN = File(__file__).parent / "kernels" / "resources.json"
 
+_MASKS: Settings = frozenset(
+    {
+        "symmetric",
+        "several positives",
+        "own negatives",
+        "two keys",
+        "absolute margin",
+        "in-batch hardness",
+        "weights",
+        "normalize",
+    }
+)
 SETTINGS: dict[str, Settings] = {
     "one-way": frozenset({"two keys"}),
     "symmetric": frozenset({"two keys", "symmetric", "normalize"}),
-    "everything": frozenset(
-        {
-            "symmetric",
-            "several positives",
-            "own negatives",
-            "two keys",
-            "absolute margin",
-            "guides",
-            "in-batch hardness",
-            "weights",
-            "normalize",
-        }
-    ),
+    "masks": _MASKS,
+    "everything": _MASKS | {"guides"},
 }
+"""Plain blocks with one pass and with two, middle ones and heavy ones (`tiles.load_of`)."""
+
 DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -52,12 +55,12 @@ Target = tuple[int, str, str]
 
 def targets() -> Iterator[Target]:
     """bfloat16 takes what float16 does, and 8.9 what 8.6 does: they are tried once each."""
-    for capability in (75, 80, 86, 90, 120):
+    for capability in (75, 80, 86, 90, 100, 120):
         for dtype in ("fp16", "fp32"):
             yield from ((capability, dtype, name) for name in SETTINGS)
-    yield from ((capability, "bf16", "symmetric") for capability in (80, 90, 120))
+    yield from ((capability, "bf16", "symmetric") for capability in (80, 90, 100, 120))
     yield from ((89, "bf16", name) for name in SETTINGS)
-    for capability in (80, 86, 89, 90, 120):
+    for capability in (80, 86, 89, 90, 100, 120):
         yield from ((capability, "split", name) for name in SETTINGS)
 
 

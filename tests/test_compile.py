@@ -14,7 +14,7 @@ from lowmem_cft_kernels import triton_dropout
 
 TARGETS = [
     pytest.param(capability, dtype, id=f"sm_{capability}-{dtype}")
-    for capability in (75, 80, 86, 89, 90, 120)
+    for capability in (75, 80, 86, 89, 90, 100, 120)
     for dtype in ("fp32", "fp16", "bf16")
     if (capability, dtype) != (75, "bf16")  # Turing has no bfloat16
 ]

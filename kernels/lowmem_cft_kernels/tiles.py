@@ -55,41 +55,41 @@ class Tile:
         return (self.block_r + self.block_c) * self.block_d * bits // 8 * self.num_stages
 
 
-def is_heavy(block: Block) -> bool:
-    """Its masks take so many registers that a smaller tile is faster."""
+LOADS = ("plain", "middle", "heavy")
+"""How much a block asks of a tile's registers; a tile never is larger than that of a load before."""
+
+
+def load_of(block: Block) -> str:
+    """Of `LOADS`: heavy are guides, which take a second product."""
     keys = 0 if block.row_key_RK is None or block.col_key_CL is None else block.row_key_RK.shape[1]
     positives = 0 if block.target_RP is None else block.target_RP.shape[1]
-    return (
-        block.guide is not None
-        or block.row_bound_R is not None
-        or block.hardness is not None
-        or keys > 2
-        or positives > 1
-    )
+    if block.guide is not None:
+        return "heavy"
+    masks = block.row_bound_R is not None or block.hardness is not None
+    return "middle" if masks or keys > 2 or positives > 1 else "plain"
 
 
 def choose_tile(kernel: str, block: Block, products: Products = Products.EXACT) -> Tile:
     """The tile for `lse` or `gradient` on the block's device.
 
-    Split embeddings take the tile of 16 bits at half its depth: two halves are loaded at once.
-
-    Cards of one architecture differ in shared memory. Where the entry for plain blocks does not fit
-    the card, the one for heavy blocks, which is smaller, is taken.
+    Cards of one architecture differ in shared memory: where a tile does not fit the card, that of
+    the next load is taken. Split embeddings take the tile of 16 bits at half its depth, as two
+    halves are loaded at once, and with guides, which are split too, at half its rows.
     """
-    if products is Products.SPLIT_BF16:
-        tile = _tile_that_fits(kernel, block, 16)
-        return replace(tile, block_d=tile.block_d // 2)
-    return _tile_that_fits(kernel, block, 8 * block.row_RD.element_size())
+    if products is Products.EXACT:
+        return _tile_that_fits(kernel, block, 8 * block.row_RD.element_size())
+    tile = _tile_that_fits(kernel, block, 16)
+    rows = tile.block_r if block.guide is None else tile.block_r // 2
+    return replace(tile, block_r=rows, block_d=tile.block_d // 2)
 
 
 def _tile_that_fits(kernel: str, block: Block, bits: int) -> Tile:
     device = block.row_RD.device
     capability = capability_of(device)
-    if is_heavy(block):
-        return tile_for(capability, kernel, bits, "heavy")
-    tile = tile_for(capability, kernel, bits, "plain")
-    if device.type == "cuda" and tile.shared_bytes(bits) > room_bytes(device):
-        return tile_for(capability, kernel, bits, "heavy")
+    for load in LOADS[LOADS.index(load_of(block)) :]:
+        tile = tile_for(capability, kernel, bits, load)
+        if device.type != "cuda" or tile.shared_bytes(bits) <= room_bytes(device):
+            break
     return tile
 
 

@@ -33,7 +33,7 @@ from lowmem_cft_kernels.info_nce import info_nce, why_not_triton
 from lowmem_cft_kernels.masks import Candidates
 from lowmem_cft_kernels.options import ONE_WAY, SYMMETRIC, FalseNegatives, Hardness
 from lowmem_cft_kernels.result import InfoNCEResult, Path
-from lowmem_cft_kernels.tiles import Tile, capability_of, room_bytes, tile_for, write_table
+from lowmem_cft_kernels.tiles import LOADS, Tile, capability_of, room_bytes, tile_for, write_table
 
 Size = tuple[int, int, int]
 """M, N, D."""
@@ -45,7 +45,7 @@ Timer = Callable[[str, Tile, Size], float]
 ENTRIES = tuple(
     f"{kernel}-{bits}-{load}"
     for bits in (16, 32)
-    for load in ("plain", "heavy")
+    for load in LOADS
     for kernel in ("lse", "gradient")
 )
 SIZES: tuple[Size, ...] = ((8192, 16384, 768), (8192, 16384, 2304))
@@ -63,12 +63,21 @@ _HALF_PLAIN = (
     (128, 64, 32, 4, 3),
     (64, 64, 32, 4, 2),
 )
-_HALF_HEAVY = (
-    (64, 64, 64, 8, 3),
-    (64, 64, 32, 4, 3),
+_HALF_MIDDLE = (
     (64, 128, 64, 8, 3),
     (128, 64, 64, 8, 3),
     (128, 128, 64, 8, 3),
+    (64, 64, 64, 8, 3),
+    (64, 64, 64, 4, 3),
+    (64, 128, 32, 8, 4),
+    (64, 64, 32, 8, 3),
+)
+_HALF_HEAVY = (
+    (64, 64, 32, 8, 3),
+    (64, 64, 64, 8, 3),
+    (64, 128, 64, 8, 3),
+    (128, 64, 64, 8, 3),
+    (32, 64, 64, 8, 3),
     (32, 64, 64, 4, 3),
     (32, 64, 32, 8, 2),
 )
@@ -96,8 +105,10 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
     )
     for load, numbers in {
         "16-plain": _HALF_PLAIN,
+        "16-middle": _HALF_MIDDLE,
         "16-heavy": _HALF_HEAVY,
         "32-plain": _FULL_PLAIN,
+        "32-middle": _FULL_HEAVY,
         "32-heavy": _FULL_HEAVY,
     }.items()
 }
@@ -218,15 +229,18 @@ def _try(entry: str, tile: Tile, sizes: Sequence[Size], timer: Timer, room: int)
     return Trial(entry, tile, times, speeds)
 
 
-def options_for(entry: str) -> dict[str, Any]:
+def options_for(entry: str, query_MD: Tensor, doc_ND: Tensor) -> dict[str, Any]:
     """Keywords of a call in which that entry's kernel takes much of the time."""
-    heavy = entry.endswith("heavy")
+    load = entry.rpartition("-")[2]
+    masked, guides = load != "plain", dict[str, Any]()
+    if load == "heavy":
+        guides = {"query_guide_MG": query_MD, "doc_guide_NG": doc_ND}
     return {
         "temperature": 0.05,
         # documents that choose take a second pass, which `gradient` is for
         "softmaxes": SYMMETRIC if entry.startswith("gradient") else ONE_WAY,
-        "false_negatives": FalseNegatives(margin=-0.1) if heavy else None,
-        "hardness": Hardness(strength=3.0) if heavy else None,
+        "false_negatives": FalseNegatives(margin=-0.1, **guides) if masked else None,
+        "hardness": Hardness(strength=3.0) if masked else None,
     }
 
 
@@ -259,9 +273,10 @@ class CallTimer:
             self._inputs[key] = tuple(F.normalize(x, dim=1).to(key[1]) for x in vectors)
         query_MD, doc_ND = self._inputs[key]
         candidates = Candidates(target=torch.arange(size[0], device=self.device))
+        options = options_for(entry, query_MD, doc_ND)
 
         def call(**more: Any) -> InfoNCEResult:
-            return info_nce(query_MD, doc_ND, candidates, **options_for(entry), **more)
+            return info_nce(query_MD, doc_ND, candidates, **options, **more)
 
         return call
 

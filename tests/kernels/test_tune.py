@@ -16,9 +16,10 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from lowmem_cft_kernels import Candidates, FalseNegatives, tiles, tune
+from loss_cases import make_case, option_sets
+from lowmem_cft_kernels import Candidates, Products, tiles, tune
 from lowmem_cft_kernels.problem import Problem, make_problem
-from lowmem_cft_kernels.tiles import Tile, choose_tile, is_heavy, tile_for, write_table
+from lowmem_cft_kernels.tiles import LOADS, Tile, choose_tile, load_of, tile_for, write_table
 
 SIZES = [(64, 128, 32), (64, 64, 64)]
 ENTRY = "lse-16-plain"
@@ -183,22 +184,29 @@ class CudaLooking:
         return 2
 
 
-@pytest.mark.parametrize(("room", "load"), [(232448, "plain"), (101376, "plain"), (65536, "heavy")])
+@pytest.mark.parametrize(
+    ("room", "load"),
+    [(232448, "plain"), (101376, "plain"), (81920, "middle"), (65536, "heavy")],
+)
 def test_a_tile_that_does_not_fit_the_card_is_not_chosen(
     monkeypatch: pytest.MonkeyPatch, room: int, load: str
 ) -> None:
-    """128 x 128 x 64 in three stages of 16 bit are 96 KiB."""
+    """128 x 128 x 64 in three stages of 16 bit are 96 KiB, 64 x 128 x 64 are 72."""
     block = make(torch.randn(8, 16)).blocks[0]
     looking: Any = replace(block, row_RD=CudaLooking())
-    assert not is_heavy(block)
+    assert load_of(block) == "plain"
     large = Tile(block_r=128, block_c=128, block_d=64, num_warps=8, num_stages=3)
-    small = Tile(block_r=64, block_c=64, block_d=32, num_warps=8, num_stages=3)
-    assert large.shared_bytes(16) == 98304
+    by_load = {
+        "plain": large,
+        "middle": replace(large, block_r=64),
+        "heavy": replace(large, block_r=64, block_c=64, block_d=32),
+    }
+    assert [by_load[name].shared_bytes(16) >> 10 for name in LOADS] == [96, 72, 24]
     properties = SimpleNamespace(shared_memory_per_block_optin=room)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    with tune.installed({86: {"lse-16-plain": large, "lse-16-heavy": small}}):
-        assert choose_tile("lse", looking) == (large if load == "plain" else small)
+    with tune.installed({86: {f"lse-16-{name}": tile for name, tile in by_load.items()}}):
+        assert choose_tile("lse", looking) == by_load[load]
 
 
 def test_entries_are_those_that_calls_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,10 +214,42 @@ def test_entries_are_those_that_calls_look_up(monkeypatch: pytest.MonkeyPatch) -
     table = json.loads((Path(tiles.__file__).parent / "tiles.json").read_text(encoding="utf-8"))
     assert all(set(entries) == set(tune.ENTRIES) for entries in table.values())
     for entry in tune.ENTRIES:
-        problem = make(torch.randn(8, 16), **tune.options_for(entry))
-        assert is_heavy(problem.blocks[0]) == entry.endswith("heavy")
+        x_MD = torch.randn(8, 16)
+        problem = make(x_MD, **tune.options_for(entry, x_MD, x_MD.clone()))
+        assert load_of(problem.blocks[0]) == entry.rpartition("-")[2]
         assert problem.documents_choose == entry.startswith("gradient")
-    assert is_heavy(make(torch.randn(8, 16), false_negatives=FalseNegatives()).blocks[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("plain", "plain"),
+        ("two keys", "plain"),
+        ("own negatives", "plain"),
+        ("absolute margin", "middle"),
+        ("all hardness", "middle"),
+        ("several positives", "middle"),
+        ("guides", "heavy"),
+        ("several positives + guides", "heavy"),
+    ],
+)
+def test_what_makes_a_block_heavy(name: str, load: str) -> None:
+    case = make_case(option_sets()[name], (8, 12, 16), torch.float32)
+    options = {**case.options, "temperature": torch.tensor(0.1)}
+    problem = make_problem(case.query_MD, case.doc_ND, case.candidates, **options)
+    assert load_of(problem.blocks[0]) == load
+
+
+def test_halves_take_half_the_depth_of_a_tile_of_16_bits() -> None:
+    """And half its rows where a guide's halves are loaded as well."""
+    x_MD = torch.randn(8, 16)
+    for load in LOADS:
+        (block, *_) = make(x_MD, **tune.options_for(f"lse-32-{load}", x_MD, x_MD.clone())).blocks
+        tile = tile_for(80, "lse", 16, load)
+        rows = tile.block_r // 2 if load == "heavy" else tile.block_r
+        wanted = replace(tile, block_r=rows, block_d=tile.block_d // 2)
+        assert choose_tile("lse", block, Products.SPLIT_BF16) == wanted
+        assert choose_tile("lse", block) == tile_for(80, "lse", 32, load)
 
 
 def test_without_cuda_it_says_so(
