@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from conftest import tiny_tokenizer
 from launches import recorded
 from lowmem_cft.batches import NO_TEXT, RowOrder, RowTable, StepTexts, step_texts
 from lowmem_cft.corpus import Corpus, build_corpus, document_format, query_format, read_sources
+from lowmem_cft.embedding_cache import DTYPES
 from lowmem_cft.recipe import DataSection, DataSource, LossSection, Recipe, TextSection
 from lowmem_cft.rows import TrainRow
 from lowmem_cft.step import _info_nce
@@ -288,15 +290,19 @@ def test_candidates_move_with_the_step() -> None:
 
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("softmaxes", ["one_way", "symmetric", "gte"])
-def test_the_loss_of_a_step_waits_for_no_gpu(softmaxes: Any, learned: bool) -> None:
+@pytest.mark.parametrize("embedding_dtype", ["fp16", "split-bf16"])
+def test_the_loss_of_a_step_waits_for_no_gpu(
+    embedding_dtype: str, softmaxes: Any, learned: bool
+) -> None:
     """Embeddings on the meta device stand for those on a GPU."""
     texts = gather("own", mask_duplicates=True)
     section = LossSection(softmaxes=softmaxes, hardness=2.0, false_negative_margin=0.1)
     temperature = LearnedTemperature().to("meta") if learned else None
-    emb_SD = torch.empty(len(texts.place_S), 6, device="meta")
+    emb_SD = torch.empty(len(texts.place_S), 6, dtype=DTYPES[embedding_dtype], device="meta")
+    loss = partial(_info_nce, texts, section, temperature, embedding_dtype)
     with recorded() as kernels, HostWaits() as found:
         for _ in range(2):  # again, as after memory ran out
-            report = _info_nce(texts, section, temperature, emb_SD, emb_SD.clone(), 2**20)
+            report = loss(emb_SD, torch.empty_like(emb_SD, dtype=torch.float32), 2**20)
     assert report.loss.device == emb_SD.device
     assert sum(kernel.count for kernel in kernels.values()) >= 4
     assert not found.found

@@ -392,7 +392,7 @@ class Fused:
     def _operand(self, x_RD: Tensor) -> Tensor:
         """What tiles are products of: these embeddings, or their halves, which are made once."""
         if self.products is Products.EXACT or x_RD.dtype != torch.float32:
-            return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
+            return x_RD
         if id(x_RD) not in self._split:
             self._split[id(x_RD)] = split(x_RD)
         return self._split[id(x_RD)]
