@@ -41,7 +41,7 @@ Findings = Callable[[float], list[Finding]]
 
 SHAPES: tuple[Shape, ...] = ((37, 53, 40), (129, 257, 65), (1000, 3001, 2304))
 SPLIT = Products.SPLIT_BF16.value
-"""In the place of a dtype: float32, multiplied on tensor cores as the trainer does on a GPU."""
+"""In the place of a dtype: float32, multiplied on tensor cores as the trainer's are if not normalised."""
 
 EXTRA_BYTES = 64 * 2**20
 """What the loss may hold beyond inputs and gradients."""
