@@ -45,7 +45,9 @@ memory        a step of `--rows` triplets beside a ballast, a process that leave
               (most in use on the card, ballast not counted), num_alloc_retries, num_ooms, ran_out.
               sampled: the whole step would have taken too long, so that of its texts only `share`
               went through the model, in chunks as large as the whole step's, the longest among
-              them; the loss was of all rows, and seconds_whole is by arithmetic. ratio: predicted
+              them; the loss was of all rows, and seconds_whole is by arithmetic. A small step is
+              computed twice: bytes are of the first, from an empty allocator, seconds of the second.
+              ratio: predicted
               without context and slack by allocated; ratio_reserved: predicted without context by
               reserved; ratio_step: what the step adds to weights and optimizer, by the same without.
               loss_phase: the loss on that many random embeddings. On a CPU live tensors are counted.
@@ -53,7 +55,7 @@ loss_speed    as of bench/loss.py, with its picture beside `--out`
 loss_memory   cases, each with extra_bytes (peak beyond inputs and gradients, 64 MiB at most),
               reserved_bytes, seconds, tflops, max_rel_error as in bench/loss.py; the largest has
               65,536 x 131,072 similarities of size 2304.
-loss_rates    calls: by dtype and mode, the microseconds and TFLOP/s of the loss's own kernels and of
+loss_rates    calls: by dtype, workspace and mode, the microseconds and TFLOP/s of the loss's own kernels and of
               the library's products, apart, and the dearest kernels. products: TFLOP/s of addmm at two
               sizes of rectangles. tiles: milliseconds of a call by tile and registers.
 dropout_speed rows as of bench/dropout.py
@@ -94,6 +96,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 from gpu_ballast import Ballast, ballast
 from gpu_facts import card_facts, software
 from gpu_options import MODELS, STARTED, Options, message_of, say
+from lowmem_cft.memory import grow_cuda_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -209,6 +212,7 @@ def choose_options(values: argparse.Namespace, seconds: float) -> Options:
     cuda = wants_cuda(values)
     # by its number: some of torch.cuda's functions take no device without one
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    grow_cuda_blocks(device)  # as the trainer does
     return Options(
         device=device,
         tiny=values.tiny,

@@ -107,18 +107,21 @@ class Peak:
     """Bytes: `before` and at most `allocated` while entered; `reserved` by the allocator.
 
     On a CPU, where tensors are counted: without `known` ones, `held` bytes being there before.
+    `emptied`: the allocator gives back first what it keeps, as `reserved` needs and times do not.
     """
 
     options: Options
     known: Sequence[Tensor] = ()
     held: int = 0
+    emptied: bool = True
     before: int = 0
     allocated: int = 0
     reserved: int = 0
 
     def __enter__(self) -> Peak:
         device = self.options.device
-        release()
+        if self.emptied:
+            release()
         if self.options.cuda:
             synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)

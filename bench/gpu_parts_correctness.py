@@ -43,6 +43,9 @@ from lowmem_cft.tokens import pad
 from lowmem_cft_kernels import info_nce
 from lowmem_cft_kernels.dropout import identity_dropout, reference_dropout
 
+_INJECTIONS = 5
+"""Operations of a step at which memory is made to run out; a step takes a GPU's host a second."""
+
 
 def check_plans(options: Options, checks: Checks, dtype: torch.dtype, bound: float) -> None:
     """Every plan's gradient, dropout on, is the plain one."""
@@ -137,7 +140,7 @@ def check_injected(options: Options, checks: Checks) -> None:
     for plan_name, before in {"none kept": plan, "some kept": kept}.items():
         count = FailAt(0)
         planned_gradients(encoder, batch, before, count)
-        for k in np.linspace(1, -count.left, 5 if options.tiny else 16).astype(int).tolist():
+        for k in np.linspace(1, -count.left, _INJECTIONS).astype(int).tolist():
             name = f"{plan_name}, operation {k} of {-count.left}"
             try:
                 got, report = planned_gradients(encoder, batch, before, FailAt(k))
@@ -238,14 +241,14 @@ def check_correctness(options: Options) -> dict[str, Any]:
     """All groups; see the module."""
     quiet_libraries()
     checks = Checks(options)
-    checks.group("dropout", check_dropout)
     plans = check_plans
-    checks.group("float64", lambda o, c: plans(o, c, torch.float64, 1e-10))
-    checks.group("float32", lambda o, c: plans(o, c, torch.float32, 1e-5))
-    checks.group("bf16", check_bfloat16)
+    checks.group("dropout", check_dropout)
     checks.group("nf4", check_nf4)
     checks.group("padding", check_padding)
-    checks.group("injected out of memory", check_injected)
-    checks.group("real out of memory", check_real_out_of_memory)
     checks.group("repeatable", check_repeatable)
+    checks.group("real out of memory", check_real_out_of_memory)
+    checks.group("injected out of memory", check_injected)
+    checks.group("bf16", check_bfloat16)
+    checks.group("float32", lambda o, c: plans(o, c, torch.float32, 1e-5))
+    checks.group("float64", lambda o, c: plans(o, c, torch.float64, 1e-10))
     return checks.to_json()

@@ -9,12 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from gpu_facts import nvidia_smi
 from gpu_nf4 import no_nf4
 from gpu_options import Options, Peak, guarded, matrix_peak, release, say
 from gpu_real_models import weight_bytes
 from gpu_steps import (
+    RATES,
     DoesNotFit,
     Rig,
     largest_fitting,
@@ -26,10 +29,9 @@ from gpu_steps import (
 from lowmem_cft import memory
 from lowmem_cft.attention import SeenBackends
 from lowmem_cft.backbone import quiet_libraries
-from lowmem_cft.machine import AMPERE
 from lowmem_cft.planner import MARGINS, BatchShape
 from lowmem_cft.recipe import MemorySection
-from lowmem_cft_kernels import Candidates, Products, info_nce
+from lowmem_cft_kernels import Candidates, info_nce
 from measure import synchronize
 
 _MODEL_SECONDS = 45.0
@@ -37,6 +39,12 @@ _MODEL_SECONDS = 45.0
 
 _READING_SECONDS = 5.0
 """Kept of the time for a step: for its plan, its batch and writing it down."""
+
+_SPARSEST = 64
+"""One of more chunks is no sample: first allocations would be most of its time."""
+
+_STRIP = 4096
+"""Rows that are drawn at a time."""
 
 _SURE = 0.9
 """Share of the time that a step is expected to take at most: it is expected from a small one."""
@@ -131,6 +139,8 @@ def measure_steps(rig: Rig, result: dict[str, Any]) -> None:
     result["attention_backends"] = seen.names
     result["chunk_profile"] = profile_chunk(rig)
     first = run_step(rig, small_rows, small)
+    again = run_step(rig, small_rows, small, emptied=False)
+    first |= {key: again[key] for key in ("seconds", "seconds_whole", *RATES)}
     result["steps"].append(first)
     wanted = 64 if options.tiny else options.rows
     large_rows, large = largest_fitting(rig, wanted)
@@ -141,6 +151,9 @@ def measure_steps(rig: Rig, result: dict[str, Any]) -> None:
     if options.step_seconds is not None:
         seconds = min(seconds, options.step_seconds)
     every = one_in(first, small, large, large_rows, seconds)
+    if every > _SPARSEST:
+        result["skipped"] = f"{large_rows} rows: only one of {every} chunks in {seconds:.0f} s"
+        return
     part = "whole" if every == 1 else f"one of {every} chunks"
     say(f"  {large_rows} rows in up to {seconds:.0f} s: {part}, {large.plan.describe()}")
     result["steps"].append(run_step(rig, large_rows, large, every))
@@ -157,10 +170,10 @@ def loss_flops(rows: int, dim: int) -> float:
 def measure_loss(options: Options, rows: int, dim: int, workspace_bytes: int) -> dict[str, Any]:
     """The loss phase alone: so many triplets' random embeddings, and the gradient of all of them."""
     slots, device = 3 * rows, options.device
+    dtype = torch.float16 if options.cuda else torch.float32  # the trainer's, of unit vectors
     with Peak(options) as peak:
-        emb_SD = torch.randn(slots, dim, device=device)
-        emb_SD /= emb_SD.norm(dim=1, keepdim=True)
-        d_emb_SD = torch.empty_like(emb_SD)
+        emb_SD = unit_vectors(slots, dim, dtype, device)
+        d_emb_SD = torch.empty_like(emb_SD, dtype=torch.float32)
         key_N = torch.arange(2 * rows, device=device)
         candidates = Candidates(target=key_N[:rows], query_keys=key_N[:rows], doc_keys=key_N)
         synchronize(device)
@@ -170,7 +183,6 @@ def measure_loss(options: Options, rows: int, dim: int, workspace_bytes: int) ->
             emb_SD[rows:],
             candidates,
             temperature=0.05,
-            products=products_here(options),
             workspace_bytes=workspace_bytes,
             out=(d_emb_SD[:rows], d_emb_SD[rows:]),
         )
@@ -193,10 +205,12 @@ def measure_loss(options: Options, rows: int, dim: int, workspace_bytes: int) ->
     }
 
 
-def products_here(options: Options) -> Products:
-    """As the trainer multiplies embeddings of float32 on such a device."""
-    newer = options.cuda and torch.cuda.get_device_capability(options.device) >= AMPERE
-    return Products.SPLIT_BF16 if newer else Products.EXACT
+def unit_vectors(count: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(count, dim), made strip by strip: float32 ones of all of them would be most of the peak."""
+    emb_SD = torch.empty(count, dim, dtype=dtype, device=device)
+    for strip in torch.split(emb_SD, _STRIP):
+        strip.copy_(F.normalize(torch.randn(strip.shape, device=device), dim=1))
+    return emb_SD
 
 
 def loss_phases(options: Options, so_far: Mapping[str, Any]) -> list[dict[str, Any]]:

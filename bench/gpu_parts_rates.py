@@ -49,7 +49,10 @@ def check_rates(options: Options) -> dict[str, Any]:
 
 
 def call_rates(options: Options) -> dict[str, Any]:
-    """By dtype and mode: microseconds of one call's kernels, by what they are, and their rates."""
+    """Microseconds of one call's kernels, by what they are, and their rates.
+
+    By dtype, workspace (the loss's own where none is named) and mode.
+    """
     m, n, d = SIZES[options.tiny]
     device, draw = options.device, torch.Generator(options.device).manual_seed(0)
     vectors = [torch.randn(rows, d, generator=draw, device=device) for rows in (m, n)]
@@ -57,10 +60,11 @@ def call_rates(options: Options) -> dict[str, Any]:
     candidates = Candidates(target=torch.arange(m, device=device))
     found: dict[str, Any] = {"ok": True, "m": m, "n": n, "d": d}
     exact, split = Products.EXACT, Products.SPLIT_BF16
-    for dtype, products in (
-        (torch.float16, exact),  # the trainer's, of normalised embeddings
-        (torch.float32, split),  # and of others
-        (torch.bfloat16, exact),
+    for dtype, products, mib in (
+        (torch.float16, exact, 512),  # the trainer's, of normalised embeddings
+        (torch.float16, exact, None),
+        (torch.float32, split, 512),  # and of others
+        (torch.bfloat16, exact, None),
     ):
         for mode, softmaxes in {"one_way": ONE_WAY, "symmetric": SYMMETRIC}.items():
             call = partial(
@@ -71,8 +75,10 @@ def call_rates(options: Options) -> dict[str, Any]:
                 temperature=0.05,
                 softmaxes=softmaxes,
                 products=products,
+                workspace_bytes=None if mib is None else mib * 2**20,
             )
             name = split.value if products is split else str(dtype)[6:]
+            name += "" if mib is None else f", {mib} MiB"
             found[f"{name}, {mode}"] = apart(kernels_of(call, device), m * n * d)
     return found
 

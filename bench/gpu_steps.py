@@ -23,11 +23,14 @@ from lowmem_cft.batches import RowTable, step_texts
 from lowmem_cft.encoder import Encoder
 from lowmem_cft.footprint import Footprint
 from lowmem_cft.optimizer import make_optimizer
-from lowmem_cft.planner import GIB, BatchShape, Planner, Prediction
+from lowmem_cft.planner import GIB, SLACK, BatchShape, Planner, Prediction
 from lowmem_cft.recipe import MemorySection, Recipe
 from lowmem_cft.step import ContrastiveStep, StepReport
 from lowmem_cft.tokens import TokenStore, pad
 from measure import synchronize
+
+RATES = ("seconds_by_phase", "tokens_per_s", "tflops", "share_of_matrix_peak")
+"""Keys of a step that its time decides."""
 
 _CHUNK = (128, 16)
 """Texts and tokens of each of the chunk that is profiled."""
@@ -136,11 +139,14 @@ def nli_batch(rows: int, vocabulary: int, recipe: Recipe) -> Batch:
 # -- one step --------------------------------------------------------------------------------------
 
 
-def run_step(rig: Rig, rows: int, found: Prediction, every: int = 1) -> dict[str, Any]:
+def run_step(
+    rig: Rig, rows: int, found: Prediction, every: int = 1, *, emptied: bool = True
+) -> dict[str, Any]:
     """One step and what it took; see gpu_check.py for the keys.
 
     Args:
         every: of the chunks whose graphs are not kept, so many-th go through the model.
+        emptied: the allocator starts with nothing, see `Peak`.
     """
     vocabulary = int(rig.planner.footprint.config.vocab_size)
     batch = nli_batch(rows, vocabulary, rig.recipe)
@@ -152,7 +158,7 @@ def run_step(rig: Rig, rows: int, found: Prediction, every: int = 1) -> dict[str
     others = rig.options.ballast.used_bytes if rig.options.ballast else 0
     with (
         OnCard(device, others) as card,
-        Peak(rig.options, weights, rig.held_bytes()) as peak,
+        Peak(rig.options, weights, rig.held_bytes(), emptied) as peak,
         rig.encoder.training_mode(STEP),
         chosen_backends(),
     ):
@@ -272,9 +278,17 @@ def one_in(
 # -- one chunk -------------------------------------------------------------------------------------
 
 
+def fits_unchecked(rig: Rig, tokens: int) -> bool:
+    """A chunk without checkpoints, beside what every step holds."""
+    taken = (1 + SLACK) * rig.planner.chunk(tokens, 0).backward_bytes
+    return sum(rig.planner.fixed_parts().values()) + taken <= rig.limit_bytes
+
+
 def profile_chunk(rig: Rig) -> dict[str, Any]:
-    """The dearest kernels of one chunk of 2,048 tokens, forward and backward."""
+    """The dearest kernels of one chunk of 2,048 tokens, or fewer, forward and backward."""
     texts, width = (8, 16) if rig.options.tiny else _CHUNK
+    while texts > 1 and not fits_unchecked(rig, texts * width):
+        texts //= 2
     offsets = np.arange(texts + 1) * width
     vocabulary = int(rig.planner.footprint.config.vocab_size)
     ids = np.random.default_rng(3).integers(4, vocabulary, size=offsets[-1]).astype(np.int32)

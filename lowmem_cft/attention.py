@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_cft.machine import AMPERE
@@ -157,10 +156,11 @@ class SeenBackends(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class AsOnDevice(TorchFunctionMode):
+class AsOnDevice:
     """While entered, `scaled_dot_product_attention` holds its weights where a GPU would.
 
-    For traces on a CPU, whose own kernel never holds them.
+    For traces on a CPU, whose own kernel never holds them. The function itself is replaced: a mode
+    of torch's is not entered while a backward pass computes checkpointed layers again.
 
     Args:
         capability: of the CUDA device that is planned for; None for the CPU itself.
@@ -170,24 +170,22 @@ class AsOnDevice(TorchFunctionMode):
     """
 
     def __init__(self, capability: tuple[int, int] | None) -> None:
-        super().__init__()
         self.capability = capability
         self.backends: dict[AttentionCall, Backend] = {}
+        self._attend = F.scaled_dot_product_attention
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            backend = self._note(*args, **kwargs)
-            if backend is Backend.MATH:
-                with sdpa_kernel(SDPBackend.MATH):
-                    return func(*args, **kwargs)
-        return func(*args, **kwargs)
+    def __enter__(self) -> AsOnDevice:
+        self._attend = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self._as_there
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        F.scaled_dot_product_attention = self._attend
+
+    def _as_there(self, *args: Any, **kwargs: Any) -> Tensor:
+        backend = self._note(*args, **kwargs)
+        with sdpa_kernel(SDPBackend.MATH) if backend is Backend.MATH else nullcontext():
+            return self._attend(*args, **kwargs)
 
     def _note(
         self, query: Tensor, key: Tensor, _: Tensor, attn_mask: Tensor | None = None, **others: Any

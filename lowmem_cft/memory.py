@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 HEADROOM = 0.9
 """Share of the free memory that is planned with: other processes live on this machine too."""
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
@@ -40,6 +43,22 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, 2**30)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def grow_cuda_blocks(device: torch.device) -> None:
+    """Have CUDA's allocator enlarge its blocks, which chunks of unequal sizes would fragment.
+
+    Call it before anything is allocated there. What a user says in torch's own environment
+    variables stays. Off Linux torch has no such blocks, and nothing happens.
+
+    In blocks of fixed sizes a step of MiniCPM-2B reserved 17 % more than it allocated, and had to
+    give all of them back and allocate anew (docs/log.md).
+    """
+    if device.type != "cuda" or not sys.platform.startswith("linux"):
+        return
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        # torch's setter at run time; its older public-looking name warns that it is this one now
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def peak_bytes(device: torch.device) -> int:

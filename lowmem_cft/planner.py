@@ -51,6 +51,11 @@ CHUNK_COST = {"cpu": 32, "cuda": 512}
 INDEX_BYTES = 96
 """Per slot: places, keys and owners as int64, and the temporaries of gathering them."""
 
+LOSS_WORKSPACES = {"cpu": (), "cuda": (2**29, 2**28, 2**27, 2**26)}
+"""What the loss is given beyond its usual workspace where there is room, the best first: on a GPU
+its products are twice as fast on thousands of rows as on hundreds (docs/log.md). Two CPU cores work
+best on what their cache holds."""
+
 LEAST_GAIN = 0.005
 """Of the plain step's cost: for less no graphs are kept, since they would fill all memory."""
 
@@ -358,6 +363,14 @@ class Planner:
                 break  # the largest chunks, all kept, nothing twice: nothing costs less
         if best is None:
             raise ValueError(self._advice(section, shape, limit_bytes))
+        return self._with_workspace(best, shape, limit_bytes)
+
+    def _with_workspace(self, best: Prediction, shape: BatchShape, limit_bytes: int) -> Prediction:
+        """The plan with the largest workspace of the loss that fits."""
+        for workspace_bytes in LOSS_WORKSPACES[self.device_type]:
+            found = self.predict(replace(best.plan, workspace_bytes=workspace_bytes), shape)
+            if found.peak_bytes <= limit_bytes:
+                return found
         return best
 
     def _candidates(self, section: MemorySection, shape: BatchShape) -> Iterator[StepPlan]:

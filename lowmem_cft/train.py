@@ -136,6 +136,7 @@ class Trainer:
         state = run.load_state(folder) if resume else None
         self.planner, self.plan = self._plan(source, state)
         memory.keep_freed_memory()
+        memory.grow_cuda_blocks(self.device)
         self.backbone: Backbone = load_backbone(recipe.model, self.device, observer.say, source)
         self.encoder = self._make_encoder()
         self.parameters = trainable_parameters(self.encoder.model)

@@ -162,6 +162,17 @@ def test_a_trace_holds_weights_of_attention_where_a_card_would() -> None:
         assert seen.names == [wanted.value]
 
 
+def test_checkpointed_layers_are_traced_as_a_card_computes_them() -> None:
+    """Grouped heads in float32 hold their weights in the backward's second forward, too."""
+    footprint = {
+        device: Footprint(recipes.load("demo"), tiny_config("llama"), FP32, 64, device)
+        for device in ("cuda", "cpu")
+    }
+    card, cpu = (footprint[name].chunk_costs("all")(8, 64) for name in ("cuda", "cpu"))
+    weights = 4 * 8 * tiny_config("llama").num_attention_heads * 64 * 64
+    assert card.backward_bytes - cpu.backward_bytes > weights
+
+
 # -- the planner ------------------------------------------------------------------------------
 
 

@@ -92,7 +92,7 @@ def test_memory_and_speed(check: Any, capfd: pytest.CaptureFixture[str], tmp_pat
     assert written.public == Version(torch.__version__).public
     assert found["machine"]["device"]
     assert found["parts"]["dropout_speed"]["rows"][0]["ratio"] > 0
-    for call in ("float16, one_way", "bfloat16, symmetric", "split-bf16, one_way"):
+    for call in ("float16, one_way", "bfloat16, symmetric", "split-bf16, 512 MiB, one_way"):
         assert found["parts"]["loss_rates"]["calls"][call]["microseconds"]["products"] > 0
     memory = found["parts"]["memory"]
     assert memory["ballast"]["held_bytes"] > 0

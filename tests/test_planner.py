@@ -6,6 +6,7 @@ import json
 import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,15 @@ from lowmem_cft.batches import RowTable, step_texts
 from lowmem_cft.footprint import Footprint
 from lowmem_cft.live_bytes import LiveBytes
 from lowmem_cft.plan import WORKSPACE_BYTES, StepPlan
-from lowmem_cft.planner import GIB, INDEX_BYTES, MARGINS, BatchShape, Planner, _loss_bytes
+from lowmem_cft.planner import (
+    GIB,
+    INDEX_BYTES,
+    LOSS_WORKSPACES,
+    MARGINS,
+    BatchShape,
+    Planner,
+    _loss_bytes,
+)
 from lowmem_cft.recipe import LossSection, MemorySection, ModelSection, Recipe
 from lowmem_cft.step import loss_options
 from lowmem_cft.tokens import TokenStore
@@ -379,3 +388,27 @@ def test_plan_reads_data_that_is_at_hand(tiny_folder: Path) -> None:
     assert found["limit_bytes"] == 4 * 10**9
     assert found["tokens_per_step"] < found["texts_per_step"] * found["longest_text_tokens"] / 2
     assert found["padded_tokens_per_step"] < 1.3 * found["tokens_per_step"]
+
+
+def test_a_gpus_loss_takes_the_room_that_there_is() -> None:
+    """The largest workspace that fits the limit, and the usual one where none does."""
+    recipe = make_recipe(model={"quantization": "none"})
+    section = MemorySection(token_budget=8, keep_graphs="off", offload_embeddings="off")
+    shape = BatchShape(60000, 3, 8)
+
+    def planner(device_type: str) -> Planner:
+        return Planner(Footprint(recipe, tiny_config("llama"), torch.float32, 8, device_type))
+
+    def workspace(limit_bytes: int) -> int:
+        return planner("cuda").choose(section, shape, limit_bytes).plan.workspace_bytes
+
+    assert planner("cpu").choose(section, shape, 2**40).plan.workspace_bytes == WORKSPACE_BYTES
+    largest = planner("cuda").choose(section, shape, 2**40)
+    assert largest.moment == "loss"
+    assert largest.plan.workspace_bytes == max(LOSS_WORKSPACES["cuda"])
+    sizes = [2**29, 2**28, 2**27, 2**26, WORKSPACE_BYTES]
+    for size, smaller in pairwise(sizes):
+        plan = replace(largest.plan, workspace_bytes=size)
+        needed = planner("cuda").predict(plan, shape).peak_bytes
+        assert workspace(needed) == size
+        assert workspace(needed - 1) == smaller
