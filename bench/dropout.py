@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from lowmem_cft.dropout import DropoutClock, IdentityDropout
+from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
 from lowmem_cft_kernels.dropout import identity_dropout
 from measure import machine, median, print_line, synchronize, versions
 

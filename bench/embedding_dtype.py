@@ -44,8 +44,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_cft import sources
-from lowmem_cft.evaluate import data_folder
+from lowmem_cft.evaluation.sts.score import data_folder
+from lowmem_cft.model import sources
 from measure import machine, print_line, versions
 
 TEMPERATURES = (0.01, 0.02, 0.03, 0.05, 0.1)
@@ -106,8 +106,8 @@ def drawn(kind: str, size: tuple[int, int], width: int) -> Batch:
 
 def of_model(num_queries: int) -> Batch | None:
     """The embedded model's of as many triplets, if there are any here."""
-    from lowmem_cft.embedder import load_embedder
-    from lowmem_cft.rows import read_training_rows
+    from lowmem_cft.data.rows import read_training_rows
+    from lowmem_cft.inference.embedder import load_embedder
 
     folder = data_folder()
     if folder is None or not (folder / _TRIPLETS).is_file():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpu_ballast import Ballast
-from lowmem_cft.live_bytes import LiveBytes
+from lowmem_cft.planning.live_bytes import LiveBytes
 from measure import median, synchronize, write_whole
 
 STARTED = time.perf_counter()

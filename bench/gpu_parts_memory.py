@@ -27,10 +27,10 @@ from gpu_steps import (
     run_step,
 )
 from lowmem_cft import memory
-from lowmem_cft.attention import SeenBackends
-from lowmem_cft.backbone import quiet_libraries
-from lowmem_cft.planner import MARGINS, BatchShape
-from lowmem_cft.recipe import MemorySection
+from lowmem_cft.model.attention import SeenBackends
+from lowmem_cft.model.backbone import quiet_libraries
+from lowmem_cft.planning.planner import MARGINS, BatchShape
+from lowmem_cft.recipe.schema import MemorySection
 from lowmem_cft_kernels import Candidates, info_nce
 from measure import synchronize
 

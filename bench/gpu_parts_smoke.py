@@ -27,14 +27,14 @@ from gpu_parts_loss import (
     num_workers,
     started,
 )
-from lowmem_cft.attention import (
+from lowmem_cft.machine import AMPERE
+from lowmem_cft.model.attention import (
     AttentionCall,
     SeenBackends,
     backend_for,
     backward_bytes,
     chosen_backends,
 )
-from lowmem_cft.machine import AMPERE
 from lowmem_cft_kernels import Path
 
 LOSSES = (

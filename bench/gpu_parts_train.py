@@ -53,7 +53,7 @@ def missing_packages() -> list[str]:
 
 def missing_model() -> list[str]:
     """The embedded model, converted already or as a GGUF file with what reads it."""
-    from lowmem_cft import sources
+    from lowmem_cft.model import sources
 
     if sources.at_hand(sources.EMBEDDED, None) is not None:
         return []
@@ -67,7 +67,7 @@ def missing_model() -> list[str]:
 
 def missing_data(options: Options) -> list[str]:
     """Triplets for more than one logical batch; the embedded ones are enough for a tiny one."""
-    from lowmem_cft.demo import choose_data
+    from lowmem_cft.training.demo import choose_data
 
     _, overrides = choose_data(offline=True)
     if overrides or options.tiny:

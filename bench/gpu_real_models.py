@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gpu_nf4 import four_bit
-from lowmem_cft import recipe as recipes
-from lowmem_cft.backbone import attach_adapter, keep_weight_layout, linear_names
-from lowmem_cft.configs import config_without_weights
-from lowmem_cft.dropout import DropoutClock
-from lowmem_cft.encoder import Encoder
-from lowmem_cft.recipe import Recipe
-from lowmem_cft.tracing import skeleton, with_layers
+from lowmem_cft.model.backbone import attach_adapter, keep_weight_layout, linear_names
+from lowmem_cft.model.configs import config_without_weights
+from lowmem_cft.model.dropout import DropoutClock
+from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.planning.tracing import skeleton, with_layers
+from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.schema import Recipe
 
 LLAMA_8B: dict[str, Any] = {
     "vocab_size": 128256,

@@ -14,15 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpu_options import Options
-from lowmem_cft.backbone import attach_adapter, set_checkpointing, trainable_parameters
-from lowmem_cft.batches import RowTable, StepTexts, step_texts
-from lowmem_cft.configs import disable_base_dropout
-from lowmem_cft.dropout import DropoutClock
-from lowmem_cft.encoder import Encoder
-from lowmem_cft.plan import StepPlan
-from lowmem_cft.recipe import LoraSection, LossSection
-from lowmem_cft.step import ContrastiveStep, StepReport
-from lowmem_cft.tokens import TokenStore, pad
+from lowmem_cft.data.batches import RowTable, StepTexts, step_texts
+from lowmem_cft.data.tokens import TokenStore, pad
+from lowmem_cft.gradient.plan import StepPlan
+from lowmem_cft.gradient.step import ContrastiveStep, StepReport
+from lowmem_cft.model.backbone import attach_adapter, set_checkpointing, trainable_parameters
+from lowmem_cft.model.configs import disable_base_dropout
+from lowmem_cft.model.dropout import DropoutClock
+from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.recipe.schema import LoraSection, LossSection
 from lowmem_cft_kernels.reference import reference_loss
 
 FAMILIES = ("llama", "gemma", "phi", "opt", "granite")

@@ -27,25 +27,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lowmem_cft import backbone, corpus, memory
-from lowmem_cft import recipe as recipes
-from lowmem_cft import step as step_module
-from lowmem_cft.batch import TokenBatch
-from lowmem_cft.batches import RowOrder, StepTexts, step_texts
-from lowmem_cft.cache import cache_folder
-from lowmem_cft.demo import choose_data
-from lowmem_cft.dropout import DropoutClock
-from lowmem_cft.encoder import Encoder
-from lowmem_cft.live_bytes import LiveBytes
-from lowmem_cft.oom import Chunk
-from lowmem_cft.plan import StepPlan
-from lowmem_cft.planner import GIB, Planner
-from lowmem_cft.planning import planner_for, shape_of
-from lowmem_cft.recipe import Recipe
-from lowmem_cft.rows import TrainRow
-from lowmem_cft.step import ContrastiveStep
-from lowmem_cft.tokens import cut_by_length, pad
-from lowmem_cft.train import memory_limit
+from lowmem_cft import memory
+from lowmem_cft.data import corpus
+from lowmem_cft.data.batches import RowOrder, StepTexts, step_texts
+from lowmem_cft.data.chunks import TokenBatch
+from lowmem_cft.data.rows import TrainRow
+from lowmem_cft.data.tokens import cut_by_length, pad
+from lowmem_cft.files import cache_folder
+from lowmem_cft.gradient import step as step_module
+from lowmem_cft.gradient.oom import Chunk
+from lowmem_cft.gradient.plan import StepPlan
+from lowmem_cft.gradient.step import ContrastiveStep
+from lowmem_cft.model import backbone
+from lowmem_cft.model.dropout import DropoutClock
+from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.planning.live_bytes import LiveBytes
+from lowmem_cft.planning.planner import GIB, Planner
+from lowmem_cft.planning.recipe_plan import planner_for, shape_of
+from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.schema import Recipe
+from lowmem_cft.training.demo import choose_data
+from lowmem_cft.training.trainer import memory_limit
 from lowmem_cft_kernels import Candidates, info_nce
 from lowmem_cft_kernels.reference import reference_loss
 from measure import machine, median, reset_peak, synchronize
@@ -372,8 +374,8 @@ def load_st(task: Task, folder: Path) -> Any:
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BitsAndBytesConfig
 
-    from lowmem_cft.export import prepared_tokenizer
-    from lowmem_cft.tokens import overhead
+    from lowmem_cft.data.tokens import overhead
+    from lowmem_cft.export.layout import prepared_tokenizer
     from vs_sentence_transformers import lay_out
 
     source, recipe, device = task.source, task.recipe, task.device

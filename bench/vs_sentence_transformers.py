@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
 
-    from lowmem_cft.encoder import Encoder
-    from lowmem_cft.recipe import Recipe
-    from lowmem_cft.rows import TrainRow
+    from lowmem_cft.data.rows import TrainRow
+    from lowmem_cft.model.encoder import Encoder
+    from lowmem_cft.recipe.schema import Recipe
 
 MAX_DIFFERENCE = 0.02
 """Relative difference of the first losses up to which both sides are said to do the same."""
@@ -89,8 +89,8 @@ def say(text: str) -> None:
 
 def build_recipe(options: argparse.Namespace, folder: Path) -> Recipe:
     """The demo recipe with this comparison's settings."""
-    from lowmem_cft import recipe as recipes
-    from lowmem_cft.demo import choose_data
+    from lowmem_cft.recipe import schema as recipes
+    from lowmem_cft.training.demo import choose_data
 
     _, overrides = choose_data(offline=True)
     if options.data is not None:
@@ -115,8 +115,8 @@ def build_recipe(options: argparse.Namespace, folder: Path) -> Recipe:
 
 def ordered_rows(recipe: Recipe) -> list[TrainRow]:
     """The rows of all steps, in the order our trainer takes them."""
-    from lowmem_cft import corpus
-    from lowmem_cft.batches import RowOrder
+    from lowmem_cft.data import corpus
+    from lowmem_cft.data.batches import RowOrder
 
     sources, _ = corpus.read_sources(recipe.data, offline=True)
     weights = [source.weight for source in recipe.data.sources]
@@ -144,8 +144,8 @@ def warm_up(encoder: Encoder, tokenizer: Any, recipe: Recipe, texts: Sequence[st
     import numpy as np
     import torch
 
-    from lowmem_cft.corpus import query_format
-    from lowmem_cft.tokens import pad, tokenize
+    from lowmem_cft.data.corpus import query_format
+    from lowmem_cft.data.tokens import pad, tokenize
 
     store = tokenize(tokenizer, list(texts[:_WARM_UP_TEXTS]), query_format(recipe))
     with encoder.training_mode(step=0):
@@ -157,8 +157,8 @@ def warm_up(encoder: Encoder, tokenizer: Any, recipe: Recipe, texts: Sequence[st
 
 def score(encoder: Encoder, tokenizer: Any, recipe: Recipe) -> float:
     """Spearman on the recipe's first set, by our evaluator."""
-    from lowmem_cft import evaluate
-    from lowmem_cft.corpus import query_format
+    from lowmem_cft.data.corpus import query_format
+    from lowmem_cft.evaluation.sts import score as evaluate
 
     loaded = evaluate.load_set(
         recipe.eval.sets[0], evaluate.data_folder(), recipe.eval.limit, offline=True
@@ -224,7 +224,7 @@ def described(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
         "mask_duplicates": recipe.loss.mask_duplicates,
         **recipe.train.model_dump(exclude={"epochs", "betas", "epsilon", "save_every"}),
         "data": Path(recipe.data.sources[0].path).name,
-        "scored_by": f"lowmem_cft.evaluate.score_set on {evaluated}{pairs}",
+        "scored_by": f"lowmem_cft.evaluation.sts.score.score_set on {evaluated}{pairs}",
     }
 
 
@@ -246,8 +246,8 @@ class Quiet:
 
 def run_ours(options: argparse.Namespace, folder: Path) -> SideResult:
     """Our trainer's own steps, without its evaluation, checkpoint and export."""
-    from lowmem_cft import run
-    from lowmem_cft.train import Trainer
+    from lowmem_cft.training import runs as run
+    from lowmem_cft.training.trainer import Trainer
 
     recipe = build_recipe(options, folder)
     opened = run.open_run(recipe, resume=False, overwrite=False)
@@ -287,10 +287,10 @@ def load_st(recipe: Recipe, device: torch.device, folder: Path) -> tuple[Sentenc
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BitsAndBytesConfig
 
-    from lowmem_cft import backbone, configs, sources
-    from lowmem_cft.corpus import query_format
-    from lowmem_cft.export import prepared_tokenizer
-    from lowmem_cft.tokens import overhead
+    from lowmem_cft.data.corpus import query_format
+    from lowmem_cft.data.tokens import overhead
+    from lowmem_cft.export.layout import prepared_tokenizer
+    from lowmem_cft.model import backbone, configs, sources
 
     section, text_format = recipe.model, query_format(recipe)
     name = sources.resolve(section.id, section.revision, say)
@@ -323,7 +323,7 @@ def add_adapter(model: SentenceTransformer, recipe: Recipe) -> None:
     import torch
     from peft import LoraConfig
 
-    from lowmem_cft.backbone import target_modules
+    from lowmem_cft.model.backbone import target_modules
 
     section = recipe.lora
     config = LoraConfig(
@@ -349,8 +349,8 @@ def check_tokens(
     Raises:
         RuntimeError: they do not.
     """
-    from lowmem_cft.corpus import query_format
-    from lowmem_cft.tokens import tokenize
+    from lowmem_cft.data.corpus import query_format
+    from lowmem_cft.data.tokens import tokenize
 
     store = tokenize(tokenizer, list(texts), query_format(recipe))
     theirs = model.preprocess(list(texts))
@@ -451,7 +451,7 @@ def run_st(options: argparse.Namespace, folder: Path) -> SideResult:
     """The same through sentence-transformers' trainer and cached loss."""
     from sentence_transformers import SentenceTransformerTrainer
 
-    from lowmem_cft.backbone import choose_device, choose_dtype
+    from lowmem_cft.model.backbone import choose_device, choose_dtype
 
     device = choose_device()
     recipe = build_recipe(options, folder)
@@ -482,7 +482,7 @@ def run_st(options: argparse.Namespace, folder: Path) -> SideResult:
 
 def encoder_around(model: Any, recipe: Recipe) -> Encoder:
     """Embeds with a model that others train: no layer is changed to compute only what we read."""
-    from lowmem_cft.encoder import Encoder
+    from lowmem_cft.model.encoder import Encoder
 
     class WholeEncoder(Encoder):
         reads_last = False
@@ -591,7 +591,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if options.side is not None:
-        from lowmem_cft.backbone import quiet_libraries
+        from lowmem_cft.model.backbone import quiet_libraries
 
         quiet_libraries()
         run_side = run_ours if options.side == "ours" else run_st

@@ -153,7 +153,7 @@ _COSTS: dict[str, Any] = {}
 @pytest.fixture
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan changes no result, so the costs of the first tiny model serve them all."""
-    from lowmem_cft import footprint
+    from lowmem_cft.planning import footprint
 
     trace = footprint.cost_model
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import tiny_config
-from lowmem_cft import recipe as recipes
-from lowmem_cft.attention import (
+from lowmem_cft.model.attention import (
     AsOnDevice,
     AttentionCall,
     Backend,
@@ -23,9 +22,10 @@ from lowmem_cft.attention import (
     chosen_backends,
     whole_texts,
 )
-from lowmem_cft.footprint import Footprint
-from lowmem_cft.planner import GIB, BatchShape, Planner
-from lowmem_cft.recipe import MemorySection
+from lowmem_cft.planning.footprint import Footprint
+from lowmem_cft.planning.planner import GIB, BatchShape, Planner
+from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.schema import MemorySection
 from plain import make_encoder
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -127,7 +127,7 @@ def test_an_encoder_notes_what_computed_its_first_chunk(monkeypatch: pytest.Monk
 
 
 def chunk_of(width: int) -> Any:
-    from lowmem_cft.batch import TokenBatch
+    from lowmem_cft.data.chunks import TokenBatch
 
     ids_BT = torch.randint(4, 60, (3, width))
     return TokenBatch(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), right_padded=True)

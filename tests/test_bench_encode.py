@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from conftest import save_tiny
-from lowmem_cft.backbone import load_backbone
-from lowmem_cft.demonstrations import PROMPTEOL
-from lowmem_cft.encoder import Encoder
-from lowmem_cft.inference import Vectors, embed_texts
-from lowmem_cft.recipe import ModelSection
-from lowmem_cft.tokens import TextFormat
+from lowmem_cft.data.tokens import TextFormat
+from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL
+from lowmem_cft.inference.embed import Vectors, embed_texts
+from lowmem_cft.model.backbone import load_backbone
+from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.recipe.schema import ModelSection
 
 pytest.importorskip("sentence_transformers")
 BENCH = Path(__file__).parents[1] / "bench"
@@ -117,8 +117,8 @@ def test_a_difference_is_seen(encode: Any) -> None:
 def test_a_prefix_that_is_not_shared_is_an_error(
     encode: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowmem_cft import sharing
-    from lowmem_cft.prefix import NotShared
+    from lowmem_cft.inference import prefix_sharing as sharing
+    from lowmem_cft.model.prefix import NotShared
 
     def refuse(*args: Any) -> Any:
         raise NotShared("injected")
@@ -144,8 +144,8 @@ def test_no_rounds_are_refused(
 
 
 def test_samples_keep_every_occurrence(encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem_cft.evaluate import LoadedSet
-    from lowmem_cft.rows import ScoredPair
+    from lowmem_cft.data.rows import ScoredPair
+    from lowmem_cft.evaluation.sts.score import LoadedSet
 
     pairs = [ScoredPair(f"text {i % 10}", f"text {i % 7 + 20}", float(i)) for i in range(70)]
     monkeypatch.setattr(encode, "data_folder", lambda: None)

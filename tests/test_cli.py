@@ -15,7 +15,10 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from lowmem_cft import __version__, cli, inference, recipe
+from lowmem_cft import __version__
+from lowmem_cft.cli import app as cli
+from lowmem_cft.inference import embed as inference
+from lowmem_cft.recipe import schema as recipe
 from lowmem_cft_kernels import Path as LossPath
 from test_train import corpus_files, make_recipe  # noqa: F401 (fixtures)
 
@@ -295,7 +298,7 @@ def test_the_machines_faults_exit_with_1(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowmem_cft.export._write_layout", full)
+    monkeypatch.setattr("lowmem_cft.export.layout._write_layout", full)
     code, _, err = command("export", str(finished))
     assert code == 1
     assert "No space left on device" in err
@@ -306,7 +309,7 @@ def test_unexpected_faults_point_to_debug(command: Run, monkeypatch: pytest.Monk
     def broken(*args: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("lowmem_cft.recipe.load", broken)
+    monkeypatch.setattr("lowmem_cft.recipe.schema.load", broken)
     code, _, err = command("train", "demo")
     assert code == 1
     assert "--debug" in err

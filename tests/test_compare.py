@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import rankdata, spearmanr
 
-from lowmem_cft import bootstrap, compare, eval_report
-from lowmem_cft.console import comparison_table, score_table
-from lowmem_cft.correlation import Floats, spearman
-from lowmem_cft.evaluate import ScoredSet, SetScore
-from lowmem_cft.sts import PROTOCOLS, SCORED, Protocol
+from lowmem_cft.cli.tables import comparison_table, score_table
+from lowmem_cft.evaluation.sts import bootstrap, compare
+from lowmem_cft.evaluation.sts import report as eval_report
+from lowmem_cft.evaluation.sts.correlation import Floats, spearman
+from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, SCORED, Protocol
+from lowmem_cft.evaluation.sts.score import ScoredSet, SetScore
 
 MTEB = PROTOCOLS["mteb"]
 

@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 from scipy.stats import spearmanr
 
-from lowmem_cft.corpus import DEMO_TRIPLETS
-from lowmem_cft.rows import read_scored_pairs, read_training_rows
-from lowmem_cft.sts import DEMO_PAIRS
+from lowmem_cft.data.corpus import DEMO_TRIPLETS
+from lowmem_cft.data.rows import read_scored_pairs, read_training_rows
+from lowmem_cft.evaluation.sts.protocols import DEMO_PAIRS
 
 
 def test_triplets() -> None:

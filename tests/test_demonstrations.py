@@ -11,16 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lowmem_cft.clean_up import clean_up
-from lowmem_cft.columns import DataError
-from lowmem_cft.demonstrations import (
+from lowmem_cft.data.columns import DataError
+from lowmem_cft.evaluation.clean_up import clean_up
+from lowmem_cft.evaluation.search.demonstrations import (
     PROMPTEOL,
     SHIPPED,
     Demonstration,
     check_template,
     read_demonstrations,
 )
-from lowmem_cft.evaluate import load_set
+from lowmem_cft.evaluation.sts.score import load_set
 
 JOCKEY = Demonstration("A jockey riding a horse.", "Equestrian")
 TWO = [JOCKEY, Demonstration("relating to the teeth, and their care.", "Dental")]

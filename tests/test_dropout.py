@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem_cft.batch import token_positions
-from lowmem_cft.dropout import DropoutClock, IdentityDropout, _derive, _mix64
+from lowmem_cft.data.chunks import token_positions
+from lowmem_cft.model.dropout import DropoutClock, IdentityDropout, _derive, _mix64
 
 RATES = pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
 NUM_TEXTS, NUM_POSITIONS, NUM_FEATURES = 64, 32, 512  # 2^20 elements
@@ -323,7 +323,7 @@ def assert_keys(dropout: IdentityDropout, name: str, num_features: int = 7) -> N
 @pytest.mark.parametrize("words_at_once", [1, 13, 2**20])
 def test_keys_of_many_modules(words_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All modules of a clock share one derivation; each gets the keys it would get alone."""
-    monkeypatch.setattr("lowmem_cft.dropout._WORDS_AT_ONCE", words_at_once)
+    monkeypatch.setattr("lowmem_cft.model.dropout._WORDS_AT_ONCE", words_at_once)
     clock = DropoutClock(seed=3, step=1)
     names = [f"layers.{i}" for i in range(5)]
     modules = {name: IdentityDropout(0.1, name, clock) for name in [*names, "layers.0"]}
@@ -344,7 +344,7 @@ def test_keys_are_derived_once_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(len(module_keys))
         return _derive(token_key_L, module_keys)
 
-    monkeypatch.setattr("lowmem_cft.dropout._derive", derive)
+    monkeypatch.setattr("lowmem_cft.model.dropout._derive", derive)
     clock = DropoutClock()
     modules = [IdentityDropout(0.1, f"layers.{i}", clock) for i in range(5)]
     for _ in range(3):

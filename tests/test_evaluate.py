@@ -12,12 +12,13 @@ import datasets
 import numpy as np
 import pytest
 
-from lowmem_cft import evaluate, sts_data
-from lowmem_cft.clean_up import clean_up
-from lowmem_cft.correlation import Vectors, pearson, spearman
-from lowmem_cft.rows import ScoredPair
-from lowmem_cft.sts import DEMO_PAIRS, PROTOCOLS, SETS, find_in
-from lowmem_cft.sts_data import LoadedSet, load_set, load_sets, pairs_sha256
+from lowmem_cft.data.rows import ScoredPair
+from lowmem_cft.evaluation.clean_up import clean_up
+from lowmem_cft.evaluation.sts import score as evaluate
+from lowmem_cft.evaluation.sts import sets as sts_data
+from lowmem_cft.evaluation.sts.correlation import Vectors, pearson, spearman
+from lowmem_cft.evaluation.sts.protocols import DEMO_PAIRS, PROTOCOLS, SETS, find_in
+from lowmem_cft.evaluation.sts.sets import LoadedSet, load_set, load_sets, pairs_sha256
 
 MTEB, SENTEVAL = PROTOCOLS["mteb"], PROTOCOLS["senteval"]
 

@@ -13,11 +13,15 @@ import pytest
 import torch
 
 from conftest import WORDS
-from lowmem_cft import embedder, eval_report, evaluate, pipeline, task_result
-from lowmem_cft.backbone import float32_arithmetic, keep_weight_layout
-from lowmem_cft.rows import ScoredPair
-from lowmem_cft.sts import PROTOCOLS, SETS, find_in
-from lowmem_cft.sts_data import load_set
+from lowmem_cft.data.rows import ScoredPair
+from lowmem_cft.evaluation.sts import mteb_results as task_result
+from lowmem_cft.evaluation.sts import report as eval_report
+from lowmem_cft.evaluation.sts import score as evaluate
+from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, SETS, find_in
+from lowmem_cft.evaluation.sts.sets import load_set
+from lowmem_cft.inference import embedder
+from lowmem_cft.model.backbone import float32_arithmetic, keep_weight_layout
+from lowmem_cft.training import pipeline
 from minilm import minilm_folder
 from test_train import MakeRecipe, Silent, corpus_files, make_recipe  # noqa: F401 (fixtures)
 

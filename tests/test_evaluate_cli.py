@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowmem_cft import eval_report, evaluate
-from lowmem_cft.sts import PROTOCOLS
+from lowmem_cft.evaluation.sts import report as eval_report
+from lowmem_cft.evaluation.sts import score as evaluate
+from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
 from test_cli import Run, command, finished, recipe_file  # noqa: F401 (fixtures)
 from test_evaluate import write_tsv
 from test_train import corpus_files, make_recipe, sentences  # noqa: F401 (fixtures)

@@ -22,9 +22,9 @@ import pytest
 import torch
 from packaging.version import Version
 
-from lowmem_cft import oom
-from lowmem_cft.backbone import trainable_parameters
-from lowmem_cft.footprint import Footprint
+from lowmem_cft.gradient import oom
+from lowmem_cft.model.backbone import trainable_parameters
+from lowmem_cft.planning.footprint import Footprint
 
 BENCH = Path(__file__).parents[1] / "bench"
 STEP_KEYS = {
@@ -706,8 +706,8 @@ def test_a_16_bit_model_that_does_not_fit_is_skipped(check: Any, part: Any) -> N
 
 
 def test_a_sample_has_the_longest_chunk_and_all_kept_ones(part: Any) -> None:
-    from lowmem_cft.oom import Chunk
-    from lowmem_cft.plan import StepPlan
+    from lowmem_cft.gradient.oom import Chunk
+    from lowmem_cft.gradient.plan import StepPlan
 
     plan = StepPlan(backward_tokens=8, forward_tokens=8, kept_tokens=17)
     tokens = [8, 8, 6, 6, 6, 4, 4]

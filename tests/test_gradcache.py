@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import FAMILIES, save_tiny, tiny_config
-from lowmem_cft.backbone import load_backbone
-from lowmem_cft.configs import disable_base_dropout
-from lowmem_cft.plan import StepPlan
-from lowmem_cft.recipe import LossSection, ModelSection
+from lowmem_cft.gradient.plan import StepPlan
+from lowmem_cft.model.backbone import load_backbone
+from lowmem_cft.model.configs import disable_base_dropout
+from lowmem_cft.recipe.schema import LossSection, ModelSection
 from lowmem_cft_kernels import LearnedTemperature
 from numerics import assert_same, relative_error
 from plain import Batch, make_batch, make_encoder, plain_gradients, planned_gradients
@@ -276,7 +276,7 @@ def test_embeddings_in_16_bits_are_rounded_and_no_more(dtype: str) -> None:
 
 
 def test_dropout_is_active_and_depends_on_the_step() -> None:
-    from lowmem_cft.tokens import pad
+    from lowmem_cft.data.tokens import pad
 
     batch, encoder = make_batch(5, 1), make_encoder(dropout=0.3)
     padded = pad(batch.store, torch.arange(9).numpy(), 3)

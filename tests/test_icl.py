@@ -18,16 +18,21 @@ import torch
 import yaml
 from scipy.stats import spearmanr
 
-from lowmem_cft import bootstrap, icl, inference, sharing, trials
-from lowmem_cft.backbone import attach_adapter, load_backbone
-from lowmem_cft.correlation import Vectors
-from lowmem_cft.demonstrations import PROMPTEOL, Demonstration
-from lowmem_cft.dropout import DropoutClock
-from lowmem_cft.evaluate import LoadedSet
-from lowmem_cft.loading import RECORD, load_model
-from lowmem_cft.prefix import NotShared
-from lowmem_cft.recipe import LoraSection, ModelSection
-from lowmem_cft.rows import ScoredPair
+from lowmem_cft.data.rows import ScoredPair
+from lowmem_cft.evaluation.search import search as icl
+from lowmem_cft.evaluation.search import trials
+from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL, Demonstration
+from lowmem_cft.evaluation.sts import bootstrap
+from lowmem_cft.evaluation.sts.correlation import Vectors
+from lowmem_cft.evaluation.sts.score import LoadedSet
+from lowmem_cft.evaluation.sts.sets import sampled
+from lowmem_cft.inference import embed as inference
+from lowmem_cft.inference import prefix_sharing as sharing
+from lowmem_cft.inference.loading import RECORD, load_model
+from lowmem_cft.model.backbone import attach_adapter, load_backbone
+from lowmem_cft.model.dropout import DropoutClock
+from lowmem_cft.model.prefix import NotShared
+from lowmem_cft.recipe.schema import LoraSection, ModelSection
 from test_cli import Run, command, finished, recipe_file  # noqa: F401 (fixtures)
 from test_train import corpus_files, make_recipe  # noqa: F401 (fixtures)
 
@@ -343,12 +348,12 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 
 
 def test_sampled_pairs() -> None:
-    some = icl.sampled(SET, 20)
-    assert some.pairs == icl.sampled(SET, 20).pairs
+    some = sampled(SET, 20)
+    assert some.pairs == sampled(SET, 20).pairs
     places = [SET.pairs.index(pair) for pair in some.pairs]
     assert len(set(places)) == 20
     assert places == sorted(places) != list(range(20))
-    assert icl.sampled(SET, None) is icl.sampled(SET, 80) is SET
+    assert sampled(SET, None) is sampled(SET, 80) is SET
     assert icl.set_identity(some) != icl.set_identity(SET)
 
 

@@ -23,4 +23,4 @@ def test_imports(name: str) -> None:
 
 
 def test_modules_were_found() -> None:
-    assert {"lowmem_cft.train", "lowmem_cft_kernels.chunked"} <= set(MODULES)
+    assert {"lowmem_cft.training.trainer", "lowmem_cft_kernels.chunked"} <= set(MODULES)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from conftest import tiny_config, tiny_tokenizer
-from lowmem_cft.configs import disable_base_dropout
-from lowmem_cft.encoder import Encoder
-from lowmem_cft.inference import embed_texts
-from lowmem_cft.sharing import behind, common_prefix
-from lowmem_cft.tokens import TextFormat, TokenStore, tokenize
+from lowmem_cft.data.tokens import TextFormat, TokenStore, tokenize
+from lowmem_cft.inference.embed import embed_texts
+from lowmem_cft.inference.prefix_sharing import behind, common_prefix
+from lowmem_cft.model.configs import disable_base_dropout
+from lowmem_cft.model.encoder import Encoder
 
 FORMAT = TextFormat("{text}", append_eos=True, max_tokens=32)
 TEXTS = ["the cat sat", "a dog ran over the river", "sad", "two big red house in the rain ."]

@@ -23,7 +23,12 @@ from torch.nn.functional import silu
 from transformers import AutoModel, AutoTokenizer
 from transformers.models.granite import modeling_granite
 
-from lowmem_cft.minicpm import granite_config, is_minicpm, needs_translation, translate_checkpoint
+from lowmem_cft.model.minicpm import (
+    granite_config,
+    is_minicpm,
+    needs_translation,
+    translate_checkpoint,
+)
 
 # openbmb/MiniCPM-2B-dpo-bf16's keys, small: it has neither model_type nor rope_theta,
 # tie_word_embeddings or attention_bias.
@@ -460,7 +465,7 @@ def test_interrupted_translation_leaves_no_target(
 
     target = tmp_path / "target"
     with monkeypatch.context() as patch:
-        patch.setattr("lowmem_cft.minicpm._write_json", interrupt)
+        patch.setattr("lowmem_cft.model.minicpm._write_json", interrupt)
         with pytest.raises(KeyboardInterrupt):
             translate_checkpoint(source, target)
     assert not target.exists()

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowmem_cft import oom
-from lowmem_cft.embedding_cache import EmbeddingCache
-from lowmem_cft.oom import DoesNotFit, fits, is_out_of_memory
-from lowmem_cft.plan import StepPlan
+from lowmem_cft.gradient import oom
+from lowmem_cft.gradient.embedding_cache import EmbeddingCache
+from lowmem_cft.gradient.oom import DoesNotFit, fits, is_out_of_memory
+from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft_kernels import LearnedTemperature, info_nce
 from numerics import assert_same
 from plain import make_batch, make_encoder, plain_gradients, planned_gradients
@@ -134,7 +134,7 @@ def test_budgets_sink_until_chunks_fit_and_stay_there() -> None:
 
 def test_a_loss_that_is_computed_again_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory may run out when all of the loss is done but its report."""
-    from lowmem_cft import step
+    from lowmem_cft.gradient import step
 
     workspaces = []
 
@@ -170,7 +170,7 @@ def test_memory_that_runs_out_after_the_loss_counts_it_once(
 
 
 def test_a_loss_that_never_fits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem_cft import step
+    from lowmem_cft.gradient import step
 
     workspaces = []
 

@@ -34,14 +34,14 @@ def test_wheel_holds_both_packages_recipes_and_data(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in (
-        "lowmem_cft/cli.py",
+        "lowmem_cft/cli/app.py",
         "lowmem_cft/py.typed",
-        "lowmem_cft/recipes/demo.yaml",
-        "lowmem_cft/data/triplets.jsonl",
-        "lowmem_cft/data/sts_pairs.tsv",
-        "lowmem_cft/data/demonstrations.tsv",
-        "lowmem_cft/data/published.yaml",
-        "lowmem_cft/data/README.md",
+        "lowmem_cft/recipe/presets/demo.yaml",
+        "lowmem_cft/data/embedded/triplets.jsonl",
+        "lowmem_cft/data/embedded/sts_pairs.tsv",
+        "lowmem_cft/evaluation/search/demonstrations.tsv",
+        "lowmem_cft/papers/published.yaml",
+        "lowmem_cft/data/embedded/README.md",
         "lowmem_cft_kernels/__init__.py",
         "lowmem_cft_kernels/py.typed",
     ):
@@ -55,7 +55,7 @@ def test_wheel_holds_both_packages_recipes_and_data(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported_for_help() -> None:
     code = (
-        "import sys; import lowmem_cft.cli;"
+        "import sys; import lowmem_cft.cli.app;"
         "print([m for m in ('torch', 'transformers', 'peft', 'pydantic', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run(

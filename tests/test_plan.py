@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from lowmem_cft import recipe as recipes
-from lowmem_cft import step
-from lowmem_cft.footprint import Footprint
-from lowmem_cft.plan import StepPlan, auto_embedding_dtype
-from lowmem_cft.planner import BatchShape, Planner
-from lowmem_cft.recipe import LossSection, MemorySection
+from lowmem_cft.gradient import step
+from lowmem_cft.gradient.plan import StepPlan, auto_embedding_dtype
+from lowmem_cft.planning.footprint import Footprint
+from lowmem_cft.planning.planner import BatchShape, Planner
+from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.schema import LossSection, MemorySection
 from lowmem_cft_kernels import Products, info_nce, split_bytes
 from numerics import assert_same
 from plain import make_batch, make_encoder, planned_gradients

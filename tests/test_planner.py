@@ -17,14 +17,15 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import save_tiny, tiny_config
-from lowmem_cft import cli
-from lowmem_cft import recipe as recipes
-from lowmem_cft.backbone import load_backbone
-from lowmem_cft.batches import RowTable, step_texts
-from lowmem_cft.footprint import Footprint
-from lowmem_cft.live_bytes import LiveBytes
-from lowmem_cft.plan import WORKSPACE_BYTES, StepPlan
-from lowmem_cft.planner import (
+from lowmem_cft.cli import app as cli
+from lowmem_cft.data.batches import RowTable, step_texts
+from lowmem_cft.data.tokens import TokenStore
+from lowmem_cft.gradient.plan import WORKSPACE_BYTES, StepPlan
+from lowmem_cft.gradient.step import loss_options
+from lowmem_cft.model.backbone import load_backbone
+from lowmem_cft.planning.footprint import Footprint
+from lowmem_cft.planning.live_bytes import LiveBytes
+from lowmem_cft.planning.planner import (
     GIB,
     INDEX_BYTES,
     LOSS_WORKSPACES,
@@ -33,9 +34,8 @@ from lowmem_cft.planner import (
     Planner,
     _loss_bytes,
 )
-from lowmem_cft.recipe import LossSection, MemorySection, ModelSection, Recipe
-from lowmem_cft.step import loss_options
-from lowmem_cft.tokens import TokenStore
+from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.schema import LossSection, MemorySection, ModelSection, Recipe
 from lowmem_cft_kernels import info_nce
 from plain import Batch, make_encoder, planned_gradients
 

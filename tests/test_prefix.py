@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from conftest import FAMILIES, SIZES, save_tiny, tiny_config, tiny_tokenizer
-from lowmem_cft import sharing
-from lowmem_cft.backbone import load_backbone
-from lowmem_cft.configs import disable_base_dropout
-from lowmem_cft.encoder import Encoder
-from lowmem_cft.inference import Vectors, embed_texts
-from lowmem_cft.live_bytes import LiveBytes
-from lowmem_cft.prefix import NotShared, run_prefix
-from lowmem_cft.recipe import ModelSection
-from lowmem_cft.sharing import behind
-from lowmem_cft.tokens import TextFormat, TokenStore, pad
+from lowmem_cft.data.tokens import TextFormat, TokenStore, pad
+from lowmem_cft.inference import prefix_sharing as sharing
+from lowmem_cft.inference.embed import Vectors, embed_texts
+from lowmem_cft.inference.prefix_sharing import behind
+from lowmem_cft.model.backbone import load_backbone
+from lowmem_cft.model.configs import disable_base_dropout
+from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.model.prefix import NotShared, run_prefix
+from lowmem_cft.planning.live_bytes import LiveBytes
+from lowmem_cft.recipe.schema import ModelSection
 from plain import make_encoder
 
 PAD = 3

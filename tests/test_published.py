@@ -8,11 +8,11 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from lowmem_cft import published
-from lowmem_cft import recipe as recipes
-from lowmem_cft.published import Paper, Published, find, paper_facts
-from lowmem_cft.sts import PROTOCOLS
-from lowmem_cft.transfer_data import SPECS
+from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
+from lowmem_cft.evaluation.transfer.tasks import SPECS
+from lowmem_cft.papers import published
+from lowmem_cft.papers.published import Paper, Published, find, paper_facts
+from lowmem_cft.recipe import schema as recipes
 
 PAPERS: tuple[Paper, ...] = get_args(Paper)
 

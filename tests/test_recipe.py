@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from lowmem_cft.recipe import (
+from lowmem_cft.recipe.schema import (
     PRESETS,
     Recipe,
     RecipeError,

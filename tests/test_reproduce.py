@@ -12,21 +12,18 @@ from typing import Any
 import pytest
 
 from conftest import WORDS
-from lowmem_cft import (
-    effort,
-    paper_stages,
-    papers,
-    reproduce,
-    reproduce_plots,
-    stage_work,
-    sts_data,
-    transfer_data,
-)
-from lowmem_cft.papers import Request, models
-from lowmem_cft.reproduce import Reproduction
-from lowmem_cft.reproduce_records import read
-from lowmem_cft.sts import Protocol, StsSet
-from lowmem_cft.transfer_data import TaskSpec
+from lowmem_cft.evaluation.sts import sets as sts_data
+from lowmem_cft.evaluation.sts.protocols import Protocol, StsSet
+from lowmem_cft.evaluation.transfer import tasks as transfer_data
+from lowmem_cft.evaluation.transfer.tasks import TaskSpec
+from lowmem_cft.papers import effort, paper_stages
+from lowmem_cft.papers import reproduction as reproduce
+from lowmem_cft.papers import request as papers
+from lowmem_cft.papers import work as stage_work
+from lowmem_cft.papers.report import plots as reproduce_plots
+from lowmem_cft.papers.report.records import read
+from lowmem_cft.papers.reproduction import Reproduction
+from lowmem_cft.papers.request import Request, models
 from test_cli import Run, command  # noqa: F401 (fixture)
 from test_stages import Heard
 

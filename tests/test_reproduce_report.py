@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowmem_cft import compare, eval_report, reproduce_plots
-from lowmem_cft.correlation import pearson, spearman
-from lowmem_cft.evaluate import ScoredSet, SetScore
-from lowmem_cft.published import Paper, find
-from lowmem_cft.reproduce_plots import EFFICIENCY, LOSSES, NAMES, SETS, running_mean
-from lowmem_cft.reproduce_records import Records, read
-from lowmem_cft.reproduce_report import write_report
-from lowmem_cft.reproduce_text import share_of
-from lowmem_cft.sts import PROTOCOLS, Protocol
+from lowmem_cft.evaluation.sts import compare
+from lowmem_cft.evaluation.sts import report as eval_report
+from lowmem_cft.evaluation.sts.correlation import pearson, spearman
+from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, Protocol
+from lowmem_cft.evaluation.sts.score import ScoredSet, SetScore
+from lowmem_cft.papers.published import Paper, find
+from lowmem_cft.papers.report import plots as reproduce_plots
+from lowmem_cft.papers.report.plots import EFFICIENCY, LOSSES, NAMES, SETS, running_mean
+from lowmem_cft.papers.report.records import Records, read
+from lowmem_cft.papers.report.text import share_of
+from lowmem_cft.papers.report.write import write_report
 
 MTEB, SENTEVAL = PROTOCOLS["mteb"], PROTOCOLS["senteval"]
 RESAMPLES = 40

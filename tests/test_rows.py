@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lowmem_cft.rows import (
+from lowmem_cft.data.rows import (
     DataError,
     ScoredPair,
     TrainRow,
@@ -593,7 +593,7 @@ def test_limit_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
         tmp_path / "l.tsv", ["anchor", "positive"], [[f"{i}", "p"] for i in range(99)]
     )
     code = (
-        "import sys; from lowmem_cft.rows import read_training_rows as read;"
+        "import sys; from lowmem_cft.data.rows import read_training_rows as read;"
         f"print([row.anchor for row in read({path!r}, limit=9)[0]]);"
         "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
     )

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lowmem_cft import stages
-from lowmem_cft.console import stage_table
-from lowmem_cft.stages import Effort, Records, Stage, digest, run_stages
+from lowmem_cft.cli.tables import stage_table
+from lowmem_cft.papers import stages
+from lowmem_cft.papers.stages import Effort, Records, Stage, digest, run_stages
 
 
 class Heard:

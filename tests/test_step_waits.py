@@ -13,16 +13,17 @@ import pytest
 import torch
 
 from conftest import FAMILIES, tiny_config
-from lowmem_cft import machine, step
-from lowmem_cft.backbone import attach_adapter, set_checkpointing, trainable_parameters
-from lowmem_cft.batches import RowTable, step_texts
-from lowmem_cft.dropout import DropoutClock
-from lowmem_cft.encoder import Encoder
-from lowmem_cft.plan import StepPlan
-from lowmem_cft.recipe import LoraSection, LossSection
-from lowmem_cft.step import ContrastiveStep
-from lowmem_cft.tokens import TokenStore
-from lowmem_cft.tracing import skeleton
+from lowmem_cft import machine
+from lowmem_cft.data.batches import RowTable, step_texts
+from lowmem_cft.data.tokens import TokenStore
+from lowmem_cft.gradient import step
+from lowmem_cft.gradient.plan import StepPlan
+from lowmem_cft.gradient.step import ContrastiveStep
+from lowmem_cft.model.backbone import attach_adapter, set_checkpointing, trainable_parameters
+from lowmem_cft.model.dropout import DropoutClock
+from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.planning.tracing import skeleton
+from lowmem_cft.recipe.schema import LoraSection, LossSection
 from lowmem_cft_kernels import Path, info_nce
 from syncs import HostWaits
 

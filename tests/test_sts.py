@@ -9,8 +9,16 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import pearsonr, rankdata, spearmanr
 
-from lowmem_cft.correlation import cosine_spearman, paired_cosine, pearson, spearman
-from lowmem_cft.sts import PROTOCOLS, SETS, Place, StsSet, find_in, protocol_named, sets_in
+from lowmem_cft.evaluation.sts.correlation import cosine_spearman, paired_cosine, pearson, spearman
+from lowmem_cft.evaluation.sts.protocols import (
+    PROTOCOLS,
+    SETS,
+    Place,
+    StsSet,
+    find_in,
+    protocol_named,
+    sets_in,
+)
 
 Vectors = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -212,7 +220,7 @@ def test_unknown_protocol() -> None:
 
 def test_revisions_are_those_that_mteb_pins() -> None:
     mteb = pytest.importorskip("mteb", reason="mteb is not installed (it needs Python 3.11)")
-    from lowmem_cft.task_result import task_name
+    from lowmem_cft.evaluation.sts.mteb_results import task_name
 
     for entry in PROTOCOLS["mteb"].sets:
         wanted = mteb.get_task(task_name(entry.name)).metadata.dataset

@@ -19,10 +19,9 @@ import pytest
 import torch
 
 from conftest import WORDS, tiny_tokenizer
-from lowmem_cft import tokens
-from lowmem_cft.batch import TokenBatch, token_positions
-from lowmem_cft.cache import cache_folder, whole_folder
-from lowmem_cft.tokens import (
+from lowmem_cft.data import tokens
+from lowmem_cft.data.chunks import TokenBatch, token_positions
+from lowmem_cft.data.tokens import (
     TextFormat,
     TokenStore,
     adds_eos,
@@ -32,6 +31,7 @@ from lowmem_cft.tokens import (
     tokenize,
     tokenize_cached,
 )
+from lowmem_cft.files import cache_folder, whole_folder
 
 Lengths = npt.NDArray[np.int64]
 

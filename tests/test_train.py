@@ -15,10 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import WORDS
-from lowmem_cft import evaluate, interrupt, pipeline, recipe, run, step, train
-from lowmem_cft.export import MIN_COSINE
-from lowmem_cft.inference import embed_texts
-from lowmem_cft.loading import load_model
+from lowmem_cft.evaluation.sts import score as evaluate
+from lowmem_cft.export.layout import MIN_COSINE
+from lowmem_cft.gradient import step
+from lowmem_cft.inference.embed import embed_texts
+from lowmem_cft.inference.loading import load_model
+from lowmem_cft.recipe import schema as recipe
+from lowmem_cft.training import interrupt, pipeline
+from lowmem_cft.training import runs as run
+from lowmem_cft.training import trainer as train
 from lowmem_cft_kernels import GTE, FalseNegatives, LearnedTemperature, info_nce
 from lowmem_cft_kernels.reference import reference_loss
 
@@ -413,7 +418,7 @@ def test_export_check_fails_loudly(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layout that reads another token must not pass."""
-    from lowmem_cft import export
+    from lowmem_cft.export import layout as export
 
     monkeypatch.setitem(export._POOLING_KEYS, "eos", "pooling_mode_mean_tokens")
     with pytest.raises(RuntimeError, match=r"does not embed as the trained one: lowest cosine"):

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lowmem_cft.transfer import (
+from lowmem_cft.evaluation.transfer.score import (
     CONVERGED,
     SENTEVAL,
     TransferSettings,
@@ -20,7 +20,14 @@ from lowmem_cft.transfer import (
     protocol_name,
     score_task,
 )
-from lowmem_cft.transfer_data import SPECS, Split, TaskSpec, TransferTask, load_tasks, tasks_in
+from lowmem_cft.evaluation.transfer.tasks import (
+    SPECS,
+    Split,
+    TaskSpec,
+    TransferTask,
+    load_tasks,
+    tasks_in,
+)
 
 Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]

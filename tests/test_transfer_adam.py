@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem_cft.logistic_adam import AdamSettings, train_logistic
-from lowmem_cft.transfer import TransferSettings, score_task
-from lowmem_cft.transfer_data import Split, TaskSpec, TransferTask
+from lowmem_cft.evaluation.transfer.score import TransferSettings, score_task
+from lowmem_cft.evaluation.transfer.senteval_adam import AdamSettings, train_logistic
+from lowmem_cft.evaluation.transfer.tasks import Split, TaskSpec, TransferTask
 
 Rows = npt.NDArray[np.int64]
 SETTINGS = AdamSettings(learning_rate=0.01, batch_size=16, epoch_size=2, tenacity=3, max_epoch=40)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowmem_cft import transfer_data
-from lowmem_cft.transfer_data import SPECS, TaskSpec, load_tasks, tasks_in
+from lowmem_cft.evaluation.transfer import tasks as transfer_data
+from lowmem_cft.evaluation.transfer.tasks import SPECS, TaskSpec, load_tasks, tasks_in
 
 
 @pytest.fixture

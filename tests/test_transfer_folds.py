@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from lowmem_cft.transfer_folds import plan_fits
+from lowmem_cft.evaluation.transfer.folds import plan_fits
 
 DRAW = np.random.default_rng(0)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowmem_cft import logistic
-from lowmem_cft.logistic import solve_logistic
+from lowmem_cft.evaluation.transfer import converged as logistic
+from lowmem_cft.evaluation.transfer.converged import solve_logistic
 
 Floats = npt.NDArray[np.float64]
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)

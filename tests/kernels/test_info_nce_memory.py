@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from loss_cases import Case, make_case, option_sets, singles
-from lowmem_cft.live_bytes import LiveBytes
+from lowmem_cft.planning.live_bytes import LiveBytes
 from lowmem_cft_kernels import Path
 
 SETS = option_sets()

@@ -32,7 +32,7 @@ from loss_cases import (
     option_sets,
     singles,
 )
-from lowmem_cft.live_bytes import LiveBytes
+from lowmem_cft.planning.live_bytes import LiveBytes
 from lowmem_cft_kernels import (
     Bank,
     Candidates,

@@ -1,0 +1,6 @@
+"""Commands, tables and the progress bar: the only package that knows flags.
+
+app     the commands
+tables  what is printed of results
+doctor  what this machine offers
+"""

@@ -1,0 +1,295 @@
+"""What a person sees: progress, tables, one-line notes. Standard error, so that results on
+standard output stay clean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from lowmem_cft.evaluation.clean_up import NAME as CLEAN_UP
+from lowmem_cft.evaluation.sts.compare import Comparison
+from lowmem_cft.evaluation.sts.report import Report
+from lowmem_cft.evaluation.sts.score import SetScore
+from lowmem_cft.evaluation.sts.sets import DIGITS
+from lowmem_cft.evaluation.transfer.report import TransferReport
+from lowmem_cft.planning.planner import GIB
+from lowmem_cft.planning.recipe_plan import RecipePlan
+
+_LINES = 20
+"""Progress lines of a run whose output is no terminal."""
+
+
+class Screen:
+    """Observer of a training run (see `train.Observer`): a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._num_steps = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", visible=False, note="")
+
+    def __enter__(self) -> Screen:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def begin(self, num_steps: int, done: int, what: str = "training") -> None:
+        self._num_steps = num_steps
+        self._bar.update(
+            self._task, description=what, total=num_steps, completed=done, visible=True
+        )
+
+    def advance(self, count: int) -> None:
+        self._bar.advance(self._task, count)
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        note = f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.0%}"
+        note += f"  rank {line['mean_rank']:.1f}"
+        if "temperature" in line:
+            note += f"  temperature {line['temperature']:.4f}"
+        note += f"  {line['rows_per_s']:.1f} rows/s"
+        self._bar.update(self._task, completed=line["step"], note=note)
+        every = max(1, self._num_steps // _LINES)
+        if not self.console.is_terminal and (
+            line["step"] % every == 0 or line["step"] == self._num_steps
+        ):
+            self.say(f"step {line['step']}/{self._num_steps}  {note}")
+
+    def scored(self, step: int, scores: Sequence[SetScore]) -> None:
+        listed = ", ".join(f"{score.name} {100 * score.spearman:.2f}" for score in scores)
+        if listed:
+            self.say(f"after {step} steps: {listed}")
+
+
+def plan_tables(found: RecipePlan) -> list[Table]:
+    """What is held at the peak of a step, its cost, and the largest batches."""
+    prediction, shape = found.prediction, found.shape
+    parts = Table(title=f"Predicted peak, in the {prediction.moment} ({found.device_type})")
+    parts.add_column("part")
+    parts.add_column("GiB", justify="right")
+    for name, size in prediction.parts.items():
+        parts.add_row(name.replace("_", " "), f"{size / GIB:.3f}")
+    parts.add_row("total", f"{prediction.peak_bytes / GIB:.3f}", style="bold")
+    parts.add_row("limit", f"{found.limit_bytes / GIB:.3f}")
+    cost = Table(title="A step")
+    cost.add_column("what")
+    cost.add_column("how much", justify="right")
+    padding = prediction.padded_tokens / prediction.tokens - 1
+    for what, value in (
+        ("logical batch", f"{shape.rows:,} rows, {shape.slots:,} texts"),
+        ("tokens", f"{prediction.tokens:,} and {padding:.1%} padding"),
+        ("longest text", f"{shape.longest} tokens"),
+        ("arithmetic", f"{prediction.flops / 1e12:,.1f} TFLOP in {found.dtype}"),
+        ("cost", f"{prediction.relative_cost:.2f} x the plain step"),
+    ):
+        cost.add_row(what, value)
+    largest = Table(title="Largest logical batch")
+    largest.add_column("memory")
+    largest.add_column("rows", justify="right")
+    for limit, rows in found.max_logical_batch.items():
+        largest.add_row(f"{limit / GIB:g} GiB", f"{rows:,}" if rows else "does not fit")
+    return [parts, cost, largest]
+
+
+def before_after_table(before: Sequence[SetScore], after: Sequence[SetScore]) -> Table:
+    """Spearman x 100, a row per set."""
+    table = Table(title="Spearman x 100")
+    for column in ("set", "pairs", "before", "after", "gain"):
+        table.add_column(column, justify="left" if column == "set" else "right")
+    for old, new in zip(before, after, strict=True):
+        gain = new.spearman - old.spearman
+        table.add_row(
+            new.name,
+            str(new.num_pairs),
+            f"{100 * old.spearman:.2f}",
+            f"{100 * new.spearman:.2f}",
+            f"{100 * gain:+.2f}",
+        )
+    return table
+
+
+def _between(low: float, high: float) -> str:
+    return f"{100 * low:.2f} to {100 * high:.2f}"
+
+
+_KINDS = {
+    "sha256": "sha256 of the file",
+    "revision": "revision on the hub",
+    "pairs": "sha256 of the pairs",
+}
+
+
+def _data_notes(scores: Sequence[SetScore]) -> str:
+    """What the digits beside the scores are, and which texts are not the protocol's."""
+    kinds: dict[str, list[str]] = {}
+    for score in scores:
+        kinds.setdefault(score.version.partition(":")[0], []).append(score.name)
+    notes = [
+        f"data: {_KINDS[kind]}" + (f" ({', '.join(names)})" if len(kinds) > 1 else "")
+        for kind, names in kinds.items()
+    ]
+    if not all(score.own_text for score in scores):
+        notes.append("*: the original text, where the protocol scores a prepared one")
+    return "\n".join(notes)
+
+
+def score_table(found: Report) -> Table:
+    """Correlations x 100 with the interval of Spearman's, a row per set, and the mean."""
+    table = Table(
+        title=f"{found.label}, x 100",
+        caption=_data_notes(found.scores),
+        collapse_padding=True,  # so that the sets of a protocol fit 80 columns
+    )
+    for column in ("set", "pairs", "Spearman", "95 %", "Pearson", "data"):
+        left = column in ("set", "data")  # a file's path is long, and not cut
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    for score, interval in zip(found.scores, found.intervals, strict=True):
+        table.add_row(
+            score.name + ("" if score.own_text else "*"),
+            str(score.num_pairs),
+            f"{100 * score.spearman:.2f}",
+            _between(interval.low, interval.high),
+            "" if score.pearson is None else f"{100 * score.pearson:.2f}",
+            score.version.partition(":")[2],
+        )
+    if len(found.sets) > 1:
+        of = "" if found.protocol is None else f" of {len(found.protocol.sets)}"
+        table.add_row(
+            "mean" if found.complete else f"mean of {len(found.sets)}{of}",
+            str(sum(score.num_pairs for score in found.scores)),
+            f"{100 * found.mean:.2f}",
+            _between(found.mean_interval.low, found.mean_interval.high),
+            f"{100 * found.mean_pearson:.2f}",
+            "",
+            style="bold",
+        )
+    return table
+
+
+def transfer_table(found: TransferReport) -> Table:
+    """Accuracies in percent, a row per task, and the mean."""
+    table = Table(title="Transfer tasks, accuracy in %", caption=_transfer_notes(found))
+    for column in ("task", "accuracy", "dev", "rows", "sha256 of the file"):
+        left = column in ("task", "sha256 of the file")
+        table.add_column(column, justify="left" if left else "right")
+    mark = "" if found.limit is None else "*"
+    for score in found.scores:
+        rows = [
+            f"{used:,}"
+            + ("" if used == score.task_rows[split] else f" of {score.task_rows[split]:,}")
+            + ("" if split == "all" else f" {split}")
+            for split, used in score.num_rows.items()
+        ]
+        table.add_row(
+            score.name + mark,
+            f"{100 * score.accuracy:.2f}",
+            f"{100 * score.dev_accuracy:.2f}",
+            "\n".join(rows),
+            "\n".join(checksum[:DIGITS] for checksum in score.checksums.values()),
+        )
+    if len(found.scores) > 1:
+        of = "" if found.all_tasks else f" of {len(found.scores)} of {found.num_tasks}"
+        table.add_row(
+            f"mean{of}{mark}",
+            f"{100 * found.mean:.2f}",
+            f"{100 * found.mean_dev:.2f}",
+            "",
+            "",
+            style="bold",
+        )
+    return table
+
+
+def _transfer_notes(found: TransferReport) -> str:
+    """Protocols with their tasks, what was embedded, and what departs from the protocol."""
+    tasks: dict[str, list[str]] = {}
+    for score in found.scores:
+        tasks.setdefault(score.protocol, []).append(score.name)
+    notes = [f"{', '.join(names)}: {protocol}" for protocol, names in tasks.items()]
+    notes.append(f"embeddings: {found.embeddings}")
+    if found.cleaned_up:
+        notes.append(CLEAN_UP)
+    if found.limit is not None:
+        notes.append(f"*: {found.limit} rows a split at most; not the protocol's figure")
+    return "\n".join(notes)
+
+
+def report_table(found: Report | TransferReport) -> Table:
+    """The table of what `eval` scored."""
+    return score_table(found) if isinstance(found, Report) else transfer_table(found)
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Spearman x 100 of A and B, and B less A with its interval."""
+    caption = None
+    if found.a.float32 != found.b.float32:
+        exact, other = "AB" if found.a.float32 else "BA"
+        caption = f"{exact} was computed in float32, {other} in its model's own dtype"
+    mean = "mean" if found.a.complete else f"mean of {len(found.sets)}"
+    table = Table(title=f"{found.a.label}, x 100", caption=caption)
+    for column in ("set", "pairs", "A", "B", "B - A", "95 % of B - A"):
+        table.add_column(column, justify="left" if column == "set" else "right")
+    for entry in (*found.sets, found.mean):
+        if entry is found.mean and len(found.sets) == 1:
+            continue
+        table.add_row(
+            mean if entry is found.mean else entry.name,
+            str(entry.num_pairs),
+            f"{100 * entry.a:.2f}",
+            f"{100 * entry.b:.2f}",
+            f"{100 * entry.difference:+.2f}",
+            f"{100 * entry.interval.low:+.2f} to {100 * entry.interval.high:+.2f}",
+            style="bold" if entry is found.mean else None,
+        )
+    return table
+
+
+def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Stages of a reproduction with their estimates, and the sum of what is left."""
+    table = Table(title="Stages (estimates)")
+    # one column of names, as --stage takes them, and words: both whole in 80 columns
+    for column in ("stage", "TFLOP", "hours here", "GiB", ""):
+        table.add_column(
+            column, justify="left" if column in ("stage", "") else "right", overflow="fold"
+        )
+    for row in rows:
+        effort = [f"{row['tflop']:,.0f}", f"{row['hours']:.2f}", f"{row['memory_gib']:.1f}"]
+        if not row["memory_gib"]:
+            effort = ["", "", ""]
+        name = f"{row['stage']}\n  {row['what']}"
+        table.add_row(name, *effort, "done" if row["done"] else "")
+    left = [row for row in rows if not row["done"]]
+    table.add_row(
+        "left",
+        f"{sum(row['tflop'] for row in left):,.0f}",
+        f"{sum(row['hours'] for row in left):.2f}",
+        f"{max((row['memory_gib'] for row in left), default=0.0):.1f}",
+        "",
+        style="bold",
+    )
+    return table

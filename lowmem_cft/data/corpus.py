@@ -1,0 +1,99 @@
+"""Training rows -> token ids and a table of indices: each distinct text is tokenised once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from lowmem_cft.data.batches import NO_TEXT, RowTable
+from lowmem_cft.data.rows import ReadReport, TrainRow, read_training_rows
+from lowmem_cft.data.tokens import TextFormat, Tokenizer, TokenStore, tokenize_cached
+from lowmem_cft.recipe.schema import DataSection, Recipe
+
+DEMO_TRIPLETS = Path(str(resources.files("lowmem_cft") / "data" / "embedded" / "triplets.jsonl"))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is trained on: rows as indices into the token store."""
+
+    table: RowTable
+    store: TokenStore
+    from_cache: bool
+
+
+def query_format(recipe: Recipe) -> TextFormat:
+    """How anchors, and texts to evaluate or embed, become tokens."""
+    return TextFormat(recipe.text.template, recipe.text.append_eos, recipe.text.max_tokens)
+
+
+def document_format(recipe: Recipe) -> TextFormat:
+    """How positives and negatives become tokens."""
+    template = recipe.text.document_template or recipe.text.template
+    return TextFormat(template, recipe.text.append_eos, recipe.text.max_tokens)
+
+
+def read_sources(
+    data: DataSection, *, offline: bool = False
+) -> tuple[list[list[TrainRow]], list[ReadReport]]:
+    """The rows of every source of the recipe.
+
+    Raises:
+        DataError: a source cannot be read or a row is wrong.
+    """
+    rows, reports = [], []
+    for source in data.sources:
+        found, report = read_training_rows(
+            str(DEMO_TRIPLETS) if source.path == "demo" else source.path,
+            columns=source.columns,
+            split=source.split,
+            where=source.where,
+            limit=source.limit,
+            seed=source.seed,
+            on_bad_row=data.on_bad_row,
+            offline=offline,
+        )
+        rows.append(found)
+        reports.append(report)
+    return rows, reports
+
+
+def build_corpus(
+    sources: Sequence[Sequence[TrainRow]], recipe: Recipe, tokenizer: Tokenizer, cache: Path
+) -> Corpus:
+    """Tokenise every distinct text once (per format) and index the rows."""
+    rows = [row for source in sources for row in source]
+    query, document = query_format(recipe), document_format(recipe)
+    index: dict[tuple[TextFormat, str], int] = {}
+
+    def number(text_format: TextFormat, text: str) -> int:
+        return index.setdefault((text_format, text), len(index))
+
+    most = max((len(row.negatives) for row in rows), default=0)
+    anchor_N = np.empty(len(rows), dtype=np.int64)
+    positive_N = np.empty(len(rows), dtype=np.int64)
+    negative_NK = np.full((len(rows), most), NO_TEXT, dtype=np.int64)
+    for i, row in enumerate(rows):
+        anchor_N[i] = number(query, row.anchor)
+        positive_N[i] = number(document, row.positive)
+        for k, negative in enumerate(row.negatives):
+            negative_NK[i, k] = number(document, negative)
+
+    formats = list(dict.fromkeys([query, document]))
+    numbers = [[n for (f, _), n in index.items() if f == one] for one in formats]
+    parts = [
+        tokenize_cached(tokenizer, [text for (f, text) in index if f == one], one, cache)
+        for one in formats
+    ]
+    store = parts[0][0]
+    if len(formats) > 1:
+        store = TokenStore.concatenate([part for part, _ in parts])
+        new_number = np.argsort(np.concatenate(numbers))
+        anchor_N, positive_N = new_number[anchor_N], new_number[positive_N]
+        negative_NK = np.where(negative_NK == NO_TEXT, NO_TEXT, new_number[negative_NK])
+    table = RowTable(anchor_N, positive_N, negative_NK)
+    return Corpus(table, store, all(cached for _, cached in parts))

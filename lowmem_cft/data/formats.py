@@ -1,0 +1,349 @@
+"""Files, saved data sets and the hub -> records with their line or row numbers.
+
+Only TSV, CSV and JSON lines are read with the standard library alone; `pyarrow` and `datasets`
+are imported when a source needs them.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import re
+import reprlib
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+from lowmem_cft.data.columns import DataError, Header
+
+__all__ = ["BadRow", "Table", "shown", "tables"]
+
+_SUFFIXES = (".jsonl", ".json-lines", ".csv", ".tsv", ".parquet")
+_READABLE = f"{', '.join(_SUFFIXES)}, each also as .gz"
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
+_ARROW_TEXT = re.compile(r"(dictionary<values=)?(large_)?string")
+_PEEKED_ROWS = 100
+_NUMBER = re.compile(r"\s*[-+]?[\d.,]*\d([eE][-+]?\d+)?\s*")
+
+
+class BadRow(Exception):
+    """One row is unusable; readers hand it on, since raising would end the reader."""
+
+    def __init__(self, reason: str, detail: str, column: str | None = None) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.at = f", column {column!r}" if column is not None else ""
+
+
+Row = Sequence[Any] | BadRow
+_Records = Callable[[Path], Iterator[tuple[int, list[str] | BadRow]]]
+
+
+@dataclass(frozen=True)
+class Table(Header):
+    """A source with named columns; `rows(wanted)` yields the number and cells of each row."""
+
+    unit: Literal["line", "row"]
+    rows: Callable[[Sequence[str]], Iterator[tuple[int, Row]]]
+
+
+def shown(value: Any) -> str:
+    return f"{type(value).__name__} {reprlib.repr(value)}"
+
+
+def tables(source: str, split: str, offline: bool) -> Iterator[Table]:
+    """Find the source and open it; a folder of files has one table a file, in name order.
+
+    Raises:
+        DataError: the source is missing or unreadable, or has no such split.
+    """
+    path = Path(source).expanduser()
+    if not source.strip():
+        # Path("") would be the working folder.
+        raise DataError("the source is empty; name a file, a folder or a hub data set")
+    if path.is_dir():
+        yield from _folder_tables(path, split)
+    elif path.exists():
+        yield _file_table(path)
+    elif _suffix(path) or source.startswith((".", "/", "~")):
+        raise DataError(f"{source}: the file does not exist; {_nearest(path)}")
+    else:
+        yield _hub_table(source, split, offline)
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"nor does its folder {path.parent}"
+    there = sorted(entry.name for entry in path.parent.iterdir())
+    near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
+    return f"nearest in {path.parent}: {', '.join(near) or 'nothing of a similar name'}"
+
+
+def _gzipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that says how to read the file, without .gz; "" if there is none."""
+    name = path.name.lower().removesuffix(".gz")
+    return next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+
+
+def _folder_tables(folder: Path, split: str) -> Iterator[Table]:
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        yield _saved_table(folder, split)
+        return
+    # Hidden files are left out, since macOS writes "._name.csv" beside the real ones.
+    paths = [p for p in folder.iterdir() if p.is_file() and _suffix(p) and p.name[0] != "."]
+    if not paths:
+        raise DataError(f"{folder}: no readable file in this folder; readable are {_READABLE}")
+    for path in sorted(paths, key=lambda p: p.name):
+        yield _file_table(path)
+
+
+def _file_table(path: Path) -> Table:
+    suffix = _suffix(path)
+    if suffix in (".jsonl", ".json-lines"):
+        return _jsonl_table(path)
+    if suffix in (".csv", ".tsv"):
+        return _delimited_table(path, _csv_records if suffix == ".csv" else _tsv_records)
+    if suffix == ".parquet":
+        return _parquet_table(path)
+    raise DataError(f"{path}: unknown kind of file; readable are {_READABLE}")
+
+
+# --- text files -----------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines with their ends.
+
+    Splitting the bytes at line feeds keeps line numbers the same as in an editor, and lets an
+    encoding error name its line.
+    """
+    number = offset = 0
+    try:
+        # GzipFile by itself is slow at reading lines.
+        with io.BufferedReader(gzip.open(path)) if _gzipped(path) else path.open("rb") as stream:
+            for number, raw in enumerate(stream, 1):
+                line = raw.decode("utf-8")
+                yield line.removeprefix("\ufeff") if number == 1 else line
+                offset += len(raw)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}: byte {error.object[error.start]:#04x} at offset "
+            f"{offset + error.start} is not UTF-8; save the file as UTF-8"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}, line {number + 1}: cannot read the file: {error}") from error
+
+
+def _tsv_records(path: Path) -> Iterator[tuple[int, list[str] | BadRow]]:
+    for number, line in enumerate(_lines(path), 1):
+        if line := line.rstrip("\r\n"):
+            yield number, line.split("\t")
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str] | BadRow]]:
+    reader = csv.reader(_lines(path), strict=True)
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if reader.line_num > start:
+                # Past a broken cell of several lines nobody can tell where the rows begin.
+                raise DataError(
+                    f"{path}, line {start}: the row from here to line {reader.line_num} is not "
+                    f"valid CSV: {error}; close the quotes (a quote inside is written twice)"
+                ) from error
+            yield start, BadRow("not valid CSV", str(error))
+            continue
+        if cells is None:
+            return
+        if cells:
+            yield start, cells
+
+
+def _delimited_table(path: Path, records: _Records) -> Table:
+    """Blank lines are left out, as in the csv module."""
+    beginning = list(islice(records(path), _PEEKED_ROWS + 1))
+    if not beginning:
+        raise DataError(f"{path}: the file is empty; a header line with column names is wanted")
+    line, header = beginning[0]
+    if isinstance(header, BadRow):
+        raise DataError(f"{path}, line {line}: the header is {header}; fix it")
+    names = [name.strip() for name in header]
+    _no_duplicates(f"{path}, line {line}", names)
+    peeked = [cells for _, cells in beginning[1:] if isinstance(cells, list)]
+    numeric = {
+        name
+        for i, name in enumerate(names)
+        if peeked and all(_NUMBER.fullmatch(cells[i]) for cells in peeked if i < len(cells))
+    }
+
+    def rows(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:
+        pick = itemgetter(*(names.index(name) for name in wanted))
+        for number, cells in islice(records(path), 1, None):
+            if isinstance(cells, BadRow):
+                yield number, cells
+            elif len(cells) != len(names):
+                detail = f"got {len(cells)}, wanted {len(names)} as in the header"
+                yield number, BadRow("wrong number of cells", detail)
+            else:
+                yield number, pick(cells)
+
+    return Table(str(path), names, frozenset(names) - numeric, "line", rows)
+
+
+def _no_duplicates(place: str, names: Sequence[str]) -> None:
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise DataError(f"{place}, column {name!r}: the name stands {times} times; rename one")
+
+
+def _jsonl_table(path: Path) -> Table:
+    """Reads the file twice, since a key may first stand in its last line."""
+    columns: dict[str, bool] = {}
+    for _, value in _json_objects(path):
+        if isinstance(value, dict):
+            for key, cell in value.items():
+                columns[key] = columns.get(key, True) and (cell is None or isinstance(cell, str))
+    if not columns:
+        number, found = next(_json_objects(path), (1, "the file is empty"))
+        raise DataError(
+            f"{path}, line {number}: {found}; no line of the file is an object with keys"
+        )
+
+    def rows(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:
+        for number, value in _json_objects(path):
+            cells = value if isinstance(value, BadRow) else [value.get(name) for name in wanted]
+            yield number, cells
+
+    texts = frozenset(name for name, all_text in columns.items() if all_text)
+    return Table(str(path), list(columns), texts, "line", rows)
+
+
+def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield number, _json_object(line)
+
+
+def _json_object(line: str) -> dict[str, Any] | BadRow:
+    try:
+        value = _DECODER.decode(line)
+        if "\\u" in line:
+            # Half of a surrogate pair is legal JSON, but would stop the tokenizer later.
+            json.dumps(value, ensure_ascii=False).encode()
+    except BadRow as bad:
+        return bad
+    except json.JSONDecodeError as error:
+        return BadRow("not a JSON object", f"{error.msg} at character {error.pos + 1}")
+    except (ValueError, RecursionError) as error:
+        return BadRow("not a JSON object", f"{error}")
+    return value if isinstance(value, dict) else BadRow("not a JSON object", f"got {shown(value)}")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise BadRow("duplicate key", "the key stands more than once in one object", key)
+    return unique
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
+# --- Arrow: Parquet files, saved data sets, the hub -----------------------------------------
+
+
+def _arrow_table(
+    name: str, schema: Any, read: Callable[[list[str]], Iterator[dict[str, list[Any]]]]
+) -> Table:
+    def rows(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:
+        batches = read(list(dict.fromkeys(wanted)))
+        columns = ([batch[name] for name in wanted] for batch in batches)
+        return enumerate((row for cells in columns for row in zip(*cells, strict=True)), 1)
+
+    texts = frozenset(column.name for column in schema if _ARROW_TEXT.match(str(column.type)))
+    return Table(name, schema.names, texts, "row", rows)
+
+
+def _parquet_table(path: Path) -> Table:
+    import pyarrow.parquet
+
+    def unreadable(error: Exception) -> DataError:
+        return DataError(f"{path}: not a readable Parquet file ({error}); write it again")
+
+    try:
+        packed = io.BytesIO(gzip.decompress(path.read_bytes())) if _gzipped(path) else path
+        file = pyarrow.parquet.ParquetFile(packed)
+    except (OSError, EOFError, zlib.error, ValueError, pyarrow.ArrowException) as error:
+        raise unreadable(error) from error
+    _no_duplicates(str(path), file.schema_arrow.names)
+
+    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+        try:
+            for batch in file.iter_batches(batch_size=4096, columns=names):
+                yield batch.to_pydict()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise unreadable(error) from error
+
+    return _arrow_table(str(path), file.schema_arrow, read)
+
+
+def _dataset_table(dataset: Any, name: str) -> Table:
+    def read(names: list[str]) -> Iterator[dict[str, list[Any]]]:
+        # Left unselected, columns such as images would be loaded with every batch.
+        for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=4096):
+            yield batch.to_pydict()
+
+    return _arrow_table(name, dataset.data.schema, read)
+
+
+def _saved_table(folder: Path, split: str) -> Table:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{folder}: not a readable saved data set ({type(error).__name__}: {error}); save it "
+            "again with save_to_disk"
+        ) from error
+    if not isinstance(saved, datasets.DatasetDict):
+        return _dataset_table(saved, str(folder))
+    if split not in saved:
+        raise DataError(f"{folder}: no split {split!r}; its splits are {list(saved)}")
+    return _dataset_table(saved[split], f"{folder} (split {split})")
+
+
+def _hub_table(source: str, split: str, offline: bool) -> Table:
+    def not_found(why: str) -> DataError:
+        return DataError(
+            f"{source}: neither a file nor a reachable data set of this name was found ({why}); "
+            "check the path or give a hub id as owner/name or owner/name:config"
+        )
+
+    match = _HUB_ID.fullmatch(source)
+    if match is None:
+        raise not_found("it does not have the form of a hub id")
+    if offline:
+        raise not_found("offline, so the hub was not asked")
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(match["name"], match["config"], split=split)
+        return _dataset_table(loaded, f"{source} (split {split})")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise not_found(f"split {split!r}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,268 @@
+"""Read training rows and scored sentence pairs from files, saved data sets and the hub.
+
+Every row is checked as it is read, so that bad data stop a run before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any, Literal, TypeVar
+
+from lowmem_cft.data.columns import DataError, require, scored_columns, training_columns
+from lowmem_cft.data.formats import BadRow, Table, shown, tables
+
+__all__ = [
+    "DataError",
+    "ReadReport",
+    "ScoredPair",
+    "TrainRow",
+    "read_scored_pairs",
+    "read_training_rows",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRow:
+    """One training example; without negatives it is a plain pair."""
+
+    anchor: str
+    positive: str
+    negatives: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPair:
+    """Two sentences and their gold similarity, on the scale of the source."""
+
+    sentence1: str
+    sentence2: str
+    score: float
+
+
+@dataclass
+class ReadReport:
+    """What was read: `num_read` counts the rows which `where` kept, bad ones included.
+
+    With several files of different columns, a role lists the names used in any of them.
+    """
+
+    source: str
+    columns: dict[str, str | list[str]] = field(default_factory=dict)
+    num_read: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Request:
+    source: str
+    split: str
+    where: Mapping[str, str] | None
+    limit: int | None
+    seed: int
+    on_bad_row: Literal["error", "skip"]
+    offline: bool
+    way_out: str
+    """Of a bad row, by what a user of the program can set."""
+
+
+# --- public readers -------------------------------------------------------------------------
+
+
+def read_training_rows(
+    source: str,
+    *,
+    columns: Sequence[str] | None = None,
+    split: str = "train",
+    where: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    on_bad_row: Literal["error", "skip"] = "error",
+    offline: bool = False,
+) -> tuple[list[TrainRow], ReadReport]:
+    """Read (anchor, positive, negatives...) rows from a file, a folder or a hub data set.
+
+    `columns` names the anchor, the positive and any negatives, in this order; without it they
+    are found by their usual names. A cell may hold a list of strings or of {"text": ...}: each
+    positive of a list makes its own row. `split` counts only where a source has splits, and
+    `limit` draws that many rows at random, reproducibly in `seed`, in the order of the source.
+
+    Raises:
+        DataError: the source is missing or unreadable, its columns are unclear or absent, a row
+            is bad (with `on_bad_row="error"`), or no usable row is left.
+        ValueError: `limit` or `on_bad_row` has no meaning.
+    """
+    way_out = "fix the row or set `on_bad_row: skip`"
+    request = _Request(source, split, where, limit, seed, on_bad_row, offline, way_out)
+    find = lambda table: training_columns(table, columns, where or ())
+    return _read(request, ("anchor", "positive", "negatives"), find, _training_rows)
+
+
+def read_scored_pairs(
+    source: str,
+    *,
+    columns: Sequence[str] | None = None,
+    split: str = "test",
+    where: Mapping[str, str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    on_bad_row: Literal["error", "skip"] = "error",
+    offline: bool = False,
+) -> tuple[list[ScoredPair], ReadReport]:
+    """Read (sentence1, sentence2, score) rows; options and errors as in `read_training_rows`.
+
+    Raises:
+        DataError: as in `read_training_rows`; also a score which is not a finite number.
+        ValueError: `limit` or `on_bad_row` has no meaning.
+    """
+    way_out = "fix the row or remove it"
+    request = _Request(source, split, where, limit, seed, on_bad_row, offline, way_out)
+    find = lambda table: scored_columns(table, columns)
+    return _read(request, ("sentence1", "sentence2", "score"), find, _scored_pair)
+
+
+def _read(
+    request: _Request,
+    roles: tuple[str, str, str],
+    find_columns: Callable[[Table], list[str]],
+    build: Callable[[Sequence[str], Sequence[Any]], Iterable[T]],
+) -> tuple[list[T], ReadReport]:
+    if request.limit is not None and request.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {request.limit}")
+    if request.on_bad_row not in ("error", "skip"):
+        raise ValueError(f"on_bad_row must be 'error' or 'skip', got {request.on_bad_row!r}")
+    report = ReadReport(request.source)
+
+    def usable_rows() -> Iterator[T]:
+        for table in tables(request.source, request.split, request.offline):
+            names = find_columns(table)
+            _note_columns(report, roles, names)
+            yield from _checked(table, names, request, report, build)
+
+    rows = _sample(usable_rows(), request.limit, request.seed)
+    if rows:
+        return rows, report
+    if report.num_read:
+        why = f"all {report.num_read} rows are bad: {dict(report.skipped)}; fix them"
+    elif request.where:
+        why = f"where={dict(request.where)} keeps none; check the values in these columns"
+    else:
+        why = "it has none; give a source with data"
+    raise DataError(f"{request.source}: no usable row: {why}")
+
+
+def _note_columns(report: ReadReport, roles: Sequence[str], names: list[str]) -> None:
+    third: str | list[str] = names[2:] if roles[2] == "negatives" else names[2]
+    for role, used in zip(roles, (names[0], names[1], third), strict=True):
+        before = report.columns.setdefault(role, used)
+        if before != used:
+            both = [n for u in (before, used) for n in ([u] if isinstance(u, str) else u)]
+            report.columns[role] = list(dict.fromkeys(both))
+
+
+def _checked(
+    table: Table,
+    names: list[str],
+    request: _Request,
+    report: ReadReport,
+    build: Callable[[Sequence[str], Sequence[Any]], Iterable[T]],
+) -> Iterator[T]:
+    where = request.where or {}
+    require(table, where, "where")
+    conditions = [(i, str(value)) for i, value in enumerate(where.values(), len(names))]
+    for number, cells in table.rows([*names, *where]):
+        try:
+            if isinstance(cells, BadRow):
+                report.num_read += 1
+                raise cells
+            if any(str(cells[i]) != value for i, value in conditions):
+                continue
+            report.num_read += 1
+            built = build(names, cells)
+        except BadRow as bad:
+            if request.on_bad_row == "error":
+                raise DataError(
+                    f"{table.name}, {table.unit} {number}{bad.at}: {bad}; {request.way_out}"
+                ) from None
+            report.skipped[f"{bad.reason}{bad.at}"] += 1
+        else:
+            yield from built
+
+
+def _sample(rows: Iterable[T], limit: int | None, seed: int) -> list[T]:
+    """Reservoir sampling, so that a small sample of a large source needs little memory."""
+    if limit is None:
+        return list(rows)
+    draw = random.Random(seed).randrange
+    kept: list[tuple[int, T]] = []
+    for i, row in enumerate(rows):
+        if i < limit:
+            kept.append((i, row))
+        elif (j := draw(i + 1)) < limit:
+            kept[j] = (i, row)
+    return [row for _, row in sorted(kept, key=itemgetter(0))]
+
+
+# --- from cells to rows ---------------------------------------------------------------------
+
+
+def _training_rows(names: Sequence[str], cells: Sequence[Any]) -> Iterable[TrainRow]:
+    anchor = _text(cells[0], names[0])
+    positive = cells[1]
+    negatives = _negatives(names[2:], cells[2:])
+    if not isinstance(positive, list):
+        return (TrainRow(anchor, _text(positive, names[1]), negatives),)
+    if not positive:
+        raise BadRow("text missing", "got an empty list, wanted a text", names[1])
+    return [TrainRow(anchor, _text(_passage(p), names[1]), negatives) for p in positive]
+
+
+def _negatives(names: Sequence[str], cells: Sequence[Any]) -> tuple[str, ...]:
+    """Cells past the names are those of `where`. Of several negatives, empty ones are dropped."""
+    if len(names) == 1 and not isinstance(cells[0], list):
+        return (_text(cells[0], names[0]),)
+    found: list[str] = []
+    for name, cell in zip(names, cells, strict=False):
+        for item in map(_passage, cell if isinstance(cell, list) else (cell,)):
+            if item is not None and not (isinstance(item, str) and not item.strip()):
+                found.append(_text(item, name))
+    if names and not found:
+        raise BadRow("no negative", f"{list(names)} all empty, wanted a text", names[0])
+    return tuple(found)
+
+
+def _passage(item: Any) -> Any:
+    return item.get("text") if isinstance(item, dict) else item
+
+
+def _scored_pair(names: Sequence[str], cells: Sequence[Any]) -> Iterable[ScoredPair]:
+    first, second = _text(cells[0], names[0]), _text(cells[1], names[1])
+    return (ScoredPair(first, second, _score(cells[2], names[2])),)
+
+
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, str):
+        if text := value.strip():
+            return text
+        raise BadRow("empty text", f"got {reprlib.repr(value)}, wanted a text", name)
+    if value is None:
+        raise BadRow("text missing", "got nothing (null or absent), wanted a text", name)
+    raise BadRow("wrong type", f"got {shown(value)}, wanted a string", name)
+
+
+def _score(value: Any, name: str) -> float:
+    try:
+        # float() would take True and "1_5", which in a data file are slips of the pen.
+        score = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise BadRow("bad score", f"got {shown(value)}, wanted a finite number", name)
+    return score

@@ -1,0 +1,269 @@
+"""Which demonstration helps most: each is scored on a set of pairs, every score is kept at once.
+
+The way of the PromptEOL paper (arXiv 2307.16645): one demonstration a model, the best of a list on
+STS-B dev.
+
+P: pairs, B: bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import yaml
+
+from lowmem_cft.data.tokens import TextFormat
+from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL, Demonstration, check_template
+from lowmem_cft.evaluation.search.trials import Trial, TrialFile, read_plain, save_plain
+from lowmem_cft.evaluation.sts.bootstrap import interval, resampled_spearman
+from lowmem_cft.evaluation.sts.correlation import Floats, spearman
+from lowmem_cft.evaluation.sts.score import Embed, LoadedSet, score_pairs
+from lowmem_cft.evaluation.sts.sets import pairs_sha256
+from lowmem_cft.inference.embed import embed_texts
+from lowmem_cft.inference.loading import RECORD, LoadedModel, load_model, says_how_it_embeds
+from lowmem_cft.recipe.schema import TEXT_SLOT
+
+EmbedUnder = Callable[[str], Embed]
+"""A template to what embeds texts under it."""
+
+_READ = {"embedding.pooling": "last", "text.append_eos": "false"}
+"""How PromptEOL reads a base model: at the template's last token."""
+
+
+class Observer(Protocol):
+    """What a search tells: see `console.Screen`."""
+
+    def say(self, text: str) -> None: ...
+
+    def begin(self, num_steps: int, done: int, what: str = ...) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class SearchedModel:
+    """A model and the template without a demonstration."""
+
+    name: str
+    loaded: LoadedModel
+    template: str
+
+    def embed_under(self, say: Callable[[str], None]) -> EmbedUnder:
+        """Texts are embedded as the model's recipe says, but for the template.
+
+        Of notes on the model only the first is said: under every template it is the same.
+        """
+        loaded, text = self.loaded, self.loaded.recipe.text
+        said: list[str] = []
+
+        def say_once(note: str) -> None:
+            if not said:
+                say(note)
+            said.append(note)
+
+        def under(template: str) -> Embed:
+            return partial(
+                embed_texts,
+                loaded.encoder,
+                loaded.tokenizer,
+                text_format=TextFormat(template, text.append_eos, text.max_tokens),
+                token_budget=loaded.recipe.eval.token_budget,
+                say=say_once,
+            )
+
+        return under
+
+    def identity(self) -> dict[str, Any]:
+        """All of the model that scores depend on."""
+        recipe = self.loaded.recipe
+        return {
+            "model": self.name,
+            "weights": weights_digest(self.loaded.encoder.model),
+            "lora_scaling": lora_scaling(self.loaded.encoder.model),
+            "quantization": recipe.model.quantization,
+            "dtype": str(self.loaded.backbone.dtype).removeprefix("torch."),
+            "pooling": recipe.embedding.pooling,
+            "append_eos": recipe.text.append_eos,
+            "max_tokens": recipe.text.max_tokens,
+        }
+
+    def as_recipe(self, template: str) -> str:
+        """YAML for a recipe that embeds under the template as the search did: a part of one."""
+        recipe = self.loaded.recipe
+        values = {
+            "text": {
+                "template": template,
+                "append_eos": recipe.text.append_eos,
+                "max_tokens": recipe.text.max_tokens,
+            },
+            "embedding": {"pooling": recipe.embedding.pooling},
+            "model": recipe.model.model_dump(mode="json", exclude_defaults=True),
+        }
+        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6)
+        return text
+
+    def advice(self, template: str) -> str:
+        """What `as_recipe` is good for: a run or an export is evaluated by its own recipe alone."""
+        if not says_how_it_embeds(Path(self.name).expanduser()):
+            return (
+                "Lines of a recipe; with a data section it is one to train, and one for "
+                f"`lowmem-cft eval {self.name} --recipe RECIPE`:"
+            )
+        if template == self.loaded.recipe.text.template:
+            return f"{self.name} embeds so as it is:"
+        return (
+            f"{self.name} is always evaluated under the template it was trained with. To use this "
+            "one, train a recipe with these lines:"
+        )
+
+
+def load_searched(
+    name: str,
+    template: str | None,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    recipe_name: str | None = None,
+    overrides: Sequence[str] = (),
+) -> SearchedModel:
+    """Load a run's folder or a base model for a search.
+
+    Args:
+        template: the one that demonstrations are put before; without it the model's recipe's if
+            that goes on after the text, else PromptEOL's.
+
+    Raises:
+        ValueError: nothing of that name, a template without its slot, a recipe or assignments for a
+            run or an export, or a model whose tokenizer puts a template around every text itself.
+    """
+    if template is not None:
+        check_template(template)
+    _check_bare(Path(name).expanduser())
+    if recipe_name is None and not says_how_it_embeds(Path(name).expanduser()):
+        overrides = [*(f"{key}={value}" for key, value in _READ.items()), *overrides]
+    loaded = load_model(name, device, say, recipe_name=recipe_name, overrides=overrides)
+    if template is None:
+        own = loaded.recipe.text.template
+        template = PROMPTEOL if own.endswith(TEXT_SLOT) else own
+    return SearchedModel(name, loaded, template)
+
+
+def _check_bare(folder: Path) -> None:
+    if not (folder / RECORD).is_file():
+        return
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if record["kind"] != "adapter" and record["recipe"]["text"]["template"] != TEXT_SLOT:
+        raise ValueError(
+            f"{folder}: its tokenizer puts its template around every text, so no demonstration "
+            "can stand before it; give the run's folder, or the base model"
+        )
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Of every tensor, whole: weights, buffers, and the scales of 4-bit weights.
+
+    A checkpoint's state has the scales but not every buffer (rotary frequencies are made anew).
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def lora_scaling(model: torch.nn.Module) -> float | dict[str, float] | None:
+    """What LoRA layers multiply their product by (alpha / rank), which no weight tells.
+
+    One number where all layers have the same, else one for each; None without an adapter.
+    """
+    if not hasattr(model, "peft_config"):
+        return None
+    from peft.tuners.lora.layer import LoraLayer
+
+    of_layer = {
+        f"{name}.{adapter}": float(layer.scaling[adapter])
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+        for adapter in layer.active_adapters
+    }
+    first, *others = set(of_layer.values())
+    return of_layer if others else first
+
+
+def set_identity(scored_set: LoadedSet) -> dict[str, Any]:
+    """All of the set that scores depend on."""
+    pairs = scored_set.pairs
+    return {"set": scored_set.name, "pairs": len(pairs), "sha256": pairs_sha256(pairs)[:16]}
+
+
+def search(
+    embed_under: EmbedUnder,
+    scored_set: LoadedSet,
+    template: str,
+    demonstrations: Sequence[Demonstration],
+    folder: Path,
+    identity: Mapping[str, Any],
+    observer: Observer,
+) -> list[Trial]:
+    """Score the template without and with each demonstration; those in the folder are not redone.
+
+    Args:
+        folder: holds `trials.jsonl` and `plain.npy`, the cosines without a demonstration.
+        identity: what else the scores depend on, as JSON values.
+
+    Returns:
+        The trials, best first; of equal ones the earlier. One is without a demonstration.
+
+    Raises:
+        ValueError: the folder is of another search, or the set cannot be scored.
+    """
+    file = TrialFile(folder, {"template": template, **identity})
+    wanted: list[Demonstration | None] = [None, *demonstrations]
+    plain = folder / "plain.npy"
+    gold_P = np.array([pair.score for pair in scored_set.pairs], dtype=np.float64)
+    plain_P = np.empty(0)
+    done = set(file.trials)
+    if None in done:
+        try:
+            plain_P = read_plain(plain, file.trials[None], gold_P)
+        except ValueError as reason:
+            observer.say(f"{plain}: {reason}; the plain template is scored again")
+            done.remove(None)
+    left = [one for one in wanted if one not in done]
+    if len(left) < len(wanted):
+        observer.say(f"{len(wanted) - len(left)} of {len(wanted)} are in {file.path}")
+    observer.begin(len(wanted), len(wanted) - len(left), what="demonstrations")
+    for place, one in enumerate(left, len(wanted) - len(left) + 1):
+        under = template if one is None else one.before(template)
+        scored = score_pairs(embed_under(under), scored_set)
+        if one is None:
+            plain_P = scored.cosine_P
+            save_plain(plain, plain_P)
+        trial = _trial(one, scored_set.name, scored.gold_P, plain_P, scored.cosine_P)
+        file.add(trial)
+        observer.advance(1)
+        observer.say(f"{place}/{len(wanted)}  {trial.describe()}")
+    found = [file.trials[one] for one in wanted]
+    return sorted(found, key=lambda trial: -trial.spearman)
+
+
+def _trial(
+    one: Demonstration | None, name: str, gold_P: Floats, plain_P: Floats, cosine_P: Floats
+) -> Trial:
+    score = spearman(cosine_P, gold_P)
+    if one is None:
+        own = interval(resampled_spearman(name, gold_P, [cosine_P])[0])
+        return Trial(None, None, score, own.low, own.high)
+    plain_B, own_B = resampled_spearman(name, gold_P, [plain_P, cosine_P])
+    own, gain = interval(own_B), interval(own_B - plain_B)
+    above = score - spearman(plain_P, gold_P)
+    return Trial(one.sentence, one.word, score, own.low, own.high, above, gain.low, gain.high)

@@ -1,0 +1,56 @@
+"""Embeddings kept on disk while a long evaluation is under way, so that a stop loses one set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowmem_cft.evaluation.sts.correlation import Vectors
+from lowmem_cft.evaluation.sts.score import Embed
+
+_DIGITS = 16
+
+
+class KeptVectors:
+    """An embedder that gives again, from a folder, what it gave for the same texts before.
+
+    Args:
+        embed: texts to float32 (texts, D).
+        folder: for this alone; takes 4 D bytes a text until it is removed.
+        identity: JSON values, all that a vector depends on besides its text. What was kept under
+            another identity is removed.
+    """
+
+    def __init__(self, embed: Embed, folder: Path, identity: Mapping[str, Any]) -> None:
+        self._embed, self._folder = embed, folder
+        self._prefix = _digest(identity)
+        for path in folder.glob("*"):
+            if not path.name.startswith(self._prefix):
+                path.unlink()
+
+    def __call__(self, texts: Sequence[str]) -> Vectors:
+        path = self._folder / f"{self._prefix}-{_digest(list(texts))}.npy"
+        if path.is_file():
+            kept: Vectors = np.load(path)
+            return kept
+        emb_XD = self._embed(texts)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as stream:
+            np.save(stream, emb_XD)
+        partial.replace(path)
+        return emb_XD
+
+    def remove(self) -> None:
+        """All that is kept, once what it was for is written."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:_DIGITS]

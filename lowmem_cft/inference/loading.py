@@ -1,0 +1,138 @@
+"""A name on the command line -> an encoder: a run, an exported model, or a plain base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_cft.data.corpus import query_format
+from lowmem_cft.data.tokens import TextFormat, Tokenizer
+from lowmem_cft.files import read_json
+from lowmem_cft.model.backbone import Backbone, load_backbone, readable_weights
+from lowmem_cft.model.configs import GET_MODEL
+from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.model.sources import Say
+from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.training.runs import RunFolder
+
+RECORD = "lowmem_cft.json"
+"""File of an exported model that says how it embeds."""
+
+
+_NO_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    encoder: Encoder
+    backbone: Backbone
+    recipe: recipes.Recipe
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.backbone.tokenizer
+
+    @property
+    def text_format(self) -> TextFormat:
+        return query_format(self.recipe)
+
+
+def _with_model(recipe: recipes.Recipe, **values: Any) -> recipes.Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=values)})
+
+
+def _prepared_text(recipe: recipes.Recipe, folder: Path) -> recipes.Recipe:
+    """The text section for an exported tokenizer, which applies a shared template itself."""
+    if recipe.text.document_template not in (None, recipe.text.template):
+        return recipe
+    layout = read_json(folder / "sentence_bert_config.json", GET_MODEL, "max_seq_length")
+    limit = layout["max_seq_length"] or _NO_LIMIT
+    text = {"template": recipes.TEXT_SLOT, "document_template": None, "max_tokens": limit}
+    return recipe.model_copy(update={"text": recipe.text.model_copy(update=text)})
+
+
+def says_how_it_embeds(folder: Path) -> bool:
+    """Whether the folder is a run's or an export of ours: its own recipe holds, and no other."""
+    return (folder / RECORD).is_file() or (folder / "recipe.yaml").is_file()
+
+
+def _find(
+    name: str, recipe_name: str | None, overrides: Sequence[str]
+) -> tuple[recipes.Recipe, Path | None]:
+    """The recipe a model embeds by, and the folder of its adapter if it has one."""
+    path = Path(name).expanduser()
+    if says_how_it_embeds(path) and (recipe_name is not None or overrides):
+        raise ValueError(f"{name} says itself how it embeds; leave out --recipe and --set")
+    if (path / RECORD).is_file():
+        record = read_json(path / RECORD, GET_MODEL, "kind", "recipe")
+        recipe = recipes.parse(record["recipe"], str(path / RECORD))
+        if record["kind"] == "adapter":
+            return recipe, path
+        plain = {"id": str(path), "revision": None, "quantization": "none", "keep_layers": None}
+        return _prepared_text(_with_model(recipe, **plain), path), None
+    if (path / "recipe.yaml").is_file():
+        run = RunFolder(path)
+        if not run.adapter.is_dir():
+            raise ValueError(
+                f"{path} is a run without a final adapter; finish it with "
+                f"`lowmem-cft train {run.recipe} --resume`"
+            )
+        return recipes.load(str(run.recipe)), run.adapter
+    if recipe_name is not None:
+        recipe = recipes.load(recipe_name, overrides)
+        return _with_model(recipe, id=name), None
+    values = {
+        "model": {"id": name, "quantization": "none"},
+        "data": {"sources": [{"path": "demo"}]},
+    }
+    for assignment in overrides:
+        recipes.apply_override(values, assignment)
+    return recipes.parse(values, name), None
+
+
+def load_model(
+    name: str,
+    device: torch.device,
+    say: Say,
+    *,
+    recipe_name: str | None = None,
+    overrides: Sequence[str] = (),
+) -> LoadedModel:
+    """Load a run's folder, an exported model's folder, or any base model.
+
+    Args:
+        name: folder or hub id.
+        recipe_name: for a base model, the recipe whose text and embedding sections to use.
+        overrides: for a base model, `--set` assignments.
+
+    Raises:
+        ValueError: nothing of that name, an unfinished run, a damaged file, or a recipe or
+            assignments for a folder that has a recipe of its own.
+    """
+    recipe, adapter = _find(name, recipe_name, overrides)
+    return load_by_recipe(recipe, device, say, adapter)
+
+
+def load_by_recipe(
+    recipe: recipes.Recipe, device: torch.device, say: Say, adapter: Path | None = None
+) -> LoadedModel:
+    """Load a recipe's base model, with an adapter if one is given, to embed as the recipe says.
+
+    Raises:
+        ValueError: there is no such model, or a file of it is damaged.
+    """
+    backbone = load_backbone(recipe.model, device, say)
+    model = backbone.model
+    if adapter is not None:
+        from peft import PeftModel
+
+        read_json(adapter / "adapter_config.json", GET_MODEL)  # peft does not name it
+        with readable_weights(str(adapter)):
+            model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        model.eval()
+    encoder = Encoder(model, pooling=recipe.embedding.pooling, normalize=recipe.embedding.normalize)
+    return LoadedModel(encoder, backbone, recipe)

@@ -1,0 +1,127 @@
+"""The base model's configuration: from the model itself, or from its name alone for planning."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lowmem_cft.files import read_json
+from lowmem_cft.model import minicpm
+from lowmem_cft.recipe.schema import ModelSection
+
+_DROPOUT_KEYS = [
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "classifier_dropout",
+    "layerdrop",
+    "residual_dropout",
+    "resid_dropout",
+    "embedding_dropout",
+]
+
+GET_MODEL = "download, export or train the model again"
+"""The way out where a file of a model is damaged."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in short."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_config(section: ModelSection, name: str) -> Any:
+    """The base model's configuration: dropout off, top layers dropped as the recipe says."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            name, revision=section.revision, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.id: {section.id}: this transformers ({transformers.__version__}) cannot load "
+            f"its configuration without remote code: {first_line(error)}"
+        ) from error
+    return _prepared(config, section)
+
+
+def config_without_weights(section: ModelSection) -> Any:
+    """The same for a model that need not be at hand.
+
+    Models of the shipped recipes are known by their shapes; a folder, a GGUF file or a model on
+    the hub gives its configuration and nothing more is read.
+
+    Raises:
+        ValueError: there is no configuration to be had.
+    """
+    known = json.loads((resources.files("lowmem_cft") / "model" / "known_configs.json").read_text())
+    if section.id in known:
+        return _prepared(_from_values(known[section.id]), section)
+    path = Path(section.id).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        values = read_json(path / "config.json", GET_MODEL)
+        if minicpm.needs_translation(values):
+            return _prepared(_from_values(values), section)
+    if path.suffix == ".gguf":
+        return _from_gguf(path, section)
+    return load_config(section, section.id)
+
+
+def _from_values(values: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    if minicpm.needs_translation(values):
+        values = minicpm.granite_config(values)
+    others = {key: value for key, value in values.items() if key != "model_type"}
+    return AutoConfig.for_model(values["model_type"], **others)
+
+
+def _from_gguf(path: Path, section: ModelSection) -> Any:
+    from transformers import AutoConfig
+
+    if not path.is_file():
+        raise ValueError(f"model.id: no such file: {path}")
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    return _prepared(config, section)
+
+
+def _prepared(config: Any, section: ModelSection) -> Any:
+    """Dropout off, top layers dropped as the recipe says."""
+    disable_base_dropout(config)
+    if section.keep_layers is not None:
+        if section.keep_layers > config.num_hidden_layers:
+            raise ValueError(
+                f"model.keep_layers: got {section.keep_layers}, but {section.id} has "
+                f"{config.num_hidden_layers} layers"
+            )
+        for key, value in _kept(config, section.keep_layers).items():
+            setattr(config, key, value)
+    return config
+
+
+def disable_base_dropout(config: Any) -> None:
+    """Set every dropout rate of a base model's configuration to 0.
+
+    A frozen base gains nothing from its own dropout, and its masks would depend on the chunking.
+    """
+    for key in _DROPOUT_KEYS:
+        if getattr(config, key, None):
+            setattr(config, key, 0.0)
+
+
+def _kept(config: Any, layers: int) -> dict[str, Any]:
+    """What changes in a configuration that keeps only its lowest layers."""
+    changed: dict[str, Any] = {"num_hidden_layers": layers}
+    if getattr(config, "layer_types", None):
+        changed["layer_types"] = list(config.layer_types[:layers])
+    if (scale := getattr(config, "scale_depth", None)) is not None:
+        # MiniCPM scales residuals by scale_depth / sqrt(layers); the kept ones keep their scale.
+        changed["scale_depth"] = scale * math.sqrt(layers / config.num_hidden_layers)
+    return changed

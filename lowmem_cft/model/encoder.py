@@ -1,0 +1,166 @@
+"""Tokens -> embeddings: positions, the backbone, pooling, normalisation.
+
+Positions are explicit and the embedding is read at an index computed from the mask, so either
+padding side and any batch composition give the same vector.
+
+Shape suffixes: B texts, T padded tokens, H hidden size, D embedding size (= H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowmem_cft.data.chunks import TokenBatch, token_positions
+from lowmem_cft.machine import to_device
+from lowmem_cft.model.attention import SeenBackends, chosen_backends, whole_texts
+from lowmem_cft.model.dropout import DropoutClock
+from lowmem_cft.model.last_layer import ReadRows, read_only
+from lowmem_cft.model.prefix import Prefix
+
+Pooling = Literal["last", "eos", "mean", "weighted-mean"]
+
+
+def last_rows(mask_BT: Tensor) -> Tensor:
+    """int64 (B,): where each text's last real token is among the B * T of the chunk."""
+    num_texts, width = mask_BT.shape
+    last_B = (mask_BT * torch.arange(width, device=mask_BT.device)).argmax(dim=1)
+    return last_B + width * torch.arange(num_texts, device=mask_BT.device)
+
+
+def pool(hidden_BTH: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
+    """(B, H) in float32 or wider.
+
+    last, eos: the last real token (with `append_eos` that is the end-of-sequence token).
+    mean: over real tokens. weighted-mean: weight i + 1 at position i (SGPT, arXiv 2202.08904).
+    """
+    wide = torch.promote_types(hidden_BTH.dtype, torch.float32)
+    if pooling in ("last", "eos"):
+        return hidden_BTH.reshape(-1, hidden_BTH.shape[-1])[last_rows(mask_BT)].to(wide)
+    weight_BT = mask_BT.to(wide)
+    if pooling == "weighted-mean":
+        weight_BT = weight_BT * (token_positions(mask_BT) + 1)
+    weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True)
+    return torch.einsum("bth,bt->bh", hidden_BTH.to(wide), weight_BT)
+
+
+class Encoder:
+    """Embeds padded chunks with a causal backbone.
+
+    Args:
+        model: a transformers base model (no head), adapter attached; called for its last hidden
+            state after the final norm.
+        pooling, normalize: how hidden states become one vector.
+        clock: the one its dropout modules read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        pooling: Pooling,
+        normalize: bool,
+        clock: DropoutClock | None = None,
+    ) -> None:
+        self.model = model
+        self.pooling: Pooling = pooling
+        self.normalize = normalize
+        self.clock = clock or DropoutClock()
+        self.prefix_tried = (0, 0)
+        """Tokens of a shared prefix and of the longest text that were found to embed the same."""
+        self.attention: list[str] = []
+        """Names of `attention.Backend`: what computed the attention of the first chunk."""
+        self._read = ReadRows()
+        if self.reads_last:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            read_only(base, self._read, self.clock)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether the embedding is read at the last token alone."""
+        return self.pooling in ("last", "eos")
+
+    @contextmanager
+    def training_mode(self, step: int) -> Iterator[None]:
+        """Dropout on, with the masks of this step."""
+        self.clock.step = step
+        self.model.train()
+        try:
+            with chosen_backends():  # checkpointed layers run again in the backward
+                yield
+        finally:
+            self.model.eval()
+
+    def __call__(
+        self, batch: TokenBatch, place_B: Tensor | None = None, prefix: Prefix | None = None
+    ) -> Tensor:
+        """emb_BD (B, D), float32 or wider.
+
+        Args:
+            batch: the chunk, on any device.
+            place_B: int64 (B,), the texts' places in the logical batch, for dropout; 0.. if None.
+            prefix: what stands before every text of the chunk, which has to be right-padded and
+                read at its last tokens; only without gradients.
+        """
+        batch = batch.to(self.device)
+        position_BT = token_positions(batch.mask_BT)
+        state = None
+        if self.model.training:
+            if place_B is None:
+                place_B = torch.arange(batch.ids_BT.shape[0])
+            state = self._enter(batch, to_device(place_B, self.device), position_BT)
+        # A causal model's real tokens never see what is padded behind them, and the padding gets
+        # no gradient: without a mask attention takes its fastest way and copies nothing.
+        where: dict[str, Any] = {"use_cache": False}
+        if prefix is not None:
+            assert batch.right_padded
+            assert self.reads_last
+            assert not torch.is_grad_enabled()
+            # Positions go on behind what the cache holds, as in generation.
+            where = {"use_cache": True, "past_key_values": prefix.cache}
+        elif not batch.right_padded:
+            where |= {"attention_mask": batch.mask_BT.long(), "position_ids": position_BT}
+        with whole_texts() if batch.right_padded else nullcontext():
+            hidden_BTH = self._hidden(batch.ids_BT, **where)
+        emb_BD = pool(hidden_BTH, batch.mask_BT, self.pooling)
+        emb_BD = F.normalize(emb_BD, dim=-1) if self.normalize else emb_BD
+        if state is not None and emb_BD.requires_grad:
+            # Checkpointed layers run again in the backward, maybe after other chunks.
+            emb_BD.register_hook(lambda _: self._resume(*state))  # type: ignore[no-untyped-call]
+        return emb_BD
+
+    def _hidden(self, ids_BT: Tensor, **where: Any) -> Tensor:
+        seen = nullcontext() if self.attention else SeenBackends()
+        with chosen_backends(), seen:
+            hidden_BTH: Tensor = self.model(input_ids=ids_BT, **where).last_hidden_state
+        if isinstance(seen, SeenBackends):
+            self.attention = seen.names
+        return hidden_BTH
+
+    def _enter(
+        self, batch: TokenBatch, place_B: Tensor, position_BT: Tensor
+    ) -> tuple[Tensor, ReadRows]:
+        """Set what layers ask about the chunk; what `_resume` needs to set it again."""
+        self.clock.set_chunk(place_B, position_BT)
+        token_key_L = self.clock.token_key_L
+        assert token_key_L is not None
+        read = ReadRows()
+        if self.reads_last:
+            row_B = last_rows(batch.mask_BT)
+            read = ReadRows(row_B, token_key_L[row_B])
+        self._resume(token_key_L, read)
+        return token_key_L, read
+
+    def _resume(self, token_key_L: Tensor, read: ReadRows) -> None:
+        self.clock.token_key_L = token_key_L
+        self._read.row_B, self._read.token_key_B = read.row_B, read.token_key_B

@@ -1,0 +1,73 @@
+"""The last layer, computed only where its output is read.
+
+With last-token pooling one position of each text is read. In the last layer attention needs the
+keys and values of all positions, but what follows it works on each position by itself and the
+other positions' results go nowhere: there the output projection and the feed-forward network run
+on one row of each text. The embedding and all gradients are what they were.
+
+Shape suffixes: B texts, L padded tokens of the chunk, F features in, G features out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowmem_cft.model.dropout import DropoutClock
+
+_AFTER_ATTENTION = ("o_proj", "out_proj", "dense", "mlp", "fc1", "fc2")
+"""Names in transformers' decoder layers of what works on each position by itself. A layer that
+names it otherwise is computed whole."""
+
+
+@dataclass
+class ReadRows:
+    """Which rows of the chunk in work are read: int64 (B,) in 0..L-1, None for all of them.
+
+    `token_key_B`: the dropout keys of these rows.
+    """
+
+    row_B: Tensor | None = None
+    token_key_B: Tensor | None = None
+
+
+def read_only(model: Any, rows: ReadRows, clock: DropoutClock) -> None:
+    """Have the last layer of a base model heed `rows` in training."""
+    depth = model.config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        return
+    for name, module in lists[0][-1].named_modules():
+        path = name.split(".")
+        # not inside one that is taken whole
+        if path[-1] in _AFTER_ATTENTION and not set(path[:-1]) & set(_AFTER_ATTENTION):
+            module.forward = partial(_forward, module, module.forward, rows, clock)
+
+
+def _forward(
+    module: nn.Module,
+    original: Callable[..., Tensor],
+    rows: ReadRows,
+    clock: DropoutClock,
+    x: Tensor,
+    *others: Any,
+    **more: Any,
+) -> Tensor:
+    """(..., F) -> (..., G) with zeros in the rows that are not read.
+
+    A module that takes more than x (BLOOM's add a residual) is computed whole.
+    """
+    if rows.row_B is None or not module.training or others or more:
+        return original(x, *others, **more)
+    x_LF = x.reshape(-1, x.shape[-1])
+    token_key_L, clock.token_key_L = clock.token_key_L, rows.token_key_B
+    try:
+        out_BG = original(x_LF[rows.row_B][None])[0]
+    finally:
+        clock.token_key_L = token_key_L
+    out_LG = out_BG.new_zeros((x_LF.shape[0], out_BG.shape[1])).index_copy(0, rows.row_B, out_BG)
+    return out_LG.view(*x.shape[:-1], -1)

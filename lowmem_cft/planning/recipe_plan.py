@@ -1,0 +1,210 @@
+"""Plans a recipe before anything is loaded: `lowmem-cft plan`, and what training asks first."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lowmem_cft import memory
+from lowmem_cft.data import corpus
+from lowmem_cft.data.batches import NO_TEXT
+from lowmem_cft.data.rows import DataError
+from lowmem_cft.data.tokens import overhead, tokenize
+from lowmem_cft.model.backbone import choose_device, choose_dtype, load_tokenizer
+from lowmem_cft.model.configs import config_without_weights
+from lowmem_cft.model.sources import at_hand, resolve
+from lowmem_cft.planning.footprint import Footprint
+from lowmem_cft.planning.planner import GIB, MARGINS, BatchShape, Planner, Prediction
+from lowmem_cft.recipe.schema import TEXT_SLOT, ModelSection, Recipe, parse_bytes
+
+TABLE_LIMITS = tuple(gib * GIB for gib in (6, 8, 12, 16, 24))
+
+_SAMPLE_ROWS = 2048
+_CHARACTERS_PER_TOKEN = 3
+"""Of a template whose tokenizer is not at hand: fewer than English has, so as not to fall short."""
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """What `lowmem-cft plan` says.
+
+    `max_logical_batch`: the largest that fits, by limit in bytes. `notes`: what was assumed.
+    """
+
+    prediction: Prediction
+    shape: BatchShape
+    limit_bytes: int
+    device_type: str
+    dtype: str
+    max_logical_batch: dict[int, int]
+    notes: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.prediction.to_json(),
+            "limit_bytes": self.limit_bytes,
+            "device": self.device_type,
+            "dtype": self.dtype,
+            "logical_batch": self.shape.rows,
+            "texts_per_step": self.shape.slots,
+            "longest_text_tokens": self.shape.longest,
+            "max_logical_batch": {str(limit): n for limit, n in self.max_logical_batch.items()},
+            "notes": self.notes,
+        }
+
+
+def shape_of(recipe: Recipe, found: corpus.Corpus) -> BatchShape:
+    """The shape of steps on tokenised data."""
+    negatives = (found.table.negative_NK != NO_TEXT).sum(axis=1)
+    if recipe.loss.hard_negatives == "none":
+        negatives = negatives * 0
+    chosen = np.random.default_rng(0).permutation(len(found.table))[:_SAMPLE_ROWS]
+    texts = [found.table.anchor_N[chosen], found.table.positive_N[chosen]]
+    if recipe.loss.hard_negatives != "none":
+        negative_NK = found.table.negative_NK[chosen]
+        texts.append(negative_NK[negative_NK != NO_TEXT])
+    lengths = found.store.lengths
+    return BatchShape(
+        rows=recipe.train.logical_batch,
+        slots_per_row=2 + float(negatives.mean()),
+        longest=int(lengths.max()),
+        lengths=_shuffled(lengths[np.concatenate(texts)]),
+    )
+
+
+def _shuffled(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(1).permutation(lengths)
+
+
+def _assumed_shape(recipe: Recipe, longest: int) -> BatchShape:
+    negatives = 0 if recipe.loss.hard_negatives == "none" else 1
+    return BatchShape(recipe.train.logical_batch, 2 + negatives, longest)
+
+
+def _shape(recipe: Recipe) -> tuple[BatchShape, list[str]]:
+    """From the data where model and data lie on this machine, else the worst case."""
+    name = at_hand(recipe.model.id, recipe.model.revision)
+    if name is None:
+        head, _, tail = recipe.text.template.partition(TEXT_SLOT)
+        extra = 2 + math.ceil(len(head + tail) / _CHARACTERS_PER_TOKEN)
+        longest = recipe.text.max_tokens + extra
+        note = f"the tokenizer of {recipe.model.id} is not on this machine"
+    else:
+        tokenizer = load_tokenizer(name, None if name != recipe.model.id else recipe.model.revision)
+        formats = (corpus.query_format(recipe), corpus.document_format(recipe))
+        extra = max(overhead(tokenizer, text_format) for text_format in formats)
+        longest = recipe.text.max_tokens + extra
+        try:
+            return _sampled_shape(recipe, tokenizer), []
+        except DataError as error:
+            note = f"no data: {error}"
+    assumed = _assumed_shape(recipe, longest)
+    texts = f"{assumed.slots_per_row:g} texts a row, all of the greatest length ({longest} tokens)"
+    return assumed, [f"{note}; assumed: {texts}"]
+
+
+def _sampled_shape(recipe: Recipe, tokenizer: Any) -> BatchShape:
+    """The shape from a sample of the rows; the longest text may be longer than the sample's."""
+    sources, _ = corpus.read_sources(recipe.data, offline=True)
+    rows = [row for source in sources for row in source]
+    chosen = np.random.default_rng(0).permutation(len(rows))[:_SAMPLE_ROWS]
+    with_negatives = recipe.loss.hard_negatives != "none"
+    queries = [rows[i].anchor for i in chosen]
+    documents = [rows[i].positive for i in chosen]
+    if with_negatives:
+        documents += [text for i in chosen for text in rows[i].negatives]
+    query_format, document_format = corpus.query_format(recipe), corpus.document_format(recipe)
+    lengths = np.concatenate(
+        [
+            tokenize(tokenizer, queries, query_format).lengths,
+            tokenize(tokenizer, documents, document_format).lengths,
+        ]
+    )
+    extra = max(overhead(tokenizer, each) for each in (query_format, document_format))
+    return BatchShape(
+        rows=recipe.train.logical_batch,
+        slots_per_row=len(lengths) / len(queries),
+        longest=recipe.text.max_tokens + extra,
+        lengths=_shuffled(lengths),
+    )
+
+
+def _find_config(section: ModelSection) -> Any:
+    """`config_without_weights`, which says no more of a wrong name than transformers does."""
+    try:
+        return config_without_weights(section)
+    except ValueError as error:
+        path = Path(section.id).expanduser()
+        no_model = path.is_dir() and not (path / "config.json").is_file()
+        if no_model or isinstance(error.__cause__, OSError):  # or the hub cannot be reached
+            resolve(section.id, section.revision)
+        raise
+
+
+def planner_for(
+    recipe: Recipe, device_type: str, dtype: torch.dtype, longest: int, config: Any = None
+) -> Planner:
+    """A planner of the recipe's model; its configuration is found if not given.
+
+    Raises:
+        ValueError: there is no configuration, or `lora.targets` does not fit it.
+    """
+    config = _find_config(recipe.model) if config is None else config
+    return Planner(Footprint(recipe, config, dtype, longest, device_type))
+
+
+def plan_limit(recipe: Recipe, memory_option: str | None, device: str | None) -> tuple[str, int]:
+    """The kind of device and the limit in bytes that `plan` is asked for.
+
+    A limit given without a device is a graphics card's. Without one, the recipe's holds, or what
+    is free on this machine.
+
+    Raises:
+        ValueError: the limit is no amount of memory, or a CUDA device's is asked for without one.
+    """
+    here = choose_device()
+    if memory_option is not None:
+        return device or "cuda", parse_bytes(memory_option)
+    if recipe.memory.limit != "auto":
+        return device or here.type, parse_bytes(recipe.memory.limit)
+    if device not in (None, here.type):
+        raise ValueError(f"--memory: wanted a limit, since this machine has no {device} device")
+    free = int(memory.HEADROOM * memory.free_bytes(here))
+    return here.type, free + MARGINS[here.type]
+
+
+def plan_recipe(recipe: Recipe, device_type: str, limit_bytes: int) -> RecipePlan:
+    """Plan a recipe's steps.
+
+    Args:
+        device_type: "cuda" or "cpu"; need not be on this machine.
+        limit_bytes: for everything.
+
+    Raises:
+        ValueError: the recipe's step does not fit, or its model is unknown.
+    """
+    config = _find_config(recipe.model)  # before all that takes the model's name for granted
+    shape, notes = _shape(recipe)
+    if device_type == "cuda" and not torch.cuda.is_available() and recipe.model.dtype == "auto":
+        dtype = torch.bfloat16  # of any card since Ampere; earlier ones take as many bytes
+    else:
+        dtype = choose_dtype(recipe.model.dtype, torch.device(device_type))
+    planner = planner_for(recipe, device_type, dtype, shape.longest, config)
+    prediction = planner.choose(recipe.memory, shape, limit_bytes)
+    return RecipePlan(
+        prediction=prediction,
+        shape=shape,
+        limit_bytes=limit_bytes,
+        device_type=device_type,
+        dtype=str(dtype).removeprefix("torch."),
+        max_logical_batch={
+            limit: planner.max_rows(recipe.memory, shape, limit) for limit in TABLE_LIMITS
+        },
+        notes=notes,
+    )

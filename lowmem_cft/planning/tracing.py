@@ -1,0 +1,302 @@
+"""What a chunk costs in memory and arithmetic: traced on the real module tree, without weights.
+
+The model of the configuration is built with a few layers and fake tensors, which have shapes and
+no data, and one chunk goes forward and backward through it. Live bytes and FLOPs are counted on
+the way, so an architecture that transformers knows needs no code here. The few layers are scaled
+to the model's depth: all counts are linear in it.
+
+Shape suffixes: B texts, T padded tokens of each.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass, replace
+from typing import Any, Literal
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowmem_cft.data.chunks import TokenBatch
+from lowmem_cft.model.attention import AsOnDevice, AttentionCall, Backend, backward_bytes
+from lowmem_cft.model.backbone import attach_adapter, set_checkpointing, trainable_parameters
+from lowmem_cft.model.dropout import DropoutClock
+from lowmem_cft.model.encoder import Encoder, Pooling
+from lowmem_cft.planning.live_bytes import LiveBytes
+from lowmem_cft.recipe.schema import LoraSection
+
+Checkpointing = Literal["none", "all"]
+
+_LAYERS = (2, 4)
+"""Depths that are traced. Two layers at least: the first and the last one are not like the rest."""
+
+_TOKENS = 256
+"""Size of the chunks traced, at least: in tiny ones the peak is not where it is in real ones."""
+
+
+@dataclass(frozen=True)
+class ChunkCost:
+    """Of one chunk: bytes besides weights, floating-point operations.
+
+    `graph_bytes`: what stays alive between its forward and its backward.
+    `forward_bytes`: most alive in a forward without a graph, which is never checkpointed: with
+    checkpointing it is not traced, 0.
+    `keep_bytes`: most alive in a forward with a graph.
+    `backward_bytes`: most alive in forward and backward together, adapter gradients included.
+    `forward_flops`, `backward_flops`: without checkpointing; with it they are not traced, 0.
+    """
+
+    graph_bytes: float
+    forward_bytes: float
+    keep_bytes: float
+    backward_bytes: float
+    forward_flops: float
+    backward_flops: float
+
+
+def with_layers(config: Any, num_layers: int) -> Any:
+    """The configuration with so many layers, its layer pattern repeated."""
+    config = copy.deepcopy(config)
+    pattern = getattr(config, "layer_types", None)
+    if pattern:
+        config.layer_types = [pattern[i % len(pattern)] for i in range(num_layers)]
+    config.num_hidden_layers = num_layers
+    return config
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """The base model on the meta device: all shapes, no data."""
+    from transformers import AutoModel
+
+    # Modules that would use an optional library say at import that it is absent.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=dtype)
+    model.requires_grad_(False)
+    return model
+
+
+def _give_fake_storage(model: nn.Module) -> None:
+    """Turn meta tensors into fake ones on the CPU, whose kernels are then the ones traced."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                module._parameters[name] = nn.Parameter(fake, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Skip what takes too many steps on fake tensors: of dropout what counts is its output."""
+    from lowmem_cft.model import lora
+
+    with mock.patch.object(lora, "identity_dropout", lambda x_LF, **keys: x_LF.clone()):
+        yield
+
+
+class Tracer:
+    """Traces chunks through one depth of a model.
+
+    Args:
+        config: transformers configuration of the base model.
+        dtype: of its weights and arithmetic.
+        lora, pooling, normalize: the recipe's.
+        checkpointing: of no layer, or of all.
+        num_layers: how many layers to build.
+        capability: of the CUDA device whose kernels of attention are traced; None for the CPU's.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        dtype: torch.dtype,
+        lora: LoraSection,
+        pooling: Pooling,
+        *,
+        normalize: bool,
+        checkpointing: Checkpointing,
+        num_layers: int,
+        capability: tuple[int, int] | None,
+    ) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        self._mode = FakeTensorMode()
+        base = skeleton(with_layers(config, num_layers), dtype)
+        clock = DropoutClock()
+        with torch.device("meta"):
+            model = attach_adapter(base, lora, clock, seed=0)
+        set_checkpointing(model, int(checkpointing == "all"))
+        with self._mode:
+            _give_fake_storage(model)
+        self._encoder = Encoder(model, pooling=pooling, normalize=normalize, clock=clock)
+        self._parameters = trainable_parameters(model)
+        self._checkpointed = checkpointing == "all"
+        self._attention = AsOnDevice(capability)
+        self.dim = 0  # known after the first trace
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the adapter's gradients."""
+        return sum(parameter.nbytes for parameter in self._parameters)
+
+    @property
+    def attention(self) -> dict[AttentionCall, Backend]:
+        """How the layers call attention, and what computes it; known after the first trace."""
+        return self._attention.backends
+
+    def trace(self, num_texts: int, width: int) -> ChunkCost:
+        """The cost of a chunk of B texts of T tokens."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        shape = (num_texts, width)
+        training = self._encoder.training_mode(step=0)
+        with self._mode, _traceable(), training, self._attention:
+            for module in self._encoder.model.modules():
+                if hasattr(module, "layerdrop"):  # its rate is 0, but the draw has no value here
+                    module.training = False
+            ids_BT, mask_BT = torch.zeros(shape, dtype=torch.int64), torch.ones(shape).bool()
+            batch = TokenBatch(ids_BT, mask_BT, right_padded=True)
+            known = [*self._encoder.model.parameters(), *self._encoder.model.buffers()]
+            with torch.no_grad(), LiveBytes(known) as bare:
+                if not self._checkpointed:
+                    self._encoder(batch)
+            # Under the counter checkpointing's tensors live longer; its FLOPs are the others'.
+            flops = nullcontext() if self._checkpointed else FlopCounterMode(display=False)
+            with LiveBytes(known) as live, flops as counter:
+                emb_BD = self._encoder(batch)
+                self.dim = int(emb_BD.shape[1])
+                keep_bytes, graph_bytes = live.peak, live.now
+                forward_flops = counter.get_total_flops() if counter else 0
+                self._backward(emb_BD)
+        return ChunkCost(
+            graph_bytes=graph_bytes,
+            forward_bytes=bare.peak,
+            keep_bytes=keep_bytes,
+            backward_bytes=live.peak,
+            forward_flops=forward_flops,
+            backward_flops=counter.get_total_flops() - forward_flops if counter else 0,
+        )
+
+    def _backward(self, emb_BD: Tensor) -> None:
+        torch.autograd.grad(emb_BD, self._parameters, torch.ones_like(emb_BD), allow_unused=True)
+
+
+class CostModel:
+    """Chunk costs of a model of any depth, chunk of any shape.
+
+    Each cost is a0 + a1 n + a2 n T with n = B T padded tokens, the last term for attention that
+    holds its weights, and each of these is linear in depth: six traces determine them.
+
+    Args:
+        tracers: two, of the depths `_LAYERS`.
+        num_layers: the model's depth.
+        longest: T of the longest text, near which the traces are made.
+        dtype: of the model's arithmetic.
+
+    Attributes:
+        dim: D of an embedding.
+    """
+
+    def __init__(
+        self, tracers: tuple[Tracer, Tracer], num_layers: int, longest: int, dtype: torch.dtype
+    ) -> None:
+        short = max(1, longest // 2)
+        few = max(1, _TOKENS // short)
+        shapes = [(few, short), (2 * few, short), (few, 2 * short)]
+        basis = np.array([[1, b * t, b * t * t] for b, t in shapes], dtype=np.float64)
+        self._low, self._high = (
+            np.linalg.solve(basis, [astuple(tracer.trace(*shape)) for shape in shapes])
+            for tracer in tracers
+        )
+        self.dim, self._dtype = tracers[0].dim, dtype
+        self._attention = tracers[1].attention
+        self._gradient_bytes = tracers[1].gradient_bytes - tracers[0].gradient_bytes
+        self._depth = (num_layers - _LAYERS[1]) / (_LAYERS[1] - _LAYERS[0])
+
+    def __call__(self, num_texts: float, width: int) -> ChunkCost:
+        """The cost of a chunk of B texts of T tokens; B may be a mean."""
+        high, slope = self._at(num_texts, width)
+        # The peak is at the backward of the top layer, where all graphs are alive, or of the
+        # bottom one, where all gradients are: which of them may change with depth.
+        steepest = max(slope.backward_bytes, slope.graph_bytes, self._gradient_bytes)
+        slope = replace(slope, backward_bytes=steepest)
+        pairs = zip(astuple(high), astuple(slope), strict=True)
+        cost = ChunkCost(*(float(at + self._depth * more) for at, more in pairs))
+        unseen = self._unseen_bytes(math.ceil(num_texts), width)
+        return replace(cost, backward_bytes=cost.backward_bytes + unseen)
+
+    def _unseen_bytes(self, num_texts: int, width: int) -> int:
+        """What a GPU's attention holds in the backward of one layer and no trace shows."""
+        return max(
+            (
+                backward_bytes(call, num_texts, width, self._dtype, backend)
+                for call, backend in self._attention.items()
+            ),
+            default=0,
+        )
+
+    def per_layer(self, num_texts: float, width: int) -> float:
+        """Graph bytes of one layer that is not the last."""
+        _, slope = self._at(num_texts, width)
+        return slope.graph_bytes / (_LAYERS[1] - _LAYERS[0])
+
+    def _at(self, num_texts: float, width: int) -> tuple[ChunkCost, ChunkCost]:
+        """Costs at the greater depth traced, and what the way there from the lesser one added."""
+        tokens = num_texts * width
+        basis = np.array([1, tokens, tokens * width])
+        return ChunkCost(*(basis @ self._high)), ChunkCost(*(basis @ (self._high - self._low)))
+
+
+def cost_model(
+    config: Any,
+    dtype: torch.dtype,
+    lora: LoraSection,
+    pooling: Pooling,
+    *,
+    normalize: bool,
+    checkpointing: Checkpointing,
+    longest: int,
+    capability: tuple[int, int] | None,
+) -> CostModel:
+    """Trace a configuration; see `Tracer` for the arguments, `CostModel` for `longest`.
+
+    What was traced once in this process is remembered.
+    """
+    key = (
+        config.to_json_string(),
+        dtype,
+        repr(lora),
+        pooling,
+        normalize,
+        checkpointing,
+        longest,
+        capability,
+    )
+    if key not in _traced:
+        low, high = (
+            Tracer(
+                config,
+                dtype,
+                lora,
+                pooling,
+                normalize=normalize,
+                checkpointing=checkpointing,
+                num_layers=num_layers,
+                capability=capability,
+            )
+            for num_layers in _LAYERS
+        )
+        _traced[key] = CostModel((low, high), config.num_hidden_layers, longest, dtype)
+    return _traced[key]
+
+
+_traced: dict[tuple[Any, ...], CostModel] = {}

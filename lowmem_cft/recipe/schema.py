@@ -1,0 +1,488 @@
+"""The recipe: one YAML file that says all of a run, checked before anything is loaded.
+
+Unknown keys, wrong types and impossible values are refused with the path, what was got and what
+is allowed. `extends: NAME` starts from another recipe, `--set a.b=c` overrides single values, and
+the resolved recipe is saved with the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = resources.files("lowmem_cft") / "recipe" / "presets"
+TEXT_SLOT = "{text}"
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """12GiB (1024s), 12GB (1000s) or plain bytes.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"got {text!r}, wanted an amount of memory such as 12GiB or 800MiB")
+    prefix = found[2].upper()
+    power = _UNITS[prefix] if prefix else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+class RecipeError(ValueError):
+    """The recipe is wrong: the message names each path, what was got and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """The backbone, and how its frozen weights are held."""
+
+    id: str = "smollm2-135m"
+    """Hub id, local folder, GGUF file, or `smollm2-135m` for the embedded default."""
+    revision: str | None = None
+    quantization: Literal["none", "nf4"] = "nf4"
+    double_quantization: bool = True
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Compute dtype; auto takes bf16 where the device is fast in it."""
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    keep_layers: Count | None = None
+    """Keep this many of the lowest layers and drop the rest."""
+
+
+class LoraSection(_Section):
+    """The adapter (LoRA, arXiv 2106.09685): the only weights that are trained."""
+
+    rank: Count = 8
+    alpha: Positive = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear", "attention", "mlp"] | list[str] = "all-linear"
+    rslora: bool = False
+    """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+
+
+class TextSection(_Section):
+    """How a text becomes tokens."""
+
+    template: str = TEXT_SLOT
+    """For anchors and for evaluation; `{text}` stands for the text."""
+    document_template: str | None = None
+    """For positives and negatives; the same as `template` if not given."""
+    append_eos: bool = True
+    max_tokens: Count = 128
+    """Tokens of the text itself; the template and special tokens come on top, so truncation
+    never cuts a template's tail."""
+
+    @model_validator(mode="after")
+    def _slots(self) -> TextSection:
+        for name in ("template", "document_template"):
+            template = getattr(self, name)
+            if template is not None and template.count(TEXT_SLOT) != 1:
+                raise ValueError(f"{name}: got {template!r}, wanted {TEXT_SLOT} in it exactly once")
+        return self
+
+
+class EmbeddingSection(_Section):
+    """How hidden states become one vector."""
+
+    pooling: Literal["last", "eos", "mean", "weighted-mean"] = "eos"
+    normalize: bool = True
+
+
+class DataSource(_Section):
+    """One set of training rows."""
+
+    path: str
+    """File, folder, saved data set, hub id, `demo` for the embedded triplets."""
+    columns: list[str] | None = None
+    split: str = "train"
+    where: dict[str, str] | None = None
+    """Keep the rows whose column equals this text."""
+    limit: Count | None = None
+    """Draw this many rows at random by `seed`."""
+    seed: int = 0
+    weight: Positive = 1.0
+    """How often an epoch goes through the rows: 0.5 takes half of them, 2 takes them twice."""
+
+
+class DataSection(_Section):
+    sources: Annotated[list[DataSource], Field(min_length=1)]
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+class LossSection(_Section):
+    """InfoNCE over the logical batch."""
+
+    temperature: Positive = 0.05
+    """The first one, where it is learned."""
+    learn_temperature: bool = False
+    """Train it with the adapter, without weight decay, always between `temperature_bounds`."""
+    temperature_bounds: tuple[Positive, Positive] = (0.005, 1.0)
+    softmaxes: Literal["one_way", "symmetric", "gte", "qwen3"] = "one_way"
+    """one_way: each anchor picks its positive among the documents. symmetric: the mean of that and
+    of each positive picking its anchor. qwen3: one_way with the other anchors, and the documents
+    against the positive, in the same denominator (arXiv 2506.05176); gte: and with the positive
+    picking its anchor (arXiv 2308.03281)."""
+    hard_negatives: Literal["batch", "own", "none"] = "batch"
+    """batch: every anchor sees every row's hard negatives; own: only its row's."""
+    mask_duplicates: bool = True
+    """A document with the same text as the anchor's positive, or as the anchor, is no negative
+    of it."""
+    false_negative_margin: Finite | None = None
+    """Hide negatives more similar than the positive's similarity less this margin, as probably
+    positives themselves (arXiv 2407.15831); below 0 spares those a little more similar."""
+    false_negative_relative: bool = False
+    """The margin is a share of the positive's similarity."""
+    hardness: NonNegative = 0.0
+    """Weight similar negatives up: this times its similarity is added to a negative's logit, as a
+    constant (arXiv 2503.04812). 0 is off."""
+    hardness_on: Literal["hard", "in-batch", "all"] = "all"
+    """Which negatives: the row's own hard ones, all others, or both."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> LossSection:
+        low, high = self.temperature_bounds
+        if self.learn_temperature and not low < self.temperature < high:
+            raise ValueError(
+                f"temperature: got {self.temperature} with learn_temperature, wanted it between "
+                f"temperature_bounds, {low} and {high}, and neither of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_act_on(self) -> LossSection:
+        if self.false_negative_relative and self.false_negative_margin is None:
+            raise ValueError(
+                "false_negative_relative: got true, which needs a false_negative_margin"
+            )
+        if self.hardness and self.hardness_on == "hard" and self.hard_negatives == "none":
+            raise ValueError("hardness_on: got hard, but hard_negatives is none")
+        return self
+
+
+class TrainSection(_Section):
+    logical_batch: Annotated[int, Field(ge=2)] = 256
+    """Rows whose texts are each other's negatives: it defines the loss. Chunks do not change it."""
+    epochs: Positive | None = None
+    steps: Count | None = None
+    learning_rate: Positive = 2e-4
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Positive | None = 1.0
+    seed: int = 42
+    duplicates: Literal["auto", "once", "each"] = "auto"
+    """Encode a text that occurs several times in a step once, or each time. Without dropout the
+    result is the same; with it, copies encoded once share a mask. auto: once where the same."""
+    save_every: Count | None = None
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainSection:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(
+                f"got epochs: {self.epochs} and steps: {self.steps}, wanted one of them "
+                "(set the other to null)"
+            )
+        return self
+
+    def num_steps(self, rows_per_epoch: int) -> int:
+        """Optimizer steps of the run; one epoch where the recipe gives neither length."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round((self.epochs or 1.0) * rows_per_epoch / self.logical_batch))
+
+
+class MemorySection(_Section):
+    """How much memory to use, and how. None of it changes the result beyond rounding."""
+
+    limit: str = "auto"
+    """For all of it, weights and libraries included: 12GiB, 11.5GB, 800MiB; auto takes what is
+    free on the device."""
+    token_budget: Literal["auto"] | Count = "auto"
+    """Padded tokens in a chunk that is back-propagated."""
+    keep_graphs: Literal["auto", "on", "off"] = "auto"
+    """Keep the first phase's graphs: of all chunks, of none, or of as many as fit."""
+    checkpointing: Literal["auto", "on", "off"] | Count = "auto"
+    """Of all layers, of none, or of every k-th layer."""
+    embedding_dtype: Literal["auto", "fp32", "split-bf16", "bf16", "fp16"] = "auto"
+    """How the batch's embeddings wait for the loss and are multiplied in it; 16 bits round them.
+    split-bf16: in float32, multiplied on tensor cores as halves in bfloat16. auto: fp32 on a CPU; on
+    a GPU fp16 for normalised embeddings, else split-bf16."""
+    offload_embeddings: Literal["auto", "on", "off"] = "auto"
+    """Hold them and their gradient in host memory while chunks are computed."""
+
+    @model_validator(mode="after")
+    def _limit(self) -> MemorySection:
+        if self.limit != "auto":
+            try:
+                parse_bytes(self.limit)
+            except ValueError as error:
+                raise ValueError(f"limit: {error}") from None
+        return self
+
+
+class EvalSection(_Section):
+    sets: list[str] = ["STSBenchmark-dev"]
+    every: Count | None = None
+    """Evaluate the first set every so many steps; before and after are always evaluated."""
+    keep_best: bool = False
+    """Export the adapter that scored best on the first set instead of the last one."""
+    limit: Count | None = None
+    """Pairs per set, drawn once at random, always the same; all if absent."""
+    token_budget: Count = 16384
+
+    @model_validator(mode="after")
+    def _best(self) -> EvalSection:
+        if self.keep_best and (self.every is None or not self.sets):
+            raise ValueError("keep_best: got true, but it needs `every` and at least one of `sets`")
+        return self
+
+
+class OutputSection(_Section):
+    folder: str = "runs"
+    name: str | None = None
+    """The run is written to folder/name; the recipe's file name if not given."""
+    export: Literal["adapter", "merged", "none"] = "adapter"
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    text: TextSection = TextSection()
+    embedding: EmbeddingSection = EmbeddingSection()
+    data: DataSection
+    loss: LossSection = LossSection()
+    train: TrainSection = TrainSection()
+    memory: MemorySection = MemorySection()
+    eval: EvalSection = EvalSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _eos(self) -> Recipe:
+        if self.embedding.pooling == "eos" and not self.text.append_eos:
+            raise ValueError("embedding.pooling: got eos, which needs text.append_eos: true")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as the number it is (YAML 1.2), where YAML 1.1 sees a text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text such as 1e4, which _Loader would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
+        raise RecipeError(f"{where}: not readable as YAML: {error}") from error
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    files = (entry.name for entry in PRESETS.iterdir())
+    return sorted(name[:-5] for name in files if name.endswith(".yaml") and name[0] != "_")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as text: {error}") from error
+
+
+def _read(
+    name: str, relative_to: Path | None = None, chain: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], str]:
+    """The merged values of a recipe and where it lies; `chain` names those that extend it."""
+    path = Path(name) if relative_to is None else relative_to / name
+    # a preset extends a preset, whatever lies in the working folder
+    if path.is_file() and (relative_to is not None or not chain):
+        text, where, folder = _read_text(path), str(path), path.parent
+        key = str(path.resolve())
+    elif "/" not in name and (PRESETS / f"{name}.yaml").is_file():
+        text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+        where, folder = f"preset {name}", None
+        key = where
+    else:
+        close = difflib.get_close_matches(name, preset_names(), n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise RecipeError(
+            f"{name}: no such recipe file, and no preset of that name{hint}; "
+            f"presets: {', '.join(preset_names())}" + (f"; {chain[-1]} extends it" if chain else "")
+        )
+    if key in chain:
+        raise RecipeError(
+            f"{chain[-1]}: extends: got {name!r}, which leads back to itself "
+            f"({' -> '.join((*chain, key))}), wanted a chain that ends"
+        )
+    values = _parse_yaml(text, where)
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: got {type(values).__name__}, wanted sections such as `model:`")
+    base = values.pop("extends", None)
+    if base is None:
+        return values, where
+    if not isinstance(base, str):
+        raise RecipeError(f"{where}: extends: got {base!r}, wanted another recipe's name")
+    return merge(_read(base, folder, (*chain, key))[0], values), where
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` put over it, mappings merged key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(typing.cast("Mapping[str, Any]", old), value) if both else value
+    return merged
+
+
+def apply_override(values: dict[str, Any], assignment: str) -> None:
+    """Set `a.b=c` in place; c is read as YAML, numbers index lists.
+
+    Raises:
+        RecipeError: no `=`, or the path runs through something that is no section or list.
+    """
+    path, sign, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not sign or not all(keys):
+        raise RecipeError(f"--set {assignment}: wanted SECTION.KEY=VALUE, as train.steps=100")
+    value = _parse_yaml(text, f"--set {assignment}")
+    here: Any = values
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list) and key.isdecimal() and int(key) < len(here):
+            slot: int | str = int(key)
+        elif isinstance(here, dict):
+            slot = key
+        else:
+            got = ".".join(keys[:depth])
+            raise RecipeError(f"--set {assignment}: {got} has no {key!r} to set")
+        if last:
+            here[slot] = value
+        elif isinstance(here, list):
+            here = here[int(slot)]
+        else:
+            here = here.setdefault(slot, {})
+
+
+def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        known = isinstance(model, type) and issubclass(model, BaseModel)
+        field = model.model_fields.get(part) if known else None
+        if field is None:
+            return None
+        model = field.annotation
+        while typing.get_origin(model) in (list, typing.Union, types.UnionType, Annotated):
+            model = typing.get_args(model)[0]
+    return model if isinstance(model, type) and issubclass(model, BaseModel) else None
+
+
+_RENAMED = {"loss.symmetric": "loss.softmaxes: symmetric (true) or one_way (false)"}
+
+
+def _explain(error: Any) -> str:
+    unknown = error["type"] == "extra_forbidden"
+    # pydantic puts the tried branch of a union into the path: 'list[str]', 'constrained-int'
+    location = [
+        part
+        for depth, part in enumerate(error["loc"])
+        if isinstance(part, int)
+        or part.isidentifier()
+        or (unknown and depth == len(error["loc"]) - 1)
+    ]
+    path = ".".join(str(part) for part in location) or "recipe"
+    if unknown:
+        section = _section_at(location[:-1])
+        allowed = list(section.model_fields) if section else []
+        if path in _RENAMED:
+            return f"{path}: unknown key; it is now {_RENAMED[path]}"
+        close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"{path}: unknown key{hint}; allowed: {', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"{path}: missing, and it has no default"
+    if error["type"] == "value_error":
+        return f"{path}: {error['ctx']['error']}"
+    got = repr(error["input"])
+    got = got if len(got) < 80 else got[:77] + "..."
+    wanted = error["msg"][0].lower() + error["msg"][1:]
+    return f"{path}: got {got} ({type(error['input']).__name__}); {wanted}"
+
+
+def parse(values: Mapping[str, Any], where: str) -> Recipe:
+    """Check raw values. Raises RecipeError listing everything that is wrong, a line each."""
+    try:
+        return Recipe.model_validate(_tuples(values))
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML has no tuples, and strict checking takes no list for one."""
+    values = dict(values)
+    for name, key in (("train", "betas"), ("loss", "temperature_bounds")):
+        section = values.get(name)
+        if isinstance(section, Mapping) and isinstance(section.get(key), list):
+            values[name] = {**section, key: tuple(section[key])}
+    return values
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file or preset, apply overrides, check it.
+
+    Raises:
+        RecipeError: nothing of that name, not YAML, or values that do not pass.
+    """
+    values, where = _read(name)
+    for assignment in overrides:
+        apply_override(values, assignment)
+    recipe = parse(values, where)
+    if recipe.output.name is None:
+        output = recipe.output.model_copy(update={"name": Path(name).name.removesuffix(".yaml")})
+        recipe = recipe.model_copy(update={"output": output})
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, readable by `load`."""
+    values = recipe.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
