@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_cft.evaluation.sts.score import data_folder
+from lowmem_cft.evaluation.sts.sets import data_folder
 from lowmem_cft.model import sources
 from measure import machine, print_line, versions
 

@@ -38,12 +38,12 @@ import torch
 from lowmem_cft.data.tokens import TextFormat, Tokenizer
 from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL, SHIPPED, read_demonstrations
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, sets_in
-from lowmem_cft.evaluation.sts.score import data_folder, load_set
-from lowmem_cft.export.layout import prepared_tokenizer
+from lowmem_cft.evaluation.sts.sets import data_folder, load_set
+from lowmem_cft.export.tokenizer import prepared_tokenizer
 from lowmem_cft.inference.embed import Vectors, embed_texts
-from lowmem_cft.memory import keep_freed_memory
+from lowmem_cft.machine import choose_device, keep_freed_memory
 from lowmem_cft.model import sources
-from lowmem_cft.model.backbone import Backbone, choose_device, load_backbone, quiet_libraries
+from lowmem_cft.model.backbone import Backbone, load_backbone, quiet_libraries
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import ModelSection
 from measure import machine, median, print_line, synchronize, versions

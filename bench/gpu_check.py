@@ -96,7 +96,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 from gpu_ballast import Ballast, ballast
 from gpu_facts import card_facts, software
 from gpu_options import MODELS, STARTED, Options, message_of, say
-from lowmem_cft.memory import grow_cuda_blocks
+from lowmem_cft.machine import grow_cuda_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 

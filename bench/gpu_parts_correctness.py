@@ -33,13 +33,13 @@ from gpu_small_models import (
     small_config,
     summed_error,
 )
-from lowmem_cft.data.tokens import pad
+from lowmem_cft.data.chunks import pad
 from lowmem_cft.gradient.oom import DoesNotFit
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.model.backbone import quiet_libraries
 from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
 from lowmem_cft.model.encoder import Encoder
-from lowmem_cft.planning.planner import GIB
+from lowmem_cft.units import GIB
 from lowmem_cft_kernels import info_nce
 from lowmem_cft_kernels.dropout import identity_dropout, reference_dropout
 

@@ -26,10 +26,10 @@ from gpu_steps import (
     profile_chunk,
     run_step,
 )
-from lowmem_cft import memory
 from lowmem_cft.model.attention import SeenBackends
 from lowmem_cft.model.backbone import quiet_libraries
-from lowmem_cft.planning.planner import MARGINS, BatchShape
+from lowmem_cft.planning.limits import free_limit
+from lowmem_cft.planning.planner import BatchShape
 from lowmem_cft.recipe.schema import MemorySection
 from lowmem_cft_kernels import Candidates, info_nce
 from measure import synchronize
@@ -84,7 +84,7 @@ def plan_limit(options: Options) -> int:
     """Bytes for everything, as the trainer reckons where its recipe leaves them open."""
     if not options.cuda:
         return options.cap_bytes
-    return int(memory.HEADROOM * memory.free_bytes(options.device)) + MARGINS["cuda"]
+    return free_limit(options.device)
 
 
 def try_model(

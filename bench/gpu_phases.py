@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_cft.data.tokens import cut_by_length
+from lowmem_cft.data.chunks import Chunk, cut_by_length
 from lowmem_cft.gradient import step as steps
-from lowmem_cft.gradient.oom import Chunk
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft_kernels import info_nce

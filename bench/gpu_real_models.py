@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gpu_nf4 import four_bit
-from lowmem_cft.model.backbone import attach_adapter, keep_weight_layout, linear_names
+from lowmem_cft.model.adapter import attach_adapter, linear_names
 from lowmem_cft.model.configs import config_without_weights
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.model.precision import keep_weight_layout
 from lowmem_cft.planning.tracing import skeleton, with_layers
-from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
 
 LLAMA_8B: dict[str, Any] = {
@@ -30,7 +31,7 @@ LLAMA_8B: dict[str, Any] = {
 
 
 def make_recipe(preset: str, overrides: Sequence[str] = ()) -> Recipe:
-    return recipes.load(preset, overrides)
+    return load_recipe(preset, overrides)
 
 
 def config_for(name: str, recipe: Recipe, tiny: bool) -> Any:

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from gpu_options import Options
 from lowmem_cft.data.batches import RowTable, StepTexts, step_texts
-from lowmem_cft.data.tokens import TokenStore, pad
+from lowmem_cft.data.chunks import pad
+from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.gradient.step import ContrastiveStep, StepReport
-from lowmem_cft.model.backbone import attach_adapter, set_checkpointing, trainable_parameters
+from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.configs import disable_base_dropout
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder

@@ -18,15 +18,18 @@ from gpu_profile import profiled
 from gpu_real_models import attach, build_base, config_for, make_recipe, weight_bytes
 from gpu_small_models import STEP, Batch
 from lowmem_cft.data.batches import RowTable, step_texts
-from lowmem_cft.data.tokens import TokenStore, pad
+from lowmem_cft.data.chunks import pad
+from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.step import ContrastiveStep, StepReport
+from lowmem_cft.machine import choose_dtype
+from lowmem_cft.model.adapter import set_checkpointing, trainable_parameters
 from lowmem_cft.model.attention import chosen_backends
-from lowmem_cft.model.backbone import choose_dtype, set_checkpointing, trainable_parameters
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.planning.footprint import Footprint
-from lowmem_cft.planning.planner import GIB, SLACK, BatchShape, Planner, Prediction
+from lowmem_cft.planning.planner import SLACK, BatchShape, Planner, Prediction
 from lowmem_cft.recipe.schema import MemorySection, Recipe
 from lowmem_cft.training.optimizer import make_optimizer
+from lowmem_cft.units import GIB
 from measure import synchronize
 
 RATES = ("seconds_by_phase", "tokens_per_s", "tflops", "share_of_matrix_peak")

@@ -27,27 +27,29 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lowmem_cft import memory
 from lowmem_cft.data import corpus
 from lowmem_cft.data.batches import RowOrder, StepTexts, step_texts
-from lowmem_cft.data.chunks import TokenBatch
+from lowmem_cft.data.chunks import Chunk, TokenBatch, cut_by_length, pad
 from lowmem_cft.data.rows import TrainRow
-from lowmem_cft.data.tokens import cut_by_length, pad
+from lowmem_cft.data.tokens import query_format
 from lowmem_cft.files import cache_folder
 from lowmem_cft.gradient import step as step_module
-from lowmem_cft.gradient.oom import Chunk
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.gradient.step import ContrastiveStep
+from lowmem_cft.machine import choose_device, choose_dtype, keep_freed_memory, peak_bytes
 from lowmem_cft.model import backbone
+from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.model.precision import keep_weight_layout
+from lowmem_cft.planning.limits import run_limit
 from lowmem_cft.planning.live_bytes import LiveBytes
-from lowmem_cft.planning.planner import GIB, Planner
+from lowmem_cft.planning.planner import Planner
 from lowmem_cft.planning.recipe_plan import planner_for, shape_of
-from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.training.demo import choose_data
-from lowmem_cft.training.trainer import memory_limit
+from lowmem_cft.units import GIB
 from lowmem_cft_kernels import Candidates, info_nce
 from lowmem_cft_kernels.reference import reference_loss
 from measure import machine, median, reset_peak, synchronize
@@ -133,12 +135,12 @@ def make_task(options: argparse.Namespace) -> Task:
         "train.logical_batch": options.batch[0],
     }
     overrides += [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    recipe = recipes.load("demo", overrides)
+    recipe = load_recipe("demo", overrides)
     sources, _ = corpus.read_sources(recipe.data, offline=True)
     weights = [source.weight for source in recipe.data.sources]
     sizes = [len(rows) for rows in sources]
     order = RowOrder(sizes, weights, recipe.train.logical_batch, recipe.train.seed)
-    return Task(options, recipe, backbone.choose_device(), sources, order)
+    return Task(options, recipe, choose_device(), sources, order)
 
 
 # -- the adapter, the same on both sides --------------------------------------------------------
@@ -194,7 +196,7 @@ def choose_plan(task: Task, recipe: Recipe, planner: Planner) -> StepPlan:
     Raises:
         Skipped: nothing fits.
     """
-    limit = memory_limit(recipe, task.device)
+    limit = run_limit(recipe, task.device)
     if task.options.above_model is not None:
         fixed = planner.fixed_parts()
         limit = sum(fixed.values()) - fixed["gradients"] + task.options.above_model
@@ -232,7 +234,7 @@ class Ours:
         self.task, self.recipe = task, recipe_of_row(task.recipe, planned_as)
         self.once = row != "plain" and off != "deduplication"
         self.store, self.pad_id = task.data.store, task.source.tokenizer.pad_token_id
-        dtype = backbone.choose_dtype(self.recipe.model.dtype, task.device)
+        dtype = choose_dtype(self.recipe.model.dtype, task.device)
         longest, config = int(self.store.lengths.max()), task.source.config
         self.planner = planner_for(self.recipe, task.device.type, dtype, longest, config)
         self.plan: StepPlan | None = None
@@ -241,14 +243,14 @@ class Ours:
         else:
             self.plan = choose_plan(task, self.recipe, self.planner)
         if off != "freed_memory":
-            memory.keep_freed_memory()
+            keep_freed_memory()
         self.encoder = self._load(lean=row != "plain" and off != "lean_layers")
         self.compute = ContrastiveStep(
             self.encoder,
             self.store,
             self.pad_id,
             self.recipe.loss,
-            backbone.trainable_parameters(self.encoder.model),
+            trainable_parameters(self.encoder.model),
             self.planner.chunk_cost,
         )
 
@@ -256,10 +258,10 @@ class Ours:
         recipe, seed = self.recipe, self.recipe.train.seed
         clock = DropoutClock(seed=seed)
         base = backbone.load_backbone(recipe.model, self.task.device, source=self.task.source)
-        model = backbone.attach_adapter(base.model, recipe.lora, clock, seed=seed)
+        model = attach_adapter(base.model, recipe.lora, clock, seed=seed)
         if not lean:
             use_peft_layers(model)
-        backbone.set_checkpointing(model, self.plan.checkpoint_every if self.plan else 0)
+        set_checkpointing(model, self.plan.checkpoint_every if self.plan else 0)
         pooling, normalize = recipe.embedding.pooling, recipe.embedding.normalize
         return Encoder(model, pooling=pooling, normalize=normalize, clock=clock)
 
@@ -271,7 +273,7 @@ class Ours:
             most = max(most, len(lengths_P) * int(lengths_P.max()))
         graph = _PEFT_GRAPH[self.recipe.model.dtype] * self.planner.chunk(most, 0).backward_bytes
         need = sum(self.planner.fixed_parts().values()) + graph
-        limit = memory_limit(self.recipe, task.device)
+        limit = run_limit(self.recipe, task.device)
         if need > limit:
             raise Skipped(
                 f"about {need / GIB:.1f} GiB for one graph of {most} padded tokens, "
@@ -375,13 +377,13 @@ def load_st(task: Task, folder: Path) -> Any:
     from transformers import BitsAndBytesConfig
 
     from lowmem_cft.data.tokens import overhead
-    from lowmem_cft.export.layout import prepared_tokenizer
+    from lowmem_cft.export.tokenizer import prepared_tokenizer
     from vs_sentence_transformers import lay_out
 
     source, recipe, device = task.source, task.recipe, task.device
-    text_format = corpus.query_format(recipe)
+    text_format = query_format(recipe)
     lay_out(Path(source.name), prepared_tokenizer(source.tokenizer, text_format), folder)
-    dtype = backbone.choose_dtype(recipe.model.dtype, device)
+    dtype = choose_dtype(recipe.model.dtype, device)
     kwargs: dict[str, Any] = {"dtype": dtype}
     if quantization := backbone.quantization_kwargs(recipe.model, dtype):
         quantization.pop("quant_method")
@@ -401,7 +403,7 @@ def load_st(task: Task, folder: Path) -> Any:
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
     model[0].auto_model.requires_grad_(False)
-    backbone.keep_weight_layout(model)
+    keep_weight_layout(model)
     if dtype != torch.float32:  # as their trainer does
         model.forward = torch.autocast(device.type, dtype)(model.forward)
     return model
@@ -431,7 +433,7 @@ def st_side(task: Task, row: str, off: str, folder: Path) -> Side:
     from vs_sentence_transformers import add_adapter, check_tokens
 
     if off != "freed_memory":
-        memory.keep_freed_memory()
+        keep_freed_memory()
     model = load_st(task, folder)
     table = [row for rows in task.sources for row in rows]
     some = [text for i in task.rows(0)[:64] for text in (table[i].anchor, table[i].positive)]
@@ -521,7 +523,7 @@ def measure_side(task: Task, side: Side, gradient_file: Path | None) -> dict[str
     fill_adapter(side.model)
     trim()
     reset_peak(device)
-    base = memory.peak_bytes(device)  # a peak just reset is what is held now
+    base = peak_bytes(device)  # a peak just reset is what is held now
     # A whole step: a heap is grown and its pages are zeroed once in a run.
     side.prepare(task.rows(steps)[: _WARM_UP_ROWS if task.options.quick else None]).run()
     gradient(side.model)
@@ -533,7 +535,7 @@ def measure_side(task: Task, side: Side, gradient_file: Path | None) -> dict[str
         found = gradient(side.model)
         if index == 0 and gradient_file is not None:
             np.save(gradient_file, found)
-    rss = memory.peak_bytes(device) - base
+    rss = peak_bytes(device) - base
     watched = watched_step(side, side.prepare(task.rows(0)))
     return {
         "seconds": seconds,

@@ -89,7 +89,7 @@ def say(text: str) -> None:
 
 def build_recipe(options: argparse.Namespace, folder: Path) -> Recipe:
     """The demo recipe with this comparison's settings."""
-    from lowmem_cft.recipe import schema as recipes
+    from lowmem_cft.recipe.load import load_recipe
     from lowmem_cft.training.demo import choose_data
 
     _, overrides = choose_data(offline=True)
@@ -110,7 +110,7 @@ def build_recipe(options: argparse.Namespace, folder: Path) -> Recipe:
         "output.name": "run",
     }
     overrides += [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return recipes.load("demo", overrides)
+    return load_recipe("demo", overrides)
 
 
 def ordered_rows(recipe: Recipe) -> list[TrainRow]:
@@ -144,8 +144,8 @@ def warm_up(encoder: Encoder, tokenizer: Any, recipe: Recipe, texts: Sequence[st
     import numpy as np
     import torch
 
-    from lowmem_cft.data.corpus import query_format
-    from lowmem_cft.data.tokens import pad, tokenize
+    from lowmem_cft.data.chunks import pad
+    from lowmem_cft.data.tokens import query_format, tokenize
 
     store = tokenize(tokenizer, list(texts[:_WARM_UP_TEXTS]), query_format(recipe))
     with encoder.training_mode(step=0):
@@ -157,12 +157,11 @@ def warm_up(encoder: Encoder, tokenizer: Any, recipe: Recipe, texts: Sequence[st
 
 def score(encoder: Encoder, tokenizer: Any, recipe: Recipe) -> float:
     """Spearman on the recipe's first set, by our evaluator."""
-    from lowmem_cft.data.corpus import query_format
+    from lowmem_cft.data.tokens import query_format
     from lowmem_cft.evaluation.sts import score as evaluate
+    from lowmem_cft.evaluation.sts import sets
 
-    loaded = evaluate.load_set(
-        recipe.eval.sets[0], evaluate.data_folder(), recipe.eval.limit, offline=True
-    )
+    loaded = sets.load_set(recipe.eval.sets[0], sets.data_folder(), recipe.eval.limit, offline=True)
     text_format, budget = query_format(recipe), recipe.eval.token_budget
     return evaluate.score_set(encoder, tokenizer, loaded, text_format, budget).spearman
 
@@ -177,16 +176,16 @@ def measured(
     """Run `train`, which gives each step's seconds and loss, and measure around it."""
     import torch
 
-    from lowmem_cft import memory
+    from lowmem_cft.machine import peak_bytes
 
     device = encoder.device
     start = adapter_sum(encoder.model)
     warm_up(encoder, tokenizer, recipe, [row.anchor for row in ordered_rows(recipe)])
-    loading_peak = memory.peak_bytes(device)
+    loading_peak = peak_bytes(device)
     reset_peak(device)
-    base = memory.peak_bytes(device)  # a peak just reset is what is held now
+    base = peak_bytes(device)  # a peak just reset is what is held now
     seconds, losses = train()
-    training_peak = memory.peak_bytes(device)
+    training_peak = peak_bytes(device)
     after = score(encoder, tokenizer, recipe)
     with torch.no_grad():
         for weight in adapter_parameters(encoder.model, "lora_B"):
@@ -287,16 +286,17 @@ def load_st(recipe: Recipe, device: torch.device, folder: Path) -> tuple[Sentenc
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BitsAndBytesConfig
 
-    from lowmem_cft.data.corpus import query_format
-    from lowmem_cft.data.tokens import overhead
-    from lowmem_cft.export.layout import prepared_tokenizer
+    from lowmem_cft.data.tokens import overhead, query_format
+    from lowmem_cft.export.tokenizer import prepared_tokenizer
+    from lowmem_cft.machine import choose_dtype
     from lowmem_cft.model import backbone, configs, sources
+    from lowmem_cft.model.precision import keep_weight_layout
 
     section, text_format = recipe.model, query_format(recipe)
     name = sources.resolve(section.id, section.revision, say)
     tokenizer = backbone.load_tokenizer(name, section.revision)
     lay_out(Path(name), prepared_tokenizer(tokenizer, text_format), folder)
-    dtype = backbone.choose_dtype(section.dtype, device)
+    dtype = choose_dtype(section.dtype, device)
     quantization = backbone.quantization_kwargs(section, dtype)
     quantization.pop("quant_method")
     config = configs.load_config(section, name)
@@ -314,7 +314,7 @@ def load_st(recipe: Recipe, device: torch.device, folder: Path) -> tuple[Sentenc
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     model = SentenceTransformer(modules=[transformer, pooling], device=str(device))
     model[0].auto_model.requires_grad_(False)
-    backbone.keep_weight_layout(model)
+    keep_weight_layout(model)
     return model, tokenizer
 
 
@@ -323,7 +323,7 @@ def add_adapter(model: SentenceTransformer, recipe: Recipe) -> None:
     import torch
     from peft import LoraConfig
 
-    from lowmem_cft.model.backbone import target_modules
+    from lowmem_cft.model.adapter import target_modules
 
     section = recipe.lora
     config = LoraConfig(
@@ -349,8 +349,7 @@ def check_tokens(
     Raises:
         RuntimeError: they do not.
     """
-    from lowmem_cft.data.corpus import query_format
-    from lowmem_cft.data.tokens import tokenize
+    from lowmem_cft.data.tokens import query_format, tokenize
 
     store = tokenize(tokenizer, list(texts), query_format(recipe))
     theirs = model.preprocess(list(texts))
@@ -451,7 +450,7 @@ def run_st(options: argparse.Namespace, folder: Path) -> SideResult:
     """The same through sentence-transformers' trainer and cached loss."""
     from sentence_transformers import SentenceTransformerTrainer
 
-    from lowmem_cft.model.backbone import choose_device, choose_dtype
+    from lowmem_cft.machine import choose_device, choose_dtype
 
     device = choose_device()
     recipe = build_recipe(options, folder)

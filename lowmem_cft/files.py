@@ -4,10 +4,12 @@ how a JSON file that may be damaged is read."""
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,3 +74,31 @@ def read_json(path: Path, way_out: str, *keys: str) -> dict[str, Any]:
     if missing := [key for key in keys if key not in values]:
         raise ValueError(f"{path}: has no {', '.join(missing)}; {way_out}")
     return values
+
+
+_LONGEST = 60
+"""Letters of a list of names in a file's name."""
+
+
+def short_name(names: Sequence[str]) -> str:
+    """A part of a file's name that tells lists of names apart.
+
+    It is the names themselves, where they are short and of plain letters; else a checksum is in it.
+    """
+    joined = "-".join(names)
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", joined)
+    if plain == joined and len(plain) <= _LONGEST:
+        return plain
+    digest = hashlib.sha256("\0".join(names).encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{plain if len(plain) <= _LONGEST else f'{len(names)}-names'}-{digest}"
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Written beside and renamed, so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -30,3 +38,101 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if is_gpu(device) and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computes a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("lowmem-cft", "torch", "transformers", "peft", "bitsandbytes", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The recipe's compute dtype; auto takes bf16 where the device multiplies fast in it.
+
+    A CPU without bf16 instructions is several times slower in it than in float32; a GPU before
+    Ampere has float16 only.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated: on the device, or available RAM for the CPU."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors free, for the next ones. On Linux; elsewhere nothing happens.
+
+    Otherwise every large tensor comes from the system and goes back to it, and its pages are
+    zeroed again each time.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    mallopt(_M_MMAP_THRESHOLD, 2**30)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def grow_cuda_blocks(device: torch.device) -> None:
+    """Have CUDA's allocator enlarge its blocks, which chunks of unequal sizes would fragment.
+
+    Call it before anything is allocated there. What a user says in torch's own environment
+    variables stays. Off Linux torch has no such blocks, and nothing happens.
+
+    In blocks of fixed sizes a step of MiniCPM-2B reserved 17 % more than it allocated, and had to
+    give all of them back and allocate anew (docs/log.md).
+    """
+    if device.type != "cuda" or not sys.platform.startswith("linux"):
+        return
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        # torch's setter at run time; its older public-looking name warns that it is this one now
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held so far: allocated on a CUDA device, resident in this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: on Linux its figure starts at the peak of whoever started this process.
+        lines = status.read_text(encoding="ascii").splitlines()
+        kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        return kib * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

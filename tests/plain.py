@@ -13,10 +13,11 @@ from torch import Tensor
 
 from conftest import tiny_config
 from lowmem_cft.data.batches import NO_TEXT, RowTable, StepTexts, step_texts
-from lowmem_cft.data.tokens import TokenStore, pad
+from lowmem_cft.data.chunks import pad
+from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.gradient.step import ContrastiveStep, StepReport
-from lowmem_cft.model.backbone import attach_adapter, trainable_parameters
+from lowmem_cft.model.adapter import attach_adapter, trainable_parameters
 from lowmem_cft.model.configs import disable_base_dropout
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
@@ -172,7 +173,7 @@ def planned_gradients(
     during: AbstractContextManager[Any] | None = None,
 ) -> tuple[dict[str, Tensor], StepReport]:
     """The same by the plan; `during` is entered for the step and nothing else."""
-    from lowmem_cft.model.backbone import set_checkpointing
+    from lowmem_cft.model.adapter import set_checkpointing
 
     step = ContrastiveStep(
         encoder,

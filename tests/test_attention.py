@@ -23,9 +23,10 @@ from lowmem_cft.model.attention import (
     whole_texts,
 )
 from lowmem_cft.planning.footprint import Footprint
-from lowmem_cft.planning.planner import GIB, BatchShape, Planner
-from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.planning.planner import BatchShape, Planner
+from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import MemorySection
+from lowmem_cft.units import GIB
 from plain import make_encoder
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -165,7 +166,7 @@ def test_a_trace_holds_weights_of_attention_where_a_card_would() -> None:
 def test_checkpointed_layers_are_traced_as_a_card_computes_them() -> None:
     """Grouped heads in float32 hold their weights in the backward's second forward, too."""
     footprint = {
-        device: Footprint(recipes.load("demo"), tiny_config("llama"), FP32, 64, device)
+        device: Footprint(load_recipe("demo"), tiny_config("llama"), FP32, 64, device)
         for device in ("cuda", "cpu")
     }
     card, cpu = (footprint[name].chunk_costs("all")(8, 64) for name in ("cuda", "cpu"))
@@ -183,7 +184,7 @@ def minicpm_planner(device_type: str, dtype: torch.dtype = BF16, layers: int = 4
     config.num_attention_heads = config.num_key_value_heads = 36
     config.num_hidden_layers, config.vocab_size = layers, 122753
     config.max_position_embeddings = 4096
-    recipe = recipes.load("cft-minicpm-2b")
+    recipe = load_recipe("cft-minicpm-2b")
     return Planner(Footprint(recipe, config, dtype, 151, device_type))
 
 

@@ -11,15 +11,12 @@ import pytest
 import torch
 
 from conftest import FAMILIES, SIZES, save_tiny, tiny_config, tiny_tokenizer
-from lowmem_cft.data.tokens import TextFormat, pad, tokenize
+from lowmem_cft.data.chunks import pad
+from lowmem_cft.data.tokens import TextFormat, tokenize
 from lowmem_cft.inference.embed import embed_texts
 from lowmem_cft.model import sources
-from lowmem_cft.model.backbone import (
-    attach_adapter,
-    load_backbone,
-    target_modules,
-    trainable_parameters,
-)
+from lowmem_cft.model.adapter import attach_adapter, target_modules, trainable_parameters
+from lowmem_cft.model.backbone import load_backbone
 from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import LoraSection, ModelSection

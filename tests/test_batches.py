@@ -16,8 +16,9 @@ from torch import Tensor
 from conftest import tiny_tokenizer
 from launches import recorded
 from lowmem_cft.data.batches import NO_TEXT, RowOrder, RowTable, StepTexts, step_texts
-from lowmem_cft.data.corpus import Corpus, build_corpus, document_format, query_format, read_sources
+from lowmem_cft.data.corpus import Corpus, build_corpus, read_sources
 from lowmem_cft.data.rows import TrainRow
+from lowmem_cft.data.tokens import document_format, query_format
 from lowmem_cft.gradient.embedding_cache import DTYPES
 from lowmem_cft.gradient.step import _info_nce
 from lowmem_cft.recipe.schema import DataSection, DataSource, LossSection, Recipe, TextSection

@@ -145,7 +145,7 @@ def test_no_rounds_are_refused(
 
 def test_samples_keep_every_occurrence(encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from lowmem_cft.data.rows import ScoredPair
-    from lowmem_cft.evaluation.sts.score import LoadedSet
+    from lowmem_cft.evaluation.sts.sets import LoadedSet
 
     pairs = [ScoredPair(f"text {i % 10}", f"text {i % 7 + 20}", float(i)) for i in range(70)]
     monkeypatch.setattr(encode, "data_folder", lambda: None)

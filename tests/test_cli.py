@@ -18,7 +18,7 @@ from conftest import ROOT
 from lowmem_cft import __version__
 from lowmem_cft.cli import app as cli
 from lowmem_cft.inference import embed as inference
-from lowmem_cft.recipe import schema as recipe
+from lowmem_cft.recipe.load import parse_recipe, to_yaml
 from lowmem_cft_kernels import Path as LossPath
 from test_train import corpus_files, make_recipe  # noqa: F401 (fixtures)
 
@@ -45,7 +45,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def recipe_file(make_recipe: Any, tmp_path: Path) -> Path:  # noqa: F811
     path = tmp_path / "tiny.yaml"
-    path.write_text(recipe.to_yaml(make_recipe(train={"steps": 2})))
+    path.write_text(to_yaml(make_recipe(train={"steps": 2})))
     return path
 
 
@@ -93,7 +93,7 @@ def test_print_config_is_a_recipe(command: Run, recipe_file: Path) -> None:
     code, out, _ = command("train", str(recipe_file), "--print-config", "--set", "train.steps=7")
     assert code == 0
     assert yaml.safe_load(out)["train"]["steps"] == 7
-    assert recipe.parse(yaml.safe_load(out), "printed").train.steps == 7
+    assert parse_recipe(yaml.safe_load(out), "printed").train.steps == 7
 
 
 def test_train_eval_embed_export(command: Run, finished: Path, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_unexpected_faults_point_to_debug(command: Run, monkeypatch: pytest.Monk
     def broken(*args: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("lowmem_cft.recipe.schema.load", broken)
+    monkeypatch.setattr("lowmem_cft.recipe.load.load_recipe", broken)
     code, _, err = command("train", "demo")
     assert code == 1
     assert "--debug" in err

@@ -20,7 +20,7 @@ from lowmem_cft.evaluation.search.demonstrations import (
     check_template,
     read_demonstrations,
 )
-from lowmem_cft.evaluation.sts.score import load_set
+from lowmem_cft.evaluation.sts.sets import load_set
 
 JOCKEY = Demonstration("A jockey riding a horse.", "Equestrian")
 TWO = [JOCKEY, Demonstration("relating to the teeth, and their care.", "Dental")]

@@ -16,9 +16,10 @@ from lowmem_cft.data.rows import ScoredPair
 from lowmem_cft.evaluation.clean_up import clean_up
 from lowmem_cft.evaluation.sts import score as evaluate
 from lowmem_cft.evaluation.sts import sets as sts_data
-from lowmem_cft.evaluation.sts.correlation import Vectors, pearson, spearman
+from lowmem_cft.evaluation.sts.correlation import pearson, spearman
 from lowmem_cft.evaluation.sts.protocols import DEMO_PAIRS, PROTOCOLS, SETS, find_in
 from lowmem_cft.evaluation.sts.sets import LoadedSet, load_set, load_sets, pairs_sha256
+from lowmem_cft.inference.embed import Vectors
 
 MTEB, SENTEVAL = PROTOCOLS["mteb"], PROTOCOLS["senteval"]
 

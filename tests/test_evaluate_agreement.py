@@ -17,10 +17,11 @@ from lowmem_cft.data.rows import ScoredPair
 from lowmem_cft.evaluation.sts import mteb_results as task_result
 from lowmem_cft.evaluation.sts import report as eval_report
 from lowmem_cft.evaluation.sts import score as evaluate
+from lowmem_cft.evaluation.sts import sets
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, SETS, find_in
 from lowmem_cft.evaluation.sts.sets import load_set
 from lowmem_cft.inference import embedder
-from lowmem_cft.model.backbone import float32_arithmetic, keep_weight_layout
+from lowmem_cft.model.precision import float32_arithmetic, keep_weight_layout
 from lowmem_cft.training import pipeline
 from minilm import minilm_folder
 from test_train import MakeRecipe, Silent, corpus_files, make_recipe  # noqa: F401 (fixtures)
@@ -136,7 +137,7 @@ def run_and_pairs(
     folder, metrics = pipeline.run_recipe(
         make_recipe(**sections, eval={"sets": [name]}), Silent(), offline=True
     )
-    pairs = load_set(name, evaluate.data_folder(), offline=True).pairs
+    pairs = load_set(name, sets.data_folder(), offline=True).pairs
     return folder.path, metrics, pairs
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lowmem_cft.evaluation.sts import report as eval_report
 from lowmem_cft.evaluation.sts import score as evaluate
+from lowmem_cft.evaluation.sts import sets
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
 from test_cli import Run, command, finished, recipe_file  # noqa: F401 (fixtures)
 from test_evaluate import write_tsv
@@ -118,7 +119,7 @@ def test_sets_scored_before_a_stop_are_kept(
     arguments = ("eval", str(tiny_folder), *named, *MEAN, "--resamples", "9", "--out", str(out))
     real = evaluate.score_pairs
 
-    def stops(embed: evaluate.Embed, loaded: evaluate.LoadedSet) -> evaluate.ScoredSet:
+    def stops(embed: evaluate.Embed, loaded: sets.LoadedSet) -> evaluate.ScoredSet:
         if loaded.name == "demo":
             raise stopped_by("stopped")
         return real(embed, loaded)

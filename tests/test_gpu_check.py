@@ -23,7 +23,7 @@ import torch
 from packaging.version import Version
 
 from lowmem_cft.gradient import oom
-from lowmem_cft.model.backbone import trainable_parameters
+from lowmem_cft.model.adapter import trainable_parameters
 from lowmem_cft.planning.footprint import Footprint
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -706,7 +706,7 @@ def test_a_16_bit_model_that_does_not_fit_is_skipped(check: Any, part: Any) -> N
 
 
 def test_a_sample_has_the_longest_chunk_and_all_kept_ones(part: Any) -> None:
-    from lowmem_cft.gradient.oom import Chunk
+    from lowmem_cft.data.chunks import Chunk
     from lowmem_cft.gradient.plan import StepPlan
 
     plan = StepPlan(backward_tokens=8, forward_tokens=8, kept_tokens=17)

@@ -276,7 +276,7 @@ def test_embeddings_in_16_bits_are_rounded_and_no_more(dtype: str) -> None:
 
 
 def test_dropout_is_active_and_depends_on_the_step() -> None:
-    from lowmem_cft.data.tokens import pad
+    from lowmem_cft.data.chunks import pad
 
     batch, encoder = make_batch(5, 1), make_encoder(dropout=0.3)
     padded = pad(batch.store, torch.arange(9).numpy(), 3)

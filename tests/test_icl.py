@@ -23,14 +23,15 @@ from lowmem_cft.evaluation.search import search as icl
 from lowmem_cft.evaluation.search import trials
 from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL, Demonstration
 from lowmem_cft.evaluation.sts import bootstrap
-from lowmem_cft.evaluation.sts.correlation import Vectors
-from lowmem_cft.evaluation.sts.score import LoadedSet
-from lowmem_cft.evaluation.sts.sets import sampled
+from lowmem_cft.evaluation.sts.sets import LoadedSet, sampled
 from lowmem_cft.inference import embed as inference
 from lowmem_cft.inference import prefix_sharing as sharing
+from lowmem_cft.inference.embed import Vectors
 from lowmem_cft.inference.loading import RECORD, load_model
-from lowmem_cft.model.backbone import attach_adapter, load_backbone
+from lowmem_cft.model.adapter import attach_adapter
+from lowmem_cft.model.backbone import load_backbone
 from lowmem_cft.model.dropout import DropoutClock
+from lowmem_cft.model.identity import lora_scaling, weights_digest
 from lowmem_cft.model.prefix import NotShared
 from lowmem_cft.recipe.schema import LoraSection, ModelSection
 from test_cli import Run, command, finished, recipe_file  # noqa: F401 (fixtures)
@@ -362,7 +363,7 @@ def test_weights_digest_tells_models_apart() -> None:
         torch.manual_seed(seed)
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).bfloat16())
         model[1].bias.data.mul_(scale)
-        return icl.weights_digest(model)
+        return weights_digest(model)
 
     assert digest(0) == digest(0)
     assert len({digest(0), digest(1), digest(0, 2)}) == 3
@@ -371,11 +372,11 @@ def test_weights_digest_tells_models_apart() -> None:
 def test_weights_digest_reads_every_value() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.LayerNorm(2))
     model.register_buffer("frequencies", torch.ones(600), persistent=False)
-    seen = {icl.weights_digest(model)}
+    seen = {weights_digest(model)}
     for tensor in (model[0].weight, model[0].bias, model[1].weight, model.frequencies):
         assert isinstance(tensor, torch.Tensor)
         tensor.data.flatten()[-1] += 1e-3
-        seen.add(icl.weights_digest(model))
+        seen.add(weights_digest(model))
     assert len(seen) == 5
 
 
@@ -385,12 +386,12 @@ def test_weights_digest_reads_4_bit_weights_and_their_scales(tiny_folder: Path) 
     model = load_backbone(section, torch.device("cpu")).model
     weight = model.layers[2].mlp.up_proj.weight
     assert weight.dtype == torch.uint8
-    before = icl.weights_digest(model)
-    assert icl.weights_digest(model) == before
+    before = weights_digest(model)
+    assert weights_digest(model) == before
     weight.quant_state.absmax[-1] *= 2
-    scaled = icl.weights_digest(model)
+    scaled = weights_digest(model)
     weight.data[-1] += 1
-    assert len({before, scaled, icl.weights_digest(model)}) == 3
+    assert len({before, scaled, weights_digest(model)}) == 3
 
 
 def test_the_scaling_of_an_adapter_is_part_of_a_model(tiny_folder: Path) -> None:
@@ -398,14 +399,14 @@ def test_the_scaling_of_an_adapter_is_part_of_a_model(tiny_folder: Path) -> None
 
     def adapted(alpha: float) -> Any:
         model = load_backbone(section, torch.device("cpu")).model
-        assert icl.lora_scaling(model) is None
+        assert lora_scaling(model) is None
         return attach_adapter(model, LoraSection(rank=4, alpha=alpha), DropoutClock(0), seed=0)
 
     one, other = adapted(8), adapted(16)
-    assert icl.weights_digest(one) == icl.weights_digest(other)
-    assert (icl.lora_scaling(one), icl.lora_scaling(other)) == (2.0, 4.0)
+    assert weights_digest(one) == weights_digest(other)
+    assert (lora_scaling(one), lora_scaling(other)) == (2.0, 4.0)
     one.base_model.model.layers[1].self_attn.q_proj.scaling["default"] = 3.0
-    found = icl.lora_scaling(one)
+    found = lora_scaling(one)
     assert isinstance(found, dict)
     (changed,) = [name for name, value in found.items() if value == 3.0]
     assert "layers.1.self_attn.q_proj" in changed

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BloomConfig, BloomModel
 
 from conftest import FAMILIES
-from lowmem_cft.data.tokens import pad
+from lowmem_cft.data.chunks import pad
 from lowmem_cft.model.encoder import Encoder
 from plain import make_batch, make_encoder, use_plain_layers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowmem_cft import memory
+from lowmem_cft import machine
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -18,14 +18,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", found.append)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(machine.sys, "platform", "linux")
     return found
 
 
 def test_blocks_grow_on_cuda(asked: list[str]) -> None:
-    memory.grow_cuda_blocks(CPU)
+    machine.grow_cuda_blocks(CPU)
     assert asked == []
-    memory.grow_cuda_blocks(CUDA)
+    machine.grow_cuda_blocks(CUDA)
     assert asked == ["expandable_segments:True"]
 
 
@@ -34,13 +34,13 @@ def test_a_users_own_settings_stay(
     name: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "max_split_size_mb:128")
-    memory.grow_cuda_blocks(CUDA)
+    machine.grow_cuda_blocks(CUDA)
     assert asked == []
 
 
 def test_off_linux_nothing_is_asked(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.sys, "platform", "win32")
-    memory.grow_cuda_blocks(CUDA)
+    monkeypatch.setattr(machine.sys, "platform", "win32")
+    machine.grow_cuda_blocks(CUDA)
     assert asked == []
 
 

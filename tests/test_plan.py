@@ -12,7 +12,7 @@ from lowmem_cft.gradient import step
 from lowmem_cft.gradient.plan import StepPlan, auto_embedding_dtype
 from lowmem_cft.planning.footprint import Footprint
 from lowmem_cft.planning.planner import BatchShape, Planner
-from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.load import parse_recipe
 from lowmem_cft.recipe.schema import LossSection, MemorySection
 from lowmem_cft_kernels import Products, info_nce, split_bytes
 from numerics import assert_same
@@ -37,7 +37,7 @@ def test_auto_is_on_tensor_cores_and_rounds_little(
 
 def planner(device_type: str, *, normalize: bool = True) -> Planner:
     values = {"data": {"sources": [{"path": "demo"}]}, "embedding": {"normalize": normalize}}
-    recipe = recipes.parse(values, "test")
+    recipe = parse_recipe(values, "test")
     return Planner(Footprint(recipe, tiny_config("llama"), torch.bfloat16, 20, device_type))
 
 

@@ -24,18 +24,18 @@ from lowmem_cft.gradient.plan import WORKSPACE_BYTES, StepPlan
 from lowmem_cft.gradient.step import loss_options
 from lowmem_cft.model.backbone import load_backbone
 from lowmem_cft.planning.footprint import Footprint
+from lowmem_cft.planning.limits import MARGINS
 from lowmem_cft.planning.live_bytes import LiveBytes
 from lowmem_cft.planning.planner import (
-    GIB,
     INDEX_BYTES,
     LOSS_WORKSPACES,
-    MARGINS,
     BatchShape,
     Planner,
     _loss_bytes,
 )
-from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.load import parse_recipe
 from lowmem_cft.recipe.schema import LossSection, MemorySection, ModelSection, Recipe
+from lowmem_cft.units import GIB
 from lowmem_cft_kernels import info_nce
 from plain import Batch, make_encoder, planned_gradients
 
@@ -73,7 +73,7 @@ def shape_of(batch: Batch) -> BatchShape:
 
 def make_recipe(**sections: Any) -> Recipe:
     values = {"data": {"sources": [{"path": "demo"}]}, "lora": {"rank": 4}, **sections}
-    return recipes.parse(values, "test")
+    return parse_recipe(values, "test")
 
 
 def make_planner(config: Any, dtype: torch.dtype, longest: int, **sections: Any) -> Planner:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conftest import FAMILIES, SIZES, save_tiny, tiny_config, tiny_tokenizer
-from lowmem_cft.data.tokens import TextFormat, TokenStore, pad
+from lowmem_cft.data.chunks import pad
+from lowmem_cft.data.tokens import TextFormat, TokenStore
 from lowmem_cft.inference import prefix_sharing as sharing
 from lowmem_cft.inference.embed import Vectors, embed_texts
 from lowmem_cft.inference.prefix_sharing import behind

@@ -12,7 +12,7 @@ from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
 from lowmem_cft.evaluation.transfer.tasks import SPECS
 from lowmem_cft.papers import published
 from lowmem_cft.papers.published import Paper, Published, find, paper_facts
-from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.load import preset_names
 
 PAPERS: tuple[Paper, ...] = get_args(Paper)
 
@@ -123,7 +123,7 @@ def test_phi_2_alone_rests_on_a_bug() -> None:
 
 def test_models_are_those_with_a_recipe() -> None:
     """But for LLaMA 65B, which has transfer figures only, and our own stand-in."""
-    presets = set(recipes.preset_names())
+    presets = set(preset_names())
     for paper in PAPERS:
         keys = set(paper_facts(paper).models)
         have = {name.removeprefix(f"{paper}-") for name in presets if name.startswith(paper)}

@@ -11,17 +11,17 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from lowmem_cft.recipe.schema import (
+from lowmem_cft.recipe.errors import RecipeError
+from lowmem_cft.recipe.load import (
     PRESETS,
-    Recipe,
-    RecipeError,
     apply_override,
-    load,
+    load_recipe,
     merge,
-    parse,
+    parse_recipe,
     preset_names,
     to_yaml,
 )
+from lowmem_cft.recipe.schema import Recipe
 
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
 LLAMA_SIZES = ("7b", "13b", "30b")
@@ -125,7 +125,7 @@ def write(tmp_path: Path) -> Write:
 def refusal(name: str, *overrides: str) -> str:
     """The message with which a recipe is refused; every line of a check begins with its file."""
     with pytest.raises(RecipeError) as caught:
-        load(name, overrides)
+        load_recipe(name, overrides)
     return str(caught.value)
 
 
@@ -154,11 +154,11 @@ def test_preset_names_are_the_known_ones() -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_preset_round_trips(name: str, write: Write) -> None:
-    recipe = load(name)
+    recipe = load_recipe(name)
     assert recipe.output.name == name
     text = to_yaml(recipe)
-    assert load(write(text)) == recipe
-    assert parse(yaml.safe_load(text), "saved") == recipe  # plain YAML 1.1 reads it too
+    assert load_recipe(write(text)) == recipe
+    assert parse_recipe(yaml.safe_load(text), "saved") == recipe  # plain YAML 1.1 reads it too
 
 
 def test_presets_say_only_known_keys_themselves() -> None:
@@ -174,7 +174,7 @@ def test_presets_say_only_known_keys_themselves() -> None:
 
 @pytest.mark.parametrize("name", CFT_MODELS)
 def test_cft_presets_hold_the_papers_values(name: str) -> None:
-    recipe = load(name)
+    recipe = load_recipe(name)
     model, lora, text, loss, train = (
         recipe.model,
         recipe.lora,
@@ -203,7 +203,7 @@ def test_cft_presets_hold_the_papers_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROMPTEOL_MODELS)
 def test_prompteol_presets_hold_the_papers_values(name: str) -> None:
-    recipe = load(name)
+    recipe = load_recipe(name)
     model, lora, text, loss, train = (
         recipe.model,
         recipe.lora,
@@ -234,7 +234,7 @@ def test_prompteol_presets_hold_the_papers_values(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*CFT_MODELS, *PROMPTEOL_MODELS])
 def test_paper_presets_train_on_the_papers_file(name: str) -> None:
-    sources = load(name).data.sources
+    sources = load_recipe(name).data.sources
     assert [(s.path, s.columns, s.limit, s.weight) for s in sources] == [
         ("nli_for_simcse.csv", None, None, 1.0)
     ]
@@ -245,15 +245,15 @@ def test_paper_presets_train_on_the_papers_file(name: str) -> None:
     [("cft-gemma-2b", 4593), ("prompteol-opt-1.3b", 1077), ("prompteol-opt-13b", 1378)],
 )
 def test_length_of_the_papers_runs(name: str, steps: int) -> None:
-    assert load(name).train.num_steps(275_601) == steps
+    assert load_recipe(name).train.num_steps(275_601) == steps
 
 
 def test_num_steps() -> None:
-    recipe = load("demo", ["train.steps=null", "train.logical_batch=10"])
+    recipe = load_recipe("demo", ["train.steps=null", "train.logical_batch=10"])
     assert recipe.train.num_steps(100) == 10
     assert recipe.train.num_steps(3) == 1
-    assert load("demo").train.num_steps(1) == 40
-    half = load("demo", ["train.steps=null", "train.logical_batch=10", "train.epochs=2.5"])
+    assert load_recipe("demo").train.num_steps(1) == 40
+    half = load_recipe("demo", ["train.steps=null", "train.logical_batch=10", "train.epochs=2.5"])
     assert half.train.num_steps(100) == 25
 
 
@@ -261,25 +261,28 @@ def test_num_steps() -> None:
 
 
 def test_least_recipe_takes_its_file_name(write: Write) -> None:
-    recipe = load(write(name="some.run.yaml"))
+    recipe = load_recipe(write(name="some.run.yaml"))
     assert recipe.output.name == "some.run"
-    assert load(write("output: {name: given}\n" + MINIMAL)).output.name == "given"
+    assert load_recipe(write("output: {name: given}\n" + MINIMAL)).output.name == "given"
 
 
 @pytest.mark.parametrize("number", ["1e-4", "1E-4", "+1e-4", "0.1e-3", ".1e-3", "1.e-4", "0.0001"])
 def test_floats_in_a_file(number: str, write: Write) -> None:
-    assert load(write(f"train: {{learning_rate: {number}}}\n{MINIMAL}")).train.learning_rate == 1e-4
+    assert (
+        load_recipe(write(f"train: {{learning_rate: {number}}}\n{MINIMAL}")).train.learning_rate
+        == 1e-4
+    )
 
 
 @pytest.mark.parametrize("text", ["1e4", "12e5", ".5e3", "null", "true", "12", "1.5", "é", "a: b"])
 def test_texts_that_look_like_other_things_round_trip(text: str, write: Write) -> None:
     values = {"model": {"revision": text}, "data": {"sources": [{"path": "x"}]}}
-    recipe = load(write(to_yaml(parse(values, "here"))))
+    recipe = load_recipe(write(to_yaml(parse_recipe(values, "here"))))
     assert recipe.model.revision == text
 
 
 def test_round_trip_of_every_kind_of_value(write: Write) -> None:
-    recipe = load(
+    recipe = load_recipe(
         "cft-phi-2",
         [
             "data.sources.0.where={label: '1e3', kind: entailment}",
@@ -293,7 +296,7 @@ def test_round_trip_of_every_kind_of_value(write: Write) -> None:
     assert recipe.data.sources[0].where == {"label": "1e3", "kind": "entailment"}
     assert recipe.train.betas == (0.9, 0.95)
     assert recipe.text.document_template == "{text} \n"
-    assert load(write(to_yaml(recipe))) == recipe
+    assert load_recipe(write(to_yaml(recipe))) == recipe
 
 
 def test_merge_goes_key_by_key_and_changes_neither() -> None:
@@ -313,8 +316,8 @@ def test_merge_goes_key_by_key_and_changes_neither() -> None:
 
 
 def test_extends_a_preset(write: Write) -> None:
-    recipe = load(write("extends: prompteol-opt-13b\nlora: {rank: 4}\ntrain: {seed: 1}\n"))
-    expected = load(
+    recipe = load_recipe(write("extends: prompteol-opt-13b\nlora: {rank: 4}\ntrain: {seed: 1}\n"))
+    expected = load_recipe(
         "prompteol-opt-13b", ["lora.rank=4", "train.seed=1", "output.name=my"]
     )  # everything else stays, down to the base of the preset
     assert recipe == expected
@@ -324,26 +327,26 @@ def test_extends_a_preset(write: Write) -> None:
 def test_extends_a_file_beside_it(write: Write) -> None:
     write("lora: {rank: 2, alpha: 3}\n" + MINIMAL, "base.yaml")
     write("extends: ../base.yaml\nlora: {rank: 4}\n", "sub/middle.yaml")
-    recipe = load(write("extends: sub/middle.yaml\nlora: {dropout: 0.5}\n"))
+    recipe = load_recipe(write("extends: sub/middle.yaml\nlora: {dropout: 0.5}\n"))
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (4, 3.0, 0.5)
     assert recipe.data.sources[0].path == "rows.csv"
 
 
 def test_file_may_have_the_name_of_the_preset_it_extends(write: Write) -> None:
-    recipe = load(write("extends: demo\nlora: {rank: 2}\n", "demo.yaml"))
+    recipe = load_recipe(write("extends: demo\nlora: {rank: 2}\n", "demo.yaml"))
     assert (recipe.lora.rank, recipe.model.keep_layers) == (2, 10)
 
 
 def test_presets_do_not_extend_files(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(write("lora: {rank: 3}\n", "_cft")).parent)
-    assert load("cft-phi-2").lora.rank == 8
+    assert load_recipe("cft-phi-2").lora.rank == 8
 
 
 def test_file_goes_before_the_preset_of_its_name(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(write("lora: {rank: 3}\n" + MINIMAL, "demo")).parent)
-    assert load("demo").lora.rank == 3
+    assert load_recipe("demo").lora.rank == 3
 
 
 @pytest.mark.parametrize(
@@ -410,7 +413,7 @@ def test_extends_of_a_missing_one(write: Write) -> None:
     ],
 )
 def test_override(assignment: str, wanted: object) -> None:
-    value: Any = load("cft-phi-2", [assignment])
+    value: Any = load_recipe("cft-phi-2", [assignment])
     for key in assignment.partition("=")[0].strip().split("."):
         if isinstance(value, dict):
             value = value[key]
@@ -422,7 +425,7 @@ def test_override(assignment: str, wanted: object) -> None:
 
 
 def test_override_replaces_a_whole_section() -> None:
-    recipe = load("cft-phi-2", ["lora={rank: 3}"])
+    recipe = load_recipe("cft-phi-2", ["lora={rank: 3}"])
     assert (recipe.lora.rank, recipe.lora.alpha) == (3, 16.0)  # alpha: the default, not the paper's
 
 
@@ -434,7 +437,7 @@ def test_overrides_go_in_order_and_make_what_is_missing() -> None:
 
 
 def test_override_leaves_the_other_length_to_the_user() -> None:
-    assert load("cft-phi-2", ["train.steps=10"]).train.num_steps(10**6) == 10
+    assert load_recipe("cft-phi-2", ["train.steps=10"]).train.num_steps(10**6) == 10
 
 
 @pytest.mark.parametrize("assignment", ["train.steps", "=3", ".steps=3", "train.=3", "a..b=3", ""])
@@ -600,9 +603,11 @@ def test_a_learned_temperature_begins_between_its_bounds(temperature: float, wri
         f"{path}: loss: temperature: got {temperature} with learn_temperature, wanted it between "
         "temperature_bounds, 0.005 and 1.0, and neither of them"
     )
-    assert load(path, [override]).loss.temperature == temperature
+    assert load_recipe(path, [override]).loss.temperature == temperature
     wider = "loss.temperature_bounds=[1e-3, 5]"
-    assert load(path, [override, wider, "loss.learn_temperature=true"]).loss.learn_temperature
+    assert load_recipe(
+        path, [override, wider, "loss.learn_temperature=true"]
+    ).loss.learn_temperature
 
 
 @pytest.mark.parametrize(
@@ -620,13 +625,13 @@ def test_loss_options_that_would_do_nothing(
 ) -> None:
     path = write()
     assert refusal(path, *overrides).endswith(message)
-    assert load(path, overrides[1:])
+    assert load_recipe(path, overrides[1:])
 
 
 def test_bounds_round_trip(write: Write) -> None:
-    recipe = load(write(), ["loss.temperature_bounds=[0.01, 0.5]"])
+    recipe = load_recipe(write(), ["loss.temperature_bounds=[0.01, 0.5]"])
     assert recipe.loss.temperature_bounds == (0.01, 0.5)
-    assert load(write(to_yaml(recipe), "again.yaml")).loss == recipe.loss
+    assert load_recipe(write(to_yaml(recipe), "again.yaml")).loss == recipe.loss
 
 
 def test_missing_data(write: Write) -> None:
@@ -663,7 +668,7 @@ def test_eos_pooling_without_eos(write: Write) -> None:
     assert refusal(path, "text.append_eos=false").endswith(
         "embedding.pooling: got eos, which needs text.append_eos: true"
     )
-    recipe = load(path, ["text.append_eos=false", "embedding.pooling=last"])
+    recipe = load_recipe(path, ["text.append_eos=false", "embedding.pooling=last"])
     assert recipe.embedding.pooling == "last"
 
 
@@ -676,7 +681,7 @@ def test_template_without_its_slot(key: str, template: str, write: Write) -> Non
 
 
 def test_template_may_have_other_braces(write: Write) -> None:
-    assert load(write(), ["text.template='{a} {} {text}'"]).text.template == "{a} {} {text}"
+    assert load_recipe(write(), ["text.template='{a} {} {text}'"]).text.template == "{a} {} {text}"
 
 
 @pytest.mark.parametrize(
@@ -690,6 +695,6 @@ def test_keep_best_without_scores(overrides: list[str], write: Write) -> None:
 
 
 def test_recipe_cannot_be_changed() -> None:
-    recipe = load("demo")
+    recipe = load_recipe("demo")
     with pytest.raises(ValueError, match="frozen"):
         recipe.lora.rank = 3

@@ -19,7 +19,7 @@ from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient import step
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.gradient.step import ContrastiveStep
-from lowmem_cft.model.backbone import attach_adapter, set_checkpointing, trainable_parameters
+from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.planning.tracing import skeleton

@@ -20,14 +20,12 @@ import torch
 
 from conftest import WORDS, tiny_tokenizer
 from lowmem_cft.data import tokens
-from lowmem_cft.data.chunks import TokenBatch, token_positions
+from lowmem_cft.data.chunks import TokenBatch, chunk_by_tokens, pad, token_positions
 from lowmem_cft.data.tokens import (
     TextFormat,
     TokenStore,
     adds_eos,
-    chunk_by_tokens,
     overhead,
-    pad,
     tokenize,
     tokenize_cached,
 )

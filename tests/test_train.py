@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 
 from conftest import WORDS
 from lowmem_cft.evaluation.sts import score as evaluate
-from lowmem_cft.export.layout import MIN_COSINE
+from lowmem_cft.export.check import MIN_COSINE
 from lowmem_cft.gradient import step
 from lowmem_cft.inference.embed import embed_texts
 from lowmem_cft.inference.loading import load_model
 from lowmem_cft.recipe import schema as recipe
+from lowmem_cft.recipe.load import load_recipe, merge, parse_recipe
 from lowmem_cft.training import interrupt, pipeline
 from lowmem_cft.training import runs as run
 from lowmem_cft.training import trainer as train
+from lowmem_cft.training.checkpoint import load_state
 from lowmem_cft_kernels import GTE, FalseNegatives, LearnedTemperature, info_nce
 from lowmem_cft_kernels.reference import reference_loss
 
@@ -91,7 +93,7 @@ def make_recipe(tiny_folder: Path, corpus_files: tuple[Path, Path], tmp_path: Pa
             "eval": {"sets": [str(corpus_files[1])]},
             "output": {"folder": str(tmp_path / "runs"), "name": "tiny"},
         }
-        return recipe.parse(recipe.merge(base, sections), "test")
+        return parse_recipe(merge(base, sections), "test")
 
     return make
 
@@ -122,7 +124,7 @@ def test_loss_falls_and_all_files_are_there(make_recipe: MakeRecipe) -> None:
         assert (folder.path / path).is_file(), path
     for path in ("modules.json", "README.md", "tokenizer.json", "lowmem_cft.json"):
         assert (folder.model / path).is_file(), path
-    assert recipe.load(str(folder.recipe)) == made
+    assert load_recipe(str(folder.recipe)) == made
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned temperature"])
@@ -232,7 +234,7 @@ def test_a_temperature_is_trained_without_decay_or_not_at_all(make_recipe: MakeR
     assert len(plain.optimizer.param_groups) == 1
     assert "temperature" not in plain.step()
     plain.save()
-    assert run.load_state(plain.folder).temperature == {}
+    assert load_state(plain.folder).temperature == {}
 
 
 OBSERVED = ("accuracy", "mean_rank", "masked_share", "mean_positive", "mean_negative")
@@ -298,7 +300,7 @@ def test_all_loss_options_together_train(make_recipe: MakeRecipe) -> None:
     folder, metrics = pipeline.run_recipe(made, observer)
     assert observer.lines[-1]["loss"] < 0.7 * observer.lines[0]["loss"]
     assert metrics["export"]["checked"] is True
-    assert recipe.load(str(folder.recipe)) == made
+    assert load_recipe(str(folder.recipe)) == made
 
 
 def test_chunks_do_not_change_the_run(make_recipe: MakeRecipe) -> None:
@@ -355,7 +357,7 @@ def test_failed_save_keeps_the_last_checkpoint(
     with pytest.raises(RuntimeError, match=r"No space left.*the checkpoint before it is kept"):
         trainer.save()
     monkeypatch.undo()
-    assert run.load_state(trainer.folder).step == 1
+    assert load_state(trainer.folder).step == 1
     assert not list(trainer.folder.path.glob("*.partial"))
 
 
@@ -462,7 +464,7 @@ def test_not_a_number_stops_with_the_checkpoint_kept(make_recipe: MakeRecipe) ->
         parameter.data.fill_(torch.nan)
     with pytest.raises(RuntimeError, match=r"loss of step 2 is nan; lower train.learning_rate"):
         trainer.step()
-    assert run.load_state(trainer.folder).step == 1
+    assert load_state(trainer.folder).step == 1
 
 
 def test_a_score_that_cannot_be_computed_loses_no_step(

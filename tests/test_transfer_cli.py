@@ -16,12 +16,12 @@ import torch
 from conftest import WORDS
 from lowmem_cft.evaluation.clean_up import clean_up
 from lowmem_cft.evaluation.sts.compare import find_reports
-from lowmem_cft.evaluation.sts.correlation import Vectors
 from lowmem_cft.evaluation.transfer import report as transfer_report
 from lowmem_cft.evaluation.transfer import tasks as transfer_data
 from lowmem_cft.evaluation.transfer.score import CONVERGED, SENTEVAL, TransferSettings
 from lowmem_cft.evaluation.transfer.tasks import TaskSpec
 from lowmem_cft.inference import embedder
+from lowmem_cft.inference.embed import Vectors
 from test_cli import Run, command, finished, recipe_file  # noqa: F401 (fixtures)
 from test_evaluate_cli import MEAN
 from test_train import corpus_files, make_recipe  # noqa: F401 (fixtures)

@@ -58,7 +58,7 @@ def _main(
 def _screen() -> Any:
     from rich.console import Console
 
-    from lowmem_cft.cli.tables import Screen
+    from lowmem_cft.cli.progress import Screen
     from lowmem_cft.model.backbone import quiet_libraries
 
     quiet_libraries()
@@ -91,11 +91,11 @@ def train(
     offline: Offline = False,
 ) -> None:
     """Fine-tune a model, evaluate it before and after, export it."""
-    from lowmem_cft.recipe import schema as recipes
+    from lowmem_cft.recipe.load import load_recipe, to_yaml
 
-    resolved = recipes.load(recipe, overrides or [])
+    resolved = load_recipe(recipe, overrides or [])
     if print_config:
-        typer.echo(recipes.to_yaml(resolved), nl=False)
+        typer.echo(to_yaml(resolved), nl=False)
         return
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: choose one")
@@ -130,13 +130,14 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Predict memory and cost of a recipe's steps, from the model's configuration alone."""
-    from lowmem_cft.recipe import schema as recipes
+    from lowmem_cft.recipe.load import load_recipe
 
-    resolved = recipes.load(recipe, overrides or [])
+    resolved = load_recipe(recipe, overrides or [])
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device: got {device}, wanted cuda or cpu")
     from lowmem_cft.cli.tables import plan_tables
-    from lowmem_cft.planning.recipe_plan import plan_limit, plan_recipe
+    from lowmem_cft.planning.limits import plan_limit
+    from lowmem_cft.planning.recipe_plan import plan_recipe
 
     with _screen() as screen:
         device_type, limit = plan_limit(resolved, memory, device)
@@ -272,7 +273,7 @@ def compare(
     """Compare two evaluated models: the paired difference of their scores, with its interval."""
     from lowmem_cft.cli.tables import comparison_table
     from lowmem_cft.evaluation.sts import compare as comparing
-    from lowmem_cft.training.runs import write_json
+    from lowmem_cft.files import write_json
 
     found = comparing.compare(a, b, resamples)
     _check_writable(out)
@@ -295,10 +296,10 @@ def export(
     ] = False,
 ) -> None:
     """Write a finished run as a folder that SentenceTransformer(path) loads, and check it."""
+    from lowmem_cft.export.check import checked
     from lowmem_cft.export.layout import export_model
     from lowmem_cft.inference.loading import RECORD, load_model
-    from lowmem_cft.model.backbone import choose_device
-    from lowmem_cft.training.pipeline import checked
+    from lowmem_cft.machine import choose_device
 
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} is no run folder (no recipe.yaml in it)")
@@ -340,7 +341,7 @@ def embed(
     from lowmem_cft.evaluation.sts.correlation import num_not_finite
     from lowmem_cft.inference.embed import embed_texts
     from lowmem_cft.inference.loading import load_model
-    from lowmem_cft.model.backbone import choose_device
+    from lowmem_cft.machine import choose_device
 
     with _screen() as screen:
         loaded = load_model(
@@ -388,7 +389,7 @@ def doctor() -> None:
 @app.command()
 def recipes() -> None:
     """List the recipes shipped with the package."""
-    from lowmem_cft.recipe.schema import preset_names
+    from lowmem_cft.recipe.load import preset_names
 
     for name in preset_names():
         typer.echo(name)
@@ -431,7 +432,7 @@ def icl_search(
     from lowmem_cft.evaluation.search.demonstrations import SHIPPED, read_demonstrations
     from lowmem_cft.evaluation.search.trials import top_table
     from lowmem_cft.evaluation.sts.sets import data_folder, load_set
-    from lowmem_cft.model.backbone import choose_device
+    from lowmem_cft.machine import choose_device
 
     found = read_demonstrations(demonstrations or SHIPPED)
     scored_set = load_set(set_name, data_folder(), limit, offline=offline, cleaned_up=clean_up)

@@ -36,8 +36,7 @@ def _package(name: str, needed: bool, purpose: str, install: str) -> Finding:
 def _device() -> list[Finding]:
     import torch
 
-    from lowmem_cft.memory import free_bytes
-    from lowmem_cft.model.backbone import choose_device, choose_dtype
+    from lowmem_cft.machine import choose_device, choose_dtype, free_bytes
 
     device = choose_device()
     dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
@@ -63,7 +62,7 @@ TRITON_NEEDS = "triton needs a C compiler (gcc) and Python's headers (python3-de
 def _loss_path() -> Finding:
     import torch
 
-    from lowmem_cft.model.backbone import choose_device
+    from lowmem_cft.machine import choose_device
     from lowmem_cft_kernels import choose_path
     from lowmem_cft_kernels.info_nce import why_not_triton
 
@@ -81,7 +80,7 @@ def _nf4() -> Finding:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from lowmem_cft.model.backbone import choose_device
+    from lowmem_cft.machine import choose_device
 
     weight = torch.linspace(-1, 1, 4096, device=choose_device()).view(64, 64)
     try:

@@ -6,15 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from lowmem_cft.evaluation.clean_up import NAME as CLEAN_UP
@@ -23,67 +14,8 @@ from lowmem_cft.evaluation.sts.report import Report
 from lowmem_cft.evaluation.sts.score import SetScore
 from lowmem_cft.evaluation.sts.sets import DIGITS
 from lowmem_cft.evaluation.transfer.report import TransferReport
-from lowmem_cft.planning.planner import GIB
 from lowmem_cft.planning.recipe_plan import RecipePlan
-
-_LINES = 20
-"""Progress lines of a run whose output is no terminal."""
-
-
-class Screen:
-    """Observer of a training run (see `train.Observer`): a bar on a terminal, lines elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._num_steps = 0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("training", visible=False, note="")
-
-    def __enter__(self) -> Screen:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
-
-    def begin(self, num_steps: int, done: int, what: str = "training") -> None:
-        self._num_steps = num_steps
-        self._bar.update(
-            self._task, description=what, total=num_steps, completed=done, visible=True
-        )
-
-    def advance(self, count: int) -> None:
-        self._bar.advance(self._task, count)
-
-    def step(self, line: Mapping[str, Any]) -> None:
-        note = f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.0%}"
-        note += f"  rank {line['mean_rank']:.1f}"
-        if "temperature" in line:
-            note += f"  temperature {line['temperature']:.4f}"
-        note += f"  {line['rows_per_s']:.1f} rows/s"
-        self._bar.update(self._task, completed=line["step"], note=note)
-        every = max(1, self._num_steps // _LINES)
-        if not self.console.is_terminal and (
-            line["step"] % every == 0 or line["step"] == self._num_steps
-        ):
-            self.say(f"step {line['step']}/{self._num_steps}  {note}")
-
-    def scored(self, step: int, scores: Sequence[SetScore]) -> None:
-        listed = ", ".join(f"{score.name} {100 * score.spearman:.2f}" for score in scores)
-        if listed:
-            self.say(f"after {step} steps: {listed}")
+from lowmem_cft.units import GIB
 
 
 def plan_tables(found: RecipePlan) -> list[Table]:

@@ -11,7 +11,14 @@ import numpy as np
 
 from lowmem_cft.data.batches import NO_TEXT, RowTable
 from lowmem_cft.data.rows import ReadReport, TrainRow, read_training_rows
-from lowmem_cft.data.tokens import TextFormat, Tokenizer, TokenStore, tokenize_cached
+from lowmem_cft.data.tokens import (
+    TextFormat,
+    Tokenizer,
+    TokenStore,
+    document_format,
+    query_format,
+    tokenize_cached,
+)
 from lowmem_cft.recipe.schema import DataSection, Recipe
 
 DEMO_TRIPLETS = Path(str(resources.files("lowmem_cft") / "data" / "embedded" / "triplets.jsonl"))
@@ -24,17 +31,6 @@ class Corpus:
     table: RowTable
     store: TokenStore
     from_cache: bool
-
-
-def query_format(recipe: Recipe) -> TextFormat:
-    """How anchors, and texts to evaluate or embed, become tokens."""
-    return TextFormat(recipe.text.template, recipe.text.append_eos, recipe.text.max_tokens)
-
-
-def document_format(recipe: Recipe) -> TextFormat:
-    """How positives and negatives become tokens."""
-    template = recipe.text.document_template or recipe.text.template
-    return TextFormat(template, recipe.text.append_eos, recipe.text.max_tokens)
 
 
 def read_sources(

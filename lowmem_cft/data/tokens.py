@@ -13,16 +13,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from lowmem_cft.data.chunks import TokenBatch
 from lowmem_cft.files import whole_folder
-from lowmem_cft.gradient.oom import Chunk
-from lowmem_cft.recipe.schema import TEXT_SLOT
+from lowmem_cft.recipe.schema import TEXT_SLOT, Recipe
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, which ships no types
 Ids = npt.NDArray[np.int32]
@@ -169,66 +166,12 @@ def tokenize_cached(
     return store, False
 
 
-def chunk_by_tokens(
-    lengths: npt.NDArray[np.int64], token_budget: int, chunk_cost: int = 32
-) -> list[npt.NDArray[np.int64]]:
-    """Cut texts into chunks of at most `token_budget` padded tokens (one text at least).
-
-    Texts are sorted by length, and the cuts are those with the least total cost: padded tokens
-    plus `chunk_cost` per chunk. A large budget alone would pad short texts to the longest.
-
-    Args:
-        lengths: int64 (texts,), token counts.
-        chunk_cost: what a further chunk costs, in tokens' worth of time.
-
-    Returns:
-        Indices into `lengths`, chunk by chunk, longest texts first, so that the chunk that needs
-        most memory comes first.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    num_texts = len(order)
-    width = np.maximum(lengths[order], 1)
-    most = np.maximum(token_budget // width, 1)
-    sizes = np.arange(1, num_texts + 1)
-    # least[i]: cost of the texts from the i-th longest on; size[i]: of the best chunk there
-    least = np.zeros(num_texts + 1, dtype=np.int64)
-    size = np.zeros(num_texts, dtype=np.int64)
-    for i in range(num_texts - 1, -1, -1):
-        end = min(i + int(most[i]), num_texts)
-        costs = sizes[: end - i] * width[i] + least[i + 1 : end + 1]
-        size[i] = len(costs) - int(costs[::-1].argmin())  # of equal costs the largest chunk
-        least[i] = costs[size[i] - 1] + chunk_cost
-    chunks, i = [], 0
-    while i < num_texts:
-        chunks.append(order[i : i + size[i]])
-        i += int(size[i])
-    return chunks
+def query_format(recipe: Recipe) -> TextFormat:
+    """How anchors, and texts to evaluate or embed, become tokens."""
+    return TextFormat(recipe.text.template, recipe.text.append_eos, recipe.text.max_tokens)
 
 
-def cut_by_length(
-    lengths_P: npt.NDArray[np.int64], place_B: torch.Tensor, budget: int, chunk_cost: int = 32
-) -> list[Chunk]:
-    """`chunk_by_tokens` of the texts at int64 (B,) places, as chunks of places."""
-    lengths_B = lengths_P[place_B.numpy()]
-    return [
-        Chunk(place_B[torch.from_numpy(rows)], len(rows) * int(lengths_B[rows].max()))
-        for rows in chunk_by_tokens(lengths_B, budget, chunk_cost)
-    ]
-
-
-def pad(
-    store: TokenStore,
-    indices: npt.NDArray[np.int64],
-    pad_id: int,
-    side: Literal["left", "right"] = "right",
-) -> TokenBatch:
-    """The chosen texts as one padded batch on the CPU."""
-    rows = [store[int(index)] for index in indices]
-    width = max(len(row) for row in rows)
-    ids_BT = np.full((len(rows), width), pad_id, dtype=np.int64)
-    mask_BT = np.zeros((len(rows), width), dtype=np.bool_)
-    for i, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids_BT[i, place] = row
-        mask_BT[i, place] = True
-    return TokenBatch(torch.from_numpy(ids_BT), torch.from_numpy(mask_BT), side == "right")
+def document_format(recipe: Recipe) -> TextFormat:
+    """How positives and negatives become tokens."""
+    template = recipe.text.document_template or recipe.text.template
+    return TextFormat(template, recipe.text.append_eos, recipe.text.max_tokens)

@@ -17,9 +17,10 @@ from lowmem_cft.evaluation.sts.correlation import Floats
 from lowmem_cft.evaluation.transfer import report as transfer_report
 from lowmem_cft.evaluation.transfer import score as transfer
 from lowmem_cft.evaluation.transfer import tasks as transfer_data
+from lowmem_cft.inference.embed import Embed
 from lowmem_cft.inference.embedder import load_embedder
-from lowmem_cft.model.backbone import choose_device
-from lowmem_cft.model.sources import Say
+from lowmem_cft.machine import choose_device
+from lowmem_cft.progress import Say
 
 Report = eval_report.Report | transfer_report.TransferReport
 Keep = Callable[[Report], None]
@@ -115,7 +116,7 @@ def _check_together(options: Options) -> None:
             raise ValueError(f"{name} belongs to --suite {suite}; leave it out, or take that suite")
 
 
-def _load(options: Options, say: Say, normalize: bool | None) -> evaluate.Embed:
+def _load(options: Options, say: Say, normalize: bool | None) -> Embed:
     return load_embedder(
         options.model,
         choose_device(),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_cft.recipe.schema import Recipe, to_yaml
+from lowmem_cft.recipe.load import to_yaml
+from lowmem_cft.recipe.schema import Recipe
 
 _USE = """\
 ```python

@@ -9,30 +9,30 @@ base, so that it loads on the base that was trained on.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from lowmem_cft.data.corpus import document_format, query_format
-from lowmem_cft.data.tokens import TextFormat, Tokenizer, adds_eos, overhead
+from lowmem_cft.data.tokens import (
+    TextFormat,
+    Tokenizer,
+    document_format,
+    overhead,
+    query_format,
+)
+from lowmem_cft.export.merge import merged_model
+from lowmem_cft.export.tokenizer import prepared_tokenizer
 from lowmem_cft.files import whole_folder
-from lowmem_cft.inference.embed import Vectors, embed_texts
+from lowmem_cft.inference.embed import embed_texts
 from lowmem_cft.inference.loading import RECORD
-from lowmem_cft.model.backbone import Backbone, float32_arithmetic, keep_weight_layout
+from lowmem_cft.machine import library_versions
+from lowmem_cft.model.backbone import Backbone
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import Recipe
-from lowmem_cft.training.runs import library_versions
 
 Kind = Literal["adapter", "merged"]
 
-MIN_COSINE: dict[Kind, float] = {"adapter": 0.9999, "merged": 0.999}
-"""An adapter export computes the same; a merged one rounds its weights to 16 bit once more."""
-
-NUM_CHECKED = 32
 
 _POOLING_KEYS = {
     "last": "pooling_mode_lasttoken",
@@ -40,39 +40,6 @@ _POOLING_KEYS = {
     "mean": "pooling_mode_mean_tokens",
     "weighted-mean": "pooling_mode_weightedmean_tokens",
 }
-
-
-def prepared_tokenizer(tokenizer: Tokenizer, text_format: TextFormat) -> Tokenizer:
-    """A tokenizer that turns plain texts into the ids our own token stage makes of them."""
-    from tokenizers import Regex
-    from tokenizers import Tokenizer as Backend
-    from tokenizers.normalizers import Normalizer, Prepend, Replace, Sequence
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Backend.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    steps: list[Normalizer] = []
-    if text_format.head:
-        steps.append(Prepend(text_format.head))
-    if text_format.tail:
-        steps.append(Replace(Regex(r"\z"), text_format.tail))
-    if steps:
-        if backend.normalizer is not None:
-            steps.append(backend.normalizer)
-        backend.normalizer = Sequence(steps)
-    special = tokenizer("")["input_ids"]
-    special = special[:-1] if special and adds_eos(tokenizer) else special
-    before = [tokenizer.convert_ids_to_tokens(i) for i in special]
-    after = [tokenizer.eos_token] if text_format.append_eos else []
-    named = {token: tokenizer.convert_tokens_to_ids(token) for token in before + after}
-    backend.post_processor = TemplateProcessing(
-        single=[*before, "$A", *after], special_tokens=list(named.items())
-    )
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    tokens = {key: str(value) for key in names if (value := getattr(tokenizer, key)) is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", **tokens)
 
 
 def _prompts(recipe: Recipe) -> tuple[TextFormat, dict[str, str]]:
@@ -169,50 +136,6 @@ def _write_layout(
     )
 
 
-def _plain_weight(module: nn.Module) -> torch.Tensor:
-    """A linear layer's weight in float32, de-quantised if it is 4-bit."""
-    weight = module.weight
-    if (state := getattr(weight, "quant_state", None)) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(weight.data, state)
-    assert isinstance(weight, torch.Tensor)
-    return weight.detach().float()
-
-
-def merged_model(encoder: Encoder, dtype: torch.dtype) -> Any:
-    """A plain model whose weights are the (de-quantised) base plus the adapter, rounded once."""
-    from peft.tuners.lora import LoraLayer
-    from transformers import AutoModel
-
-    trained = encoder.model.get_base_model()
-    config = type(trained.config).from_dict(trained.config.to_dict())
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = AutoModel.from_config(config, dtype=dtype)
-    state: dict[str, torch.Tensor] = {}
-    inside_lora = tuple(
-        f"{name}." for name, m in trained.named_modules() if isinstance(m, LoraLayer)
-    )
-    for name, module in trained.named_modules():
-        if isinstance(module, LoraLayer):
-            base = module.get_base_layer()
-            delta = module.get_delta_weight("default").detach().float()
-            state[f"{name}.weight"] = _plain_weight(base) + delta.to(base.weight.device)
-            if getattr(base, "bias", None) is not None:
-                state[f"{name}.bias"] = base.bias.detach()
-        elif isinstance(module, nn.Linear) and not name.startswith(inside_lora):
-            state[f"{name}.weight"] = _plain_weight(module)
-    for name, value in (*trained.named_parameters(), *trained.named_buffers()):
-        if name not in state and not name.startswith(inside_lora) and value.is_floating_point():
-            state[name] = value.detach()
-    wanted = plain.state_dict()
-    state = {name: value.cpu().to(dtype) for name, value in state.items() if name in wanted}
-    missing, unexpected = plain.load_state_dict(state, strict=False)
-    assert not missing + unexpected, f"merge: {missing[:3]} {unexpected[:3]}"
-    return plain
-
-
 def export_model(
     encoder: Encoder, backbone: Backbone, recipe: Recipe, target: Path, kind: Kind
 ) -> None:
@@ -238,63 +161,3 @@ def export_model(
         else:
             merged_model(encoder, dtype).save_pretrained(folder)
         _write_layout(folder, recipe, backbone, kind, dtype, width)
-
-
-@dataclass(frozen=True)
-class ExportCheck:
-    """Lowest cosines between our vectors and those of the re-loaded export.
-
-    `min_cosine`: both computed in float32 from the weights as stored, which is what is judged.
-    `min_cosine_as_loaded`: each in its own 16-bit arithmetic, as a user runs it; on some CPUs
-    bitsandbytes also repacks 4-bit weights for inference and rounds their scales.
-    """
-
-    num_texts: int
-    min_cosine: float
-    min_cosine_as_loaded: float
-
-
-def _min_cosine(ours: Vectors, theirs: torch.Tensor) -> float:
-    a, b = torch.from_numpy(ours).double(), theirs.cpu().double()
-    return float(torch.nn.functional.cosine_similarity(a, b).min())
-
-
-def check_export(
-    folder: Path,
-    kind: Kind,
-    encoder: Encoder,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    texts: Sequence[str],
-) -> ExportCheck:
-    """Load the export with sentence-transformers and compare it with the model it was made from.
-
-    Raises:
-        ImportError: sentence-transformers is not installed.
-        RuntimeError: an embedding differs by more than `MIN_COSINE` allows.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    texts = list(texts[:NUM_CHECKED])
-    loaded = SentenceTransformer(str(folder), device=str(encoder.device))
-    name = "query" if loaded.prompts.get("query") else None
-
-    def lowest() -> float:
-        ours = embed_texts(encoder, tokenizer, texts, query_format(recipe))
-        theirs = loaded.encode(
-            texts, prompt_name=name, convert_to_tensor=True, show_progress_bar=False
-        )
-        return _min_cosine(ours, theirs)
-
-    keep_weight_layout(loaded)
-    with float32_arithmetic(encoder.model), float32_arithmetic(loaded):
-        exact = lowest()
-    keep_weight_layout(loaded, keep=False)
-    check = ExportCheck(len(texts), exact, lowest())
-    if not check.min_cosine >= MIN_COSINE[kind]:
-        raise RuntimeError(
-            f"the exported model in {folder} does not embed as the trained one: lowest cosine of "
-            f"{check.num_texts} texts is {check.min_cosine:.5f}, wanted {MIN_COSINE[kind]}; "
-            "the trained adapter itself is safe in the run's folder"
-        )
-    return check

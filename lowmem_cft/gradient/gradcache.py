@@ -24,8 +24,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lowmem_cft.data.chunks import Chunk, Cut
 from lowmem_cft.gradient.embedding_cache import EmbeddingCache, Slots
-from lowmem_cft.gradient.oom import Chunk, Cut, DoesNotFit, fits, work_off
+from lowmem_cft.gradient.oom import DoesNotFit, fits, work_off
 from lowmem_cft.gradient.plan import MIN_WORKSPACE_BYTES, StepPlan
 
 Report = TypeVar("Report")

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """int64 (B,) places of texts, and the tokens of the chunk when padded."""
-
-    place_B: Tensor
-    tokens: int
-
-
-Cut = Callable[[Tensor, int], Sequence[Chunk]]
-"""Cuts places into chunks of at most so many tokens, or of one text."""
+from lowmem_cft.data.chunks import Chunk, Cut
 
 
 class DoesNotFit(RuntimeError):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_cft.data.batches import StepTexts
-from lowmem_cft.data.tokens import TokenStore, cut_by_length, pad
+from lowmem_cft.data.chunks import cut_by_length, pad
+from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.embedding_cache import Slots
 from lowmem_cft.gradient.gradcache import gradcache_step
 from lowmem_cft.gradient.plan import StepPlan

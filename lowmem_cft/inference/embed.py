@@ -18,13 +18,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lowmem_cft.data.tokens import TextFormat, Tokenizer, TokenStore, cut_by_length, pad, tokenize
-from lowmem_cft.gradient.oom import Chunk, work_off
-from lowmem_cft.inference.prefix_sharing import Say, Shared, behind, share
+from lowmem_cft.data.chunks import Chunk, cut_by_length, pad
+from lowmem_cft.data.tokens import TextFormat, Tokenizer, TokenStore, tokenize
+from lowmem_cft.gradient.oom import work_off
+from lowmem_cft.inference.prefix_sharing import Shared, behind, share
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.model.prefix import Prefix
+from lowmem_cft.progress import Say
 
 Vectors = npt.NDArray[np.float32]
+
+Embed = Callable[[Sequence[str]], Vectors]
+"""Maps texts to float32 (texts, D), row i for text i; equal texts may be encoded once."""
 
 _PREFIX_WEIGHT = 4
 """So many of the prefix's tokens take the memory of one of a chunk's: keys and values alone."""

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lowmem_cft.evaluation.sts.score import Embed
-from lowmem_cft.inference.embed import Vectors, embed_texts
+from lowmem_cft.inference.embed import Embed, Vectors, embed_texts
 from lowmem_cft.inference.loading import RECORD, load_model
-from lowmem_cft.model.backbone import float32_arithmetic, readable_weights
-from lowmem_cft.model.sources import Say
+from lowmem_cft.model.backbone import readable_weights
+from lowmem_cft.model.precision import float32_arithmetic
+from lowmem_cft.progress import Say
 
 
 def is_plain_sentence_transformer(folder: Path) -> bool:

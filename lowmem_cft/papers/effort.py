@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem_cft.data import corpus
-from lowmem_cft.data.tokens import TextFormat, tokenize
-from lowmem_cft.model.backbone import choose_device, choose_dtype, load_tokenizer
+from lowmem_cft.data.tokens import TextFormat, query_format, tokenize
+from lowmem_cft.machine import choose_device, choose_dtype
+from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
 from lowmem_cft.model.sources import at_hand
 from lowmem_cft.papers.stages import Effort, Kind
+from lowmem_cft.planning.limits import plan_limit
 from lowmem_cft.planning.planner import Planner
-from lowmem_cft.planning.recipe_plan import plan_limit, plan_recipe, planner_for
+from lowmem_cft.planning.recipe_plan import plan_recipe, planner_for
 from lowmem_cft.recipe.schema import Recipe
 
 _SLICE_LAYERS = 2
@@ -59,7 +60,7 @@ class Efforts:
     def embed(self, texts: Sequence[str], text_format: TextFormat | None = None) -> Effort:
         """Of embedding distinct texts, after one another in the evaluation's chunks."""
         distinct = list(dict.fromkeys(texts))
-        lengths = self._lengths(distinct, text_format or corpus.query_format(self.recipe))
+        lengths = self._lengths(distinct, text_format or query_format(self.recipe))
         weights = self._planner.fixed_parts()
         held = sum(weights[part] for part in ("weights_4bit", "weights", "context"))
         budget = min(self.recipe.eval.token_budget, int(lengths.sum()))

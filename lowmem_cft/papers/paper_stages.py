@@ -12,8 +12,7 @@ from typing import Any
 from lowmem_cft.data.tokens import TextFormat
 from lowmem_cft.evaluation.search import search as icl
 from lowmem_cft.evaluation.search.demonstrations import SHIPPED, Demonstration, read_demonstrations
-from lowmem_cft.evaluation.sts.score import LoadedSet
-from lowmem_cft.evaluation.sts.sets import data_folder, load_set, load_sets, sampled
+from lowmem_cft.evaluation.sts.sets import LoadedSet, data_folder, load_set, load_sets, sampled
 from lowmem_cft.evaluation.transfer.tasks import SPECS, TransferTask, load_tasks
 from lowmem_cft.papers import work as stage_work
 from lowmem_cft.papers.effort import Efforts
@@ -29,7 +28,7 @@ from lowmem_cft.papers.request import (
 )
 from lowmem_cft.papers.stages import Effort, Observer, Records, Stage, digest
 from lowmem_cft.papers.work import Unfinished
-from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
 
 ONE_WORD = 'This sentence: "{text}" means in one word: '
@@ -288,7 +287,7 @@ class PaperStages:
         """How the second paper embeds with this model."""
         if not self.request.is_cft:
             return self.recipe
-        like = recipes.load("prompteol-smollm2-135m")  # all of them have the same text section
+        like = load_recipe("prompteol-smollm2-135m")  # all of them have the same text section
         return self.recipe.model_copy(update={"text": like.text, "embedding": like.embedding})
 
     def _search(self, share: Share) -> Stage:

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from lowmem_cft.evaluation.transfer.tasks import SPECS
-from lowmem_cft.model.backbone import choose_device
+from lowmem_cft.files import write_json
+from lowmem_cft.machine import choose_device, library_versions
 from lowmem_cft.papers.paper_stages import PaperStages
 from lowmem_cft.papers.report.write import write_report
 from lowmem_cft.papers.request import ABLATION_STEPS, DEV_PAIRS, Request, Share, departures
 from lowmem_cft.papers.stages import Kind, Observer, Records, Stage, run_stages
-from lowmem_cft.training.runs import library_versions, write_json
 
 _HALVINGS = 20
 _LEAST_ROWS, _LEAST_PAIRS = 500, 200

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, Protocol
-from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.load import load_recipe, preset_names
 from lowmem_cft.recipe.schema import Recipe
 
 PAPERS = ("cft", "prompteol")
@@ -44,7 +44,7 @@ def num_steps(recipe: Recipe) -> int:
 def models(paper: str) -> list[str]:
     """The models that a paper's run is known for."""
     prefix = f"{paper}-"
-    return [name.removeprefix(prefix) for name in recipes.preset_names() if name.startswith(prefix)]
+    return [name.removeprefix(prefix) for name in preset_names() if name.startswith(prefix)]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Request:
     @property
     def published_steps(self) -> int:
         """Optimizer steps of one epoch, by the paper's recipe whatever the user set."""
-        return num_steps(recipes.load(self.recipe_name))
+        return num_steps(load_recipe(self.recipe_name))
 
     @property
     def whole_steps(self) -> int:
@@ -100,7 +100,7 @@ class Request:
     def recipe(self, assignments: Sequence[str] = ()) -> Recipe:
         """The paper's at full size, with what the user set and with more put over it."""
         budget = [] if self.budget is None else [f"memory.limit={self.budget}"]
-        return recipes.load(self.recipe_name, [*self.overrides, *budget, *assignments])
+        return load_recipe(self.recipe_name, [*self.overrides, *budget, *assignments])
 
 
 @dataclass(frozen=True)

@@ -16,24 +16,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from lowmem_cft.files import read_json
-from lowmem_cft.training.runs import library_versions, write_json
+from lowmem_cft.files import read_json, write_json
+from lowmem_cft.machine import library_versions
+from lowmem_cft.progress import Counts
+from lowmem_cft.training import trainer
 
 Kind = Literal["evaluate", "data", "train", "search", "transfer"]
 
 
-class Observer(Protocol):
-    """What a stage tells: see `console.Screen`."""
-
-    def say(self, text: str) -> None: ...
-
-    def begin(self, num_steps: int, done: int, what: str = ...) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def step(self, line: dict[str, Any]) -> None: ...
-
-    def scored(self, step: int, scores: list[Any]) -> None: ...
+class Observer(Counts, trainer.Observer, Protocol):
+    """Is told how a stage goes, whether it trains, scores or searches."""
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,19 @@ from lowmem_cft.evaluation.search import search as icl
 from lowmem_cft.evaluation.search.demonstrations import Demonstration
 from lowmem_cft.evaluation.sts import report as eval_report
 from lowmem_cft.evaluation.sts.protocols import Protocol
-from lowmem_cft.evaluation.sts.score import Embed, LoadedSet, score_pairs
+from lowmem_cft.evaluation.sts.score import score_pairs
+from lowmem_cft.evaluation.sts.sets import LoadedSet
 from lowmem_cft.evaluation.transfer import report as transfer_report
 from lowmem_cft.evaluation.transfer.tasks import TransferTask
 from lowmem_cft.files import read_json
-from lowmem_cft.inference.embed import embed_texts
+from lowmem_cft.inference.embed import Embed, embed_texts
 from lowmem_cft.inference.kept_vectors import KeptVectors
 from lowmem_cft.inference.loading import LoadedModel, load_by_recipe
-from lowmem_cft.model.backbone import choose_device
+from lowmem_cft.machine import choose_device
 from lowmem_cft.papers.stages import Observer
-from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
+from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs as run
 from lowmem_cft.training.interrupt import Interrupted
 from lowmem_cft.training.pipeline import run_recipe
@@ -143,7 +145,7 @@ def describe_data(recipe: Recipe, scored_texts: set[str], *, offline: bool) -> d
 def train(recipe: Recipe, observer: Observer, *, offline: bool) -> dict[str, Any]:
     """Train as the recipe says, going on with what its folder holds."""
     assert recipe.output.name is not None
-    folder = run.RunFolder(Path(recipe.output.folder) / recipe.output.name)
+    folder = RunFolder(Path(recipe.output.folder) / recipe.output.name)
     if not _is_finished(folder, recipe):
         same = folder.recipe.is_file() and _trains_the_same(folder, recipe)
         started = [folder.checkpoint, folder.checkpoint.with_name("checkpoint.old")]
@@ -180,8 +182,8 @@ def put_away(folder: Path) -> None:
         folder.rename(old)
 
 
-def _trains_the_same(folder: run.RunFolder, recipe: Recipe) -> bool:
-    before = recipes.load(str(folder.recipe))
+def _trains_the_same(folder: RunFolder, recipe: Recipe) -> bool:
+    before = load_recipe(str(folder.recipe))
     ours = recipe.model_dump()
     return all(
         ours[name] == values
@@ -190,7 +192,7 @@ def _trains_the_same(folder: run.RunFolder, recipe: Recipe) -> bool:
     )
 
 
-def _is_finished(folder: run.RunFolder, recipe: Recipe) -> bool:
+def _is_finished(folder: RunFolder, recipe: Recipe) -> bool:
     if not (folder.metrics.is_file() and folder.recipe.is_file() and folder.adapter.is_dir()):
         return False
     metrics = read_json(folder.metrics, "remove it")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowmem_cft.machine import compute_capability
-from lowmem_cft.model.backbone import linear_names, target_modules
+from lowmem_cft.model.adapter import linear_names, target_modules
 from lowmem_cft.planning.tracing import Checkpointing, CostModel, cost_model, skeleton
 from lowmem_cft.recipe.schema import LoraSection, ModelSection, Recipe
 

@@ -23,20 +23,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lowmem_cft.data.tokens import chunk_by_tokens
+from lowmem_cft.data.chunks import chunk_by_tokens
 from lowmem_cft.gradient.plan import MIN_WORKSPACE_BYTES, StepPlan, auto_embedding_dtype
 from lowmem_cft.machine import compute_capability
 from lowmem_cft.model.attention import TILE
 from lowmem_cft.planning.footprint import Footprint
+from lowmem_cft.planning.limits import MARGINS
 from lowmem_cft.planning.tracing import ChunkCost
 from lowmem_cft.recipe.schema import LossSection, MemorySection
+from lowmem_cft.units import GIB
 from lowmem_cft_kernels import split_bytes
-
-GIB = 2**30
-
-MARGINS = {"cuda": GIB // 2, "cpu": 3 * GIB // 4}
-"""What the process holds beside tensors: the CUDA context and cuBLAS; or, on a CPU, the resident
-libraries."""
 
 SLACK = 0.05
 """Share of what a step allocates that is lost between the allocator's blocks."""

@@ -11,17 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lowmem_cft import memory
 from lowmem_cft.data import corpus
 from lowmem_cft.data.batches import NO_TEXT
 from lowmem_cft.data.rows import DataError
-from lowmem_cft.data.tokens import overhead, tokenize
-from lowmem_cft.model.backbone import choose_device, choose_dtype, load_tokenizer
+from lowmem_cft.data.tokens import document_format, overhead, query_format, tokenize
+from lowmem_cft.machine import choose_dtype
+from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
 from lowmem_cft.model.sources import at_hand, resolve
 from lowmem_cft.planning.footprint import Footprint
-from lowmem_cft.planning.planner import GIB, MARGINS, BatchShape, Planner, Prediction
-from lowmem_cft.recipe.schema import TEXT_SLOT, ModelSection, Recipe, parse_bytes
+from lowmem_cft.planning.planner import BatchShape, Planner, Prediction
+from lowmem_cft.recipe.schema import TEXT_SLOT, ModelSection, Recipe
+from lowmem_cft.units import GIB
 
 TABLE_LIMITS = tuple(gib * GIB for gib in (6, 8, 12, 16, 24))
 
@@ -97,7 +98,7 @@ def _shape(recipe: Recipe) -> tuple[BatchShape, list[str]]:
         note = f"the tokenizer of {recipe.model.id} is not on this machine"
     else:
         tokenizer = load_tokenizer(name, None if name != recipe.model.id else recipe.model.revision)
-        formats = (corpus.query_format(recipe), corpus.document_format(recipe))
+        formats = (query_format(recipe), document_format(recipe))
         extra = max(overhead(tokenizer, text_format) for text_format in formats)
         longest = recipe.text.max_tokens + extra
         try:
@@ -119,14 +120,14 @@ def _sampled_shape(recipe: Recipe, tokenizer: Any) -> BatchShape:
     documents = [rows[i].positive for i in chosen]
     if with_negatives:
         documents += [text for i in chosen for text in rows[i].negatives]
-    query_format, document_format = corpus.query_format(recipe), corpus.document_format(recipe)
+    of_queries, of_documents = query_format(recipe), document_format(recipe)
     lengths = np.concatenate(
         [
-            tokenize(tokenizer, queries, query_format).lengths,
-            tokenize(tokenizer, documents, document_format).lengths,
+            tokenize(tokenizer, queries, of_queries).lengths,
+            tokenize(tokenizer, documents, of_documents).lengths,
         ]
     )
-    extra = max(overhead(tokenizer, each) for each in (query_format, document_format))
+    extra = max(overhead(tokenizer, each) for each in (of_queries, of_documents))
     return BatchShape(
         rows=recipe.train.logical_batch,
         slots_per_row=len(lengths) / len(queries),
@@ -157,26 +158,6 @@ def planner_for(
     """
     config = _find_config(recipe.model) if config is None else config
     return Planner(Footprint(recipe, config, dtype, longest, device_type))
-
-
-def plan_limit(recipe: Recipe, memory_option: str | None, device: str | None) -> tuple[str, int]:
-    """The kind of device and the limit in bytes that `plan` is asked for.
-
-    A limit given without a device is a graphics card's. Without one, the recipe's holds, or what
-    is free on this machine.
-
-    Raises:
-        ValueError: the limit is no amount of memory, or a CUDA device's is asked for without one.
-    """
-    here = choose_device()
-    if memory_option is not None:
-        return device or "cuda", parse_bytes(memory_option)
-    if recipe.memory.limit != "auto":
-        return device or here.type, parse_bytes(recipe.memory.limit)
-    if device not in (None, here.type):
-        raise ValueError(f"--memory: wanted a limit, since this machine has no {device} device")
-    free = int(memory.HEADROOM * memory.free_bytes(here))
-    return here.type, free + MARGINS[here.type]
 
 
 def plan_recipe(recipe: Recipe, device_type: str, limit_bytes: int) -> RecipePlan:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_cft.data.chunks import TokenBatch
+from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.attention import AsOnDevice, AttentionCall, Backend, backward_bytes
-from lowmem_cft.model.backbone import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder, Pooling
 from lowmem_cft.planning.live_bytes import LiveBytes

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowmem_cft.evaluation.sts.protocols import sets_in
-from lowmem_cft.evaluation.sts.score import SetScore, data_folder
-from lowmem_cft.recipe import schema as recipes
+from lowmem_cft.evaluation.sts.score import SetScore
+from lowmem_cft.evaluation.sts.sets import data_folder
+from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.training.pipeline import run_recipe
 from lowmem_cft.training.trainer import Observer
 
@@ -67,7 +68,7 @@ def run_demo(
     started = time.perf_counter()
     name, data = choose_data(offline)
     observer.say(f"data: {name}")
-    recipe = recipes.load("demo", [*data, *overrides])
+    recipe = load_recipe("demo", [*data, *overrides])
     _, metrics = run_recipe(recipe, observer, overwrite=True, offline=offline)
     before = [SetScore(**score) for score in metrics["before"]]
     after = [SetScore(**score) for score in metrics["after"]]

@@ -16,60 +16,45 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_cft import memory
+from lowmem_cft import machine
 from lowmem_cft.data import corpus
 from lowmem_cft.data.batches import RowOrder, step_texts
+from lowmem_cft.data.tokens import query_format
 from lowmem_cft.evaluation.sts import score as evaluate
+from lowmem_cft.evaluation.sts import sets
 from lowmem_cft.evaluation.sts.protocols import SCORED
-from lowmem_cft.files import cache_folder, whole_folder
+from lowmem_cft.files import cache_folder, whole_folder, write_json
 from lowmem_cft.gradient.oom import fits
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.gradient.step import ContrastiveStep, LossReport
+from lowmem_cft.machine import choose_device, choose_dtype, library_versions
+from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.backbone import (
     Backbone,
     BackboneSource,
-    attach_adapter,
-    choose_device,
-    choose_dtype,
     find_backbone,
     load_backbone,
     readable_weights,
-    set_checkpointing,
-    trainable_parameters,
 )
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
-from lowmem_cft.planning.planner import GIB, MARGINS, Planner
+from lowmem_cft.planning.limits import cap_allocator, run_limit
+from lowmem_cft.planning.planner import Planner
 from lowmem_cft.planning.recipe_plan import planner_for, shape_of
-from lowmem_cft.recipe.schema import LossSection, Recipe, parse_bytes
+from lowmem_cft.progress import Says
+from lowmem_cft.recipe.schema import LossSection, Recipe
+from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs as run
+from lowmem_cft.training.checkpoint import TrainingState, load_state, save_state
 from lowmem_cft.training.interrupt import Interrupted, finish_step_on_interrupt
 from lowmem_cft.training.optimizer import make_optimizer, make_scheduler
+from lowmem_cft.units import GIB
 from lowmem_cft_kernels import LearnedTemperature
 from lowmem_cft_kernels import Path as LossPath
 
 
-def memory_limit(recipe: Recipe, device: torch.device) -> int:
-    """Bytes that the whole run may take: the recipe's limit, and no more than is free.
-
-    On a GPU the recipe's limit is also set as the allocator's, so that it holds.
-    """
-    margin = MARGINS[device.type]  # what is free now is so beside libraries and context
-    free = int(memory.HEADROOM * memory.free_bytes(device)) + margin
-    if recipe.memory.limit == "auto":
-        return free
-    limit = parse_bytes(recipe.memory.limit)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        share = min(1.0, max(0, limit - margin) / total)
-        torch.cuda.set_per_process_memory_fraction(share, device)
-    return min(limit, free)
-
-
-class Observer(Protocol):
-    """Who is told how training goes."""
-
-    def say(self, text: str) -> None: ...
+class Observer(Says, Protocol):
+    """Is told how training goes."""
 
     def begin(self, num_steps: int, done: int) -> None: ...
 
@@ -105,7 +90,7 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        folder: run.RunFolder,
+        folder: RunFolder,
         observer: Observer,
         *,
         resume: bool = False,
@@ -127,19 +112,19 @@ class Trainer:
         self.num_steps = recipe.train.num_steps(
             self.order.steps_per_epoch * recipe.train.logical_batch
         )
-        data_folder = evaluate.data_folder()
+        data_folder = sets.data_folder()
         self.eval_sets = [
-            evaluate.load_set(name, data_folder, recipe.eval.limit, offline=offline)
+            sets.load_set(name, data_folder, recipe.eval.limit, offline=offline)
             for name in recipe.eval.sets
         ]
         source = find_backbone(recipe.model, observer.say)
         self.corpus = corpus.build_corpus(rows, recipe, source.tokenizer, cache_folder())
         where = "read from the cache" if self.corpus.from_cache else "tokenised once"
         observer.say(f"{len(self.corpus.store)} distinct texts, {where}")
-        state = run.load_state(folder) if resume else None
+        state = load_state(folder) if resume else None
         self.planner, self.plan = self._plan(source, state)
-        memory.keep_freed_memory()
-        memory.grow_cuda_blocks(self.device)
+        machine.keep_freed_memory()
+        machine.grow_cuda_blocks(self.device)
         self.backbone: Backbone = load_backbone(recipe.model, self.device, observer.say, source)
         self.encoder = self._make_encoder()
         self.parameters = trainable_parameters(self.encoder.model)
@@ -186,11 +171,12 @@ class Trainer:
         )
 
     def _plan(
-        self, source: BackboneSource, state: run.TrainingState | None
+        self, source: BackboneSource, state: TrainingState | None
     ) -> tuple[Planner, StepPlan]:
         """Plan the steps before weights are loaded; a resumed run keeps its plan if it can."""
         recipe = self.recipe
-        limit = memory_limit(recipe, self.device)
+        cap_allocator(recipe, self.device)
+        limit = run_limit(recipe, self.device)
         shape = shape_of(recipe, self.corpus)
         dtype = choose_dtype(recipe.model.dtype, self.device)
         planner = planner_for(recipe, self.device.type, dtype, shape.longest, source.config)
@@ -258,7 +244,7 @@ class Trainer:
             "forward_tokens": self.plan.forward_tokens,
             "kept_tokens": self.plan.kept_tokens,
             "step_ms": seconds * 1000,
-            "peak_bytes": memory.peak_bytes(self.device),
+            "peak_bytes": machine.peak_bytes(self.device),
         }
 
     def _step_or_save(self) -> dict[str, Any]:
@@ -301,7 +287,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        state = run.TrainingState(
+        state = TrainingState(
             step=self.step_index,
             adapter=self.adapter_state(),
             optimizer=self.optimizer.state_dict(),
@@ -311,9 +297,9 @@ class Trainer:
             plan=self.plan.to_json(),
             temperature={} if self.temperature is None else self.temperature.state_dict(),
         )
-        run.save_state(self.folder, state)
+        save_state(self.folder, state)
 
-    def _restore(self, state: run.TrainingState) -> None:
+    def _restore(self, state: TrainingState) -> None:
         self.load_adapter_state(state.adapter)
         self.optimizer.load_state_dict(state.optimizer)
         self.scheduler.load_state_dict(state.scheduler)
@@ -327,14 +313,14 @@ class Trainer:
 
     # -- evaluation ---------------------------------------------------------------------------
 
-    def scores(self, sets: list[evaluate.LoadedSet]) -> list[evaluate.SetScore]:
+    def scores(self, sets: list[sets.LoadedSet]) -> list[evaluate.SetScore]:
         """Spearman on the sets, with the adapter as it is now."""
         return [
             evaluate.score_set(
                 self.encoder,
                 self.backbone.tokenizer,
                 loaded,
-                corpus.query_format(self.recipe),
+                query_format(self.recipe),
                 self.recipe.eval.token_budget,
             )
             for loaded in sets
@@ -434,16 +420,16 @@ class Trainer:
             "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else None,
             "padding_share": progress.padded_tokens / max(1, progress.tokens) - 1,
             "plan": self.plan.to_json(),
-            "peak_bytes": memory.peak_bytes(self.device),
+            "peak_bytes": machine.peak_bytes(self.device),
             "device": _device_name(self.device),
             "attention": self.encoder.attention,
-            "versions": run.library_versions(),
+            "versions": library_versions(),
         }
         if self.temperature is not None:
             metrics["temperature"] = self.temperature().item()
         if self.recipe.eval.keep_best:
             metrics["best_step"] = self.progress.best_step
-        run.write_json(self.folder.metrics, metrics)
+        write_json(self.folder.metrics, metrics)
         return metrics
 
 

@@ -8,13 +8,12 @@ P: pairs, B: bootstrap resamples.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +24,12 @@ from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL, Demonstration
 from lowmem_cft.evaluation.search.trials import Trial, TrialFile, read_plain, save_plain
 from lowmem_cft.evaluation.sts.bootstrap import interval, resampled_spearman
 from lowmem_cft.evaluation.sts.correlation import Floats, spearman
-from lowmem_cft.evaluation.sts.score import Embed, LoadedSet, score_pairs
-from lowmem_cft.evaluation.sts.sets import pairs_sha256
-from lowmem_cft.inference.embed import embed_texts
+from lowmem_cft.evaluation.sts.score import score_pairs
+from lowmem_cft.evaluation.sts.sets import LoadedSet, pairs_sha256
+from lowmem_cft.inference.embed import Embed, embed_texts
 from lowmem_cft.inference.loading import RECORD, LoadedModel, load_model, says_how_it_embeds
+from lowmem_cft.model.identity import lora_scaling, weights_digest
+from lowmem_cft.progress import Counts
 from lowmem_cft.recipe.schema import TEXT_SLOT
 
 EmbedUnder = Callable[[str], Embed]
@@ -36,16 +37,6 @@ EmbedUnder = Callable[[str], Embed]
 
 _READ = {"embedding.pooling": "last", "text.append_eos": "false"}
 """How PromptEOL reads a base model: at the template's last token."""
-
-
-class Observer(Protocol):
-    """What a search tells: see `console.Screen`."""
-
-    def say(self, text: str) -> None: ...
-
-    def begin(self, num_steps: int, done: int, what: str = ...) -> None: ...
-
-    def advance(self, count: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -167,38 +158,6 @@ def _check_bare(folder: Path) -> None:
         )
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """Of every tensor, whole: weights, buffers, and the scales of 4-bit weights.
-
-    A checkpoint's state has the scales but not every buffer (rotary frequencies are made anew).
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def lora_scaling(model: torch.nn.Module) -> float | dict[str, float] | None:
-    """What LoRA layers multiply their product by (alpha / rank), which no weight tells.
-
-    One number where all layers have the same, else one for each; None without an adapter.
-    """
-    if not hasattr(model, "peft_config"):
-        return None
-    from peft.tuners.lora.layer import LoraLayer
-
-    of_layer = {
-        f"{name}.{adapter}": float(layer.scaling[adapter])
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-        for adapter in layer.active_adapters
-    }
-    first, *others = set(of_layer.values())
-    return of_layer if others else first
-
-
 def set_identity(scored_set: LoadedSet) -> dict[str, Any]:
     """All of the set that scores depend on."""
     pairs = scored_set.pairs
@@ -212,7 +171,7 @@ def search(
     demonstrations: Sequence[Demonstration],
     folder: Path,
     identity: Mapping[str, Any],
-    observer: Observer,
+    observer: Counts,
 ) -> list[Trial]:
     """Score the template without and with each demonstration; those in the folder are not redone.
 

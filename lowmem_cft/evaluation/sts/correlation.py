@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import pearsonr, spearmanr
 
+from lowmem_cft.inference.embed import Vectors
+
 Floats = npt.NDArray[np.float64]
-Vectors = npt.NDArray[np.float32]
 
 
 def num_not_finite(emb_PD: Vectors) -> int:

@@ -16,7 +16,7 @@ from lowmem_cft.evaluation.sts.protocols import Protocol
 from lowmem_cft.evaluation.sts.report import Report
 from lowmem_cft.evaluation.sts.score import SetScore
 from lowmem_cft.evaluation.sts.sets import LoadedSet
-from lowmem_cft.training.runs import write_json
+from lowmem_cft.files import write_json
 
 _TASKS = {"STSBenchmark-test": "STSBenchmark"}
 """Names of mteb's that differ from ours."""

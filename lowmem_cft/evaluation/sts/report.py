@@ -22,7 +22,8 @@ from lowmem_cft.evaluation.sts.correlation import Floats, spearman
 from lowmem_cft.evaluation.sts.protocols import SCORED, SETS, Protocol
 from lowmem_cft.evaluation.sts.score import ScoredSet, SetScore
 from lowmem_cft.evaluation.sts.sets import DIGITS
-from lowmem_cft.training.runs import library_versions, short_name, write_json
+from lowmem_cft.files import short_name, write_json
+from lowmem_cft.machine import library_versions
 
 _ROUNDING = 1e-9
 """So far a score may be from that of its pairs: one more digit than a library's rounding."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,29 +10,14 @@ import numpy as np
 from lowmem_cft.data.tokens import TextFormat, Tokenizer
 from lowmem_cft.evaluation.sts.correlation import (
     Floats,
-    Vectors,
     num_not_finite,
     paired_cosine,
     pearson,
     spearman,
 )
-from lowmem_cft.evaluation.sts.sets import LoadedSet, data_folder, load_set, pairs_sha256
-from lowmem_cft.inference.embed import embed_texts
+from lowmem_cft.evaluation.sts.sets import LoadedSet, pairs_sha256
+from lowmem_cft.inference.embed import Embed, Vectors, embed_texts
 from lowmem_cft.model.encoder import Encoder
-
-__all__ = [
-    "Embed",
-    "LoadedSet",
-    "ScoredSet",
-    "SetScore",
-    "data_folder",
-    "load_set",
-    "score_pairs",
-    "score_set",
-]
-
-Embed = Callable[[Sequence[str]], Vectors]
-"""Texts to float32 (texts, D), row i for text i."""
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 
 from lowmem_cft.evaluation.clean_up import clean_up
-from lowmem_cft.evaluation.sts.correlation import Vectors
 from lowmem_cft.evaluation.transfer import score as transfer
 from lowmem_cft.evaluation.transfer import tasks as transfer_data
 from lowmem_cft.evaluation.transfer.score import (
     SENTEVAL,
-    Embed,
     TransferScore,
     TransferSettings,
     check_task,
     score_task,
 )
 from lowmem_cft.evaluation.transfer.tasks import TransferTask
-from lowmem_cft.training.runs import library_versions, short_name, write_json
+from lowmem_cft.files import short_name, write_json
+from lowmem_cft.inference.embed import Embed, Vectors
+from lowmem_cft.machine import library_versions
 
 FILE_NAME = "eval-transfer"
 """What the names of these reports begin with in a run's folder."""

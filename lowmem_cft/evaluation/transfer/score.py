@@ -6,7 +6,7 @@ choice (`TransferSettings.solver`), named in every result. docs/transfer.md has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -19,9 +19,7 @@ from lowmem_cft.evaluation.transfer.converged import solve_logistic
 from lowmem_cft.evaluation.transfer.folds import FitPlan, Rows, plan_fits
 from lowmem_cft.evaluation.transfer.senteval_adam import AdamSettings, train_logistic
 from lowmem_cft.evaluation.transfer.tasks import TransferTask
-
-Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
-"""Texts -> (texts, D). Gets all texts of a task at once, and may encode equal ones once."""
+from lowmem_cft.inference.embed import Embed
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from lowmem_cft.files import write_json
 from lowmem_cft.papers.report import plots as reproduce_plots
 from lowmem_cft.papers.report.markdown import markdown
 from lowmem_cft.papers.report.records import read
 from lowmem_cft.papers.report.summary import Report, summarise
-from lowmem_cft.training.runs import write_json
 
 FOLDER = "report"
 

@@ -1,0 +1,133 @@
+"""The LoRA adapter: which layers have one, its dropout, and what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
+from lowmem_cft.model.lora import use_lean_layers
+from lowmem_cft.recipe.schema import LoraSection
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of the linear layers (4-bit ones too) an adapter can be put on."""
+    kinds: tuple[type, ...] = (nn.Linear,)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def target_modules(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """The recipe's `lora.targets` as full module names.
+
+    Raises:
+        ValueError: a name fits no linear layer; the message lists those there are.
+    """
+    names = linear_names(model)
+    if not names:
+        raise ValueError(f"lora.targets: {type(model).__name__} has no linear layers to adapt")
+    if targets == "all-linear":
+        return names
+    if isinstance(targets, str):
+        inside = {"attention": ("attn", "attention"), "mlp": ("mlp", "fc1", "fc2", "ffn")}[targets]
+        chosen = [
+            name
+            for name in names
+            if any(part.endswith(inside) for part in name.split(".")[:-1])
+            or name.split(".")[-1] in inside
+        ]
+        if not chosen:
+            raise ValueError(f"lora.targets: no {targets} layers found; {_listing(names)}")
+        return chosen
+    chosen = []
+    for target in targets:
+        fitting = [name for name in names if name == target or name.endswith(f".{target}")]
+        if not fitting:
+            raise ValueError(f"lora.targets: got {target!r}; {_listing(names)}")
+        chosen += fitting
+    return list(dict.fromkeys(chosen))
+
+
+def _listing(names: list[str]) -> str:
+    last = sorted({name.rpartition(".")[2] for name in names})
+    return f"the linear layers of this model are named {', '.join(last)}"
+
+
+def attach_adapter(
+    model: Any,
+    section: LoraSection,
+    clock: DropoutClock,
+    *,
+    seed: int,
+    revision: str | None = None,
+) -> Any:
+    """A PeftModel with a fresh LoRA adapter in float32 (float64 on a float64 model).
+
+    Its dropout reads `clock`; see `IdentityDropout`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=target_modules(model, section.targets),
+        use_rslora=section.rslora,
+        init_lora_weights=True if section.init == "default" else section.init,
+        bias="none",
+        task_type="FEATURE_EXTRACTION",
+    )
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(model, config, revision=revision)
+    if model.dtype == torch.float64:
+        peft_model.double()
+    replace_dropout(peft_model, section.dropout, clock)
+    use_lean_layers(peft_model)
+    peft_model.eval()
+    return peft_model
+
+
+def replace_dropout(peft_model: nn.Module, rate: float, clock: DropoutClock) -> None:
+    """Put identity dropout in the place of every LoRA layer's own."""
+    if not rate:
+        return
+    replaced = 0
+    for name, module in peft_model.named_modules():
+        if isinstance(dropouts := getattr(module, "lora_dropout", None), nn.ModuleDict):
+            for key in dropouts:
+                dropouts[key] = IdentityDropout(rate, f"{name}.{key}", clock)
+                replaced += 1
+    assert replaced, "LoRA layers without dropout modules: peft has changed its layout"
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def set_checkpointing(model: Any, every: int) -> None:
+    """Non-reentrant gradient checkpointing of every k-th layer from the k-th on; 0 is none, 1 all.
+
+    Not from the first on: where nothing is trained before it, the first layer keeps little.
+
+    Raises:
+        ValueError: the architecture does not support it.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if every and not base.supports_gradient_checkpointing:
+        raise ValueError(
+            f"memory.checkpointing: got on, but {type(base).__name__} does not support it; "
+            "set it to off and lower memory.token_budget"
+        )
+    # transformers 5.23 renamed the methods; the older names warn there.
+    kind = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
+    if not every:
+        getattr(base, f"{kind}_checkpointing_disable")()
+        return
+    getattr(base, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    layers = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i % every == every - 1

@@ -1,0 +1,171 @@
+"""From a file or a preset's name, with overrides, to a checked recipe, and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lowmem_cft.recipe.errors import RecipeError, _explain
+from lowmem_cft.recipe.schema import Recipe
+
+PRESETS = resources.files("lowmem_cft") / "recipe" / "presets"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as the number it is (YAML 1.2), where YAML 1.1 sees a text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text such as 1e4, which _Loader would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+0123456789."),
+    )
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
+        raise RecipeError(f"{where}: not readable as YAML: {error}") from error
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    files = (entry.name for entry in PRESETS.iterdir())
+    return sorted(name[:-5] for name in files if name.endswith(".yaml") and name[0] != "_")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as text: {error}") from error
+
+
+def _read(
+    name: str, relative_to: Path | None = None, chain: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], str]:
+    """The merged values of a recipe and where it lies; `chain` names those that extend it."""
+    path = Path(name) if relative_to is None else relative_to / name
+    # a preset extends a preset, whatever lies in the working folder
+    if path.is_file() and (relative_to is not None or not chain):
+        text, where, folder = _read_text(path), str(path), path.parent
+        key = str(path.resolve())
+    elif "/" not in name and (PRESETS / f"{name}.yaml").is_file():
+        text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+        where, folder = f"preset {name}", None
+        key = where
+    else:
+        close = difflib.get_close_matches(name, preset_names(), n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise RecipeError(
+            f"{name}: no such recipe file, and no preset of that name{hint}; "
+            f"presets: {', '.join(preset_names())}" + (f"; {chain[-1]} extends it" if chain else "")
+        )
+    if key in chain:
+        raise RecipeError(
+            f"{chain[-1]}: extends: got {name!r}, which leads back to itself "
+            f"({' -> '.join((*chain, key))}), wanted a chain that ends"
+        )
+    values = _parse_yaml(text, where)
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: got {type(values).__name__}, wanted sections such as `model:`")
+    base = values.pop("extends", None)
+    if base is None:
+        return values, where
+    if not isinstance(base, str):
+        raise RecipeError(f"{where}: extends: got {base!r}, wanted another recipe's name")
+    return merge(_read(base, folder, (*chain, key))[0], values), where
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` put over it, mappings merged key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(typing.cast("Mapping[str, Any]", old), value) if both else value
+    return merged
+
+
+def apply_override(values: dict[str, Any], assignment: str) -> None:
+    """Set `a.b=c` in place; c is read as YAML, numbers index lists.
+
+    Raises:
+        RecipeError: no `=`, or the path runs through something that is no section or list.
+    """
+    path, sign, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not sign or not all(keys):
+        raise RecipeError(f"--set {assignment}: wanted SECTION.KEY=VALUE, as train.steps=100")
+    value = _parse_yaml(text, f"--set {assignment}")
+    here: Any = values
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list) and key.isdecimal() and int(key) < len(here):
+            slot: int | str = int(key)
+        elif isinstance(here, dict):
+            slot = key
+        else:
+            got = ".".join(keys[:depth])
+            raise RecipeError(f"--set {assignment}: {got} has no {key!r} to set")
+        if last:
+            here[slot] = value
+        elif isinstance(here, list):
+            here = here[int(slot)]
+        else:
+            here = here.setdefault(slot, {})
+
+
+def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+    """Check raw values. Raises RecipeError listing everything that is wrong, a line each."""
+    try:
+        return Recipe.model_validate(_tuples(values))
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML has no tuples, and strict checking takes no list for one."""
+    values = dict(values)
+    for name, key in (("train", "betas"), ("loss", "temperature_bounds")):
+        section = values.get(name)
+        if isinstance(section, Mapping) and isinstance(section.get(key), list):
+            values[name] = {**section, key: tuple(section[key])}
+    return values
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file or preset, apply overrides, check it.
+
+    Raises:
+        RecipeError: nothing of that name, not YAML, or values that do not pass.
+    """
+    values, where = _read(name)
+    for assignment in overrides:
+        apply_override(values, assignment)
+    recipe = parse_recipe(values, where)
+    if recipe.output.name is None:
+        output = recipe.output.model_copy(update={"name": Path(name).name.removesuffix(".yaml")})
+        recipe = recipe.model_copy(update={"output": output})
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, readable by `load_recipe`."""
+    values = recipe.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

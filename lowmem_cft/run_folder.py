@@ -1,0 +1,58 @@
+"""Where things lie in a run's folder."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def replaced(self) -> Path:
+        """Where the run that `overwrite` replaces waits until the new one has begun."""
+        return self.path.with_name(f"{self.path.name}.replaced")
+
+    def begun(self) -> None:
+        """The new run can do its work: the one it replaces goes."""
+        shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def withdraw(self) -> None:
+        """Take the folder back if it holds nothing but the recipe, and put the old run back."""
+        if [entry.name for entry in self.path.iterdir()] == [self.recipe.name]:
+            shutil.rmtree(self.path)
+            if self.replaced.is_dir():
+                self.replaced.rename(self.path)

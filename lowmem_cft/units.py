@@ -1,0 +1,24 @@
+"""Sizes as people write them: 12GiB and the bytes that it stands for."""
+
+from __future__ import annotations
+
+import re
+
+GIB = 2**30
+
+
+_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """12GiB (1024s), 12GB (1000s) or plain bytes.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"got {text!r}, wanted an amount of memory such as 12GiB or 800MiB")
+    prefix = found[2].upper()
+    power = _UNITS[prefix] if prefix else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
