@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from places import ROOT
 
 
 def test_kernels_is_a_source_root_and_no_package() -> None:

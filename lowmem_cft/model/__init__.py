@@ -1,16 +1,16 @@
 """A checkpoint's name becomes a frozen backbone with an adapter that embeds texts.
 
-    sources     where a checkpoint and its tokenizer come from
-    configs     shapes of known models without their checkpoints
-    minicpm     MiniCPM checkpoints as transformers reads them
-    backbone    the frozen model and its tokenizer, loaded
-    precision   the model in another precision for a while
-    adapter     the LoRA adapter: where it sits, what is trained
-    lora        a LoRA layer that keeps no dropped inputs
-    dropout     dropout by a text's identity
-    attention   which kernel computes attention, and what it holds
-    last_layer  the last layer, computed only where it is read
-    prefix      tokens shared by all texts, computed once
-    encoder     chunks -> pooled embeddings
-    identity    what tells one loaded model from another
+sources     where a checkpoint and its tokenizer come from
+configs     shapes of known models without their checkpoints
+minicpm     MiniCPM checkpoints as transformers reads them
+backbone    the frozen model and its tokenizer, loaded
+precision   the model in another precision for a while
+adapter     the LoRA adapter: where it sits, what is trained
+lora        a LoRA layer that keeps no dropped inputs
+dropout     dropout by a text's identity
+attention   which kernel computes attention, and what it holds
+last_layer  the last layer, computed only where it is read
+prefix      tokens shared by all texts, computed once
+encoder     chunks -> pooled embeddings
+identity    what tells one loaded model from another
 """

@@ -1,10 +1,10 @@
 """The loop, its checkpoints, and a run as one call.
 
-    trainer     one run: assembling, stepping, saving, finishing
-    optimizer  AdamW and learning rates
-    runs       a run's folder: made, continued, replaced
-    checkpoint  all that going on needs
-    interrupt  stopping at the end of a step
-    pipeline   train, score, export, check
-    demo       the demo
+trainer     one run: assembling, stepping, saving, finishing
+optimizer   AdamW and learning rates
+runs        a run's folder: made, continued, replaced
+checkpoint  all that going on needs
+interrupt   stopping at the end of a step
+pipeline    train, score, export, check
+demo        the demo
 """

@@ -1,0 +1,35 @@
+"""Commands that say what there is: doctor, recipes."""
+
+from __future__ import annotations
+
+import typer
+
+from lowmem_cft import __version__
+from lowmem_cft.cli.options import print_table
+
+
+def doctor() -> None:
+    """Say what this machine has, what is missing, and how to get it."""
+    from rich.table import Table
+
+    from lowmem_cft.cli.doctor import examine
+    from lowmem_cft.model.backbone import quiet_libraries
+
+    quiet_libraries()
+    table = Table(title=f"lowmem-cft {__version__}")
+    for column in ("", "what", "found", "remedy"):
+        table.add_column(column, overflow="fold")
+    findings = examine()
+    for finding in findings:
+        table.add_row(finding.level, finding.what, finding.found, finding.remedy)
+    print_table(table)
+    if any(finding.level == "missing" for finding in findings):
+        raise typer.Exit(1)
+
+
+def recipes() -> None:
+    """List the recipes shipped with the package."""
+    from lowmem_cft.recipe.load import preset_names
+
+    for name in preset_names():
+        typer.echo(name)

@@ -1,0 +1,129 @@
+"""Commands that make a model: train, plan, demo, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from lowmem_cft.cli.files import check_writable
+from lowmem_cft.cli.options import Offline, Overrides, go_offline, make_screen, print_table
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a preset.")],
+    overrides: Overrides = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run.")] = False,
+    offline: Offline = False,
+) -> None:
+    """Fine-tune a model, evaluate it before and after, export it."""
+    from lowmem_cft.recipe.load import load_recipe, to_yaml
+
+    resolved = load_recipe(recipe, overrides or [])
+    if print_config:
+        typer.echo(to_yaml(resolved), nl=False)
+        return
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite: choose one")
+    go_offline(offline)
+    from lowmem_cft.cli.tables import before_after_table
+    from lowmem_cft.evaluation.sts.score import SetScore
+    from lowmem_cft.training.pipeline import run_recipe
+
+    with make_screen() as screen:
+        folder, metrics = run_recipe(
+            resolved, screen, resume=resume, overwrite=overwrite, offline=offline
+        )
+    before = [SetScore(**score) for score in metrics["before"]]
+    after = [SetScore(**score) for score in metrics["after"]]
+    print_table(before_after_table(before, after))
+    typer.echo(f"run: {folder.path}")
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a preset.")],
+    memory: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Limit of it all, such as 12GiB; a graphics card's unless --device says."
+        ),
+    ] = None,
+    device: Annotated[
+        Optional[str], typer.Option(help="cuda or cpu; need not be on this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Predict memory and cost of a recipe's steps, from the model's configuration alone."""
+    from lowmem_cft.recipe.load import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device: got {device}, wanted cuda or cpu")
+    from lowmem_cft.cli.tables import plan_tables
+    from lowmem_cft.planning.limits import plan_limit
+    from lowmem_cft.planning.recipe_plan import plan_recipe
+
+    with make_screen() as screen:
+        device_type, limit = plan_limit(resolved, memory, device)
+        found = plan_recipe(resolved, device_type, limit)
+        for note in found.notes:
+            screen.say(note)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    for table in plan_tables(found):
+        print_table(table)
+    typer.echo(found.prediction.plan.describe())
+
+
+def demo(overrides: Overrides = None, offline: Offline = False) -> None:
+    """Train the embedded small model on the data at hand; ends in one line of JSON."""
+    go_offline(offline)
+    from lowmem_cft.cli.tables import before_after_table
+    from lowmem_cft.training.demo import run_demo
+
+    with make_screen() as screen:
+        before, after, summary = run_demo(screen, offline=offline, overrides=overrides or [])
+    print_table(before_after_table(before, after))
+    typer.echo(json.dumps(summary))
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder to write; RUN/model if absent.")
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Merge the adapter into 16-bit weights.")
+    ] = False,
+) -> None:
+    """Write a finished run as a folder that SentenceTransformer(path) loads, and check it."""
+    from lowmem_cft.export.check import checked
+    from lowmem_cft.export.layout import export_model
+    from lowmem_cft.inference.loading import RECORD, load_model
+    from lowmem_cft.machine import choose_device
+
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run} is no run folder (no recipe.yaml in it)")
+    target = out or run / "model"
+    ours = not target.exists() or (target / RECORD).is_file()
+    if not ours and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--out: {target} exists and is no export of ours; choose another folder")
+    check_writable(target, folder=True)
+    with make_screen() as screen:
+        loaded = load_model(str(run), choose_device(), screen.say)
+        kind: Any = "merged" if merged else "adapter"
+        export_model(loaded.encoder, loaded.backbone, loaded.recipe, target, kind)
+        card = run / "README.md"
+        if card.is_file():
+            text = card.read_text(encoding="utf-8").replace(str(run / "model"), str(target))
+            (target / "README.md").write_text(text, encoding="utf-8")
+        checked(target, kind, loaded.encoder, loaded.tokenizer, loaded.recipe, screen)
+    typer.echo(str(target))

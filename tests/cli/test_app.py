@@ -1,0 +1,356 @@
+"""The command line as a user meets it: results, and one clear message for each mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from lowmem_cft import __version__
+from lowmem_cft.cli import app as cli
+from lowmem_cft.inference import embed as inference
+from lowmem_cft.recipe.load import parse_recipe
+from lowmem_cft_kernels import Path as LossPath
+from places import ROOT
+from running import Run
+
+PATHS = "|".join(path.value for path in LossPath)
+
+
+def test_version_and_help(command: Run) -> None:
+    assert command("--version")[:2] == (0, f"{__version__}\n")
+    code, out, _ = command("--help")
+    assert code == 0
+    for name in ("train", "demo", "eval", "export", "embed", "doctor", "recipes"):
+        assert name in out
+
+
+def test_the_commands_are_frozen() -> None:
+    """A command that appears or goes is seen in review."""
+    names = {c.name for c in cli.app.registered_commands}
+    assert names == {
+        "train",
+        "demo",
+        "eval",
+        "compare",
+        "export",
+        "embed",
+        "doctor",
+        "plan",
+        "recipes",
+        "icl-search",
+        "reproduce",
+    }
+
+
+def test_recipes_lists_presets(command: Run) -> None:
+    code, out, _ = command("recipes")
+    assert code == 0
+    assert "demo" in out.split()
+
+
+def test_print_config_is_a_recipe(command: Run, recipe_file: Path) -> None:
+    code, out, _ = command("train", str(recipe_file), "--print-config", "--set", "train.steps=7")
+    assert code == 0
+    assert yaml.safe_load(out)["train"]["steps"] == 7
+    assert parse_recipe(yaml.safe_load(out), "printed").train.steps == 7
+
+
+def test_train_eval_embed_export(command: Run, finished: Path, tmp_path: Path) -> None:
+    pairs = yaml.safe_load((finished / "recipe.yaml").read_text())["eval"]["sets"][0]
+    scores = tmp_path / "scores.json"
+    code, out, err = command("eval", str(finished), "-s", pairs, "--out", str(scores))
+    assert code == 0, err
+    assert "Spearman" in out
+    result = json.loads(scores.read_text())
+    metrics = json.loads((finished / "metrics.json").read_text())
+    wanted = metrics["after"][0]["spearman"]
+    assert result["sets"][0]["spearman"] == pytest.approx(wanted, abs=1e-6)
+    assert result["protocol"] == metrics["protocol"] == "cosine Spearman over all pairs of the set"
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the cat sat\na dog ran\nthe cat sat\n")
+    code, _, err = command("embed", str(finished), str(texts))
+    assert code == 0, err
+    vectors = np.load(tmp_path / "texts.txt.npy")
+    assert vectors.shape == (3, 64)
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors[0], vectors[2])
+    assert not np.allclose(vectors[0], vectors[1])
+    table = tmp_path / "vectors.parquet"
+    code, _, err = command("embed", str(finished / "model"), str(texts), "--out", str(table))
+    assert code == 0, err
+    read = pq.read_table(table).to_pydict()
+    assert read["text"] == ["the cat sat", "a dog ran", "the cat sat"]
+    assert np.allclose(np.array(read["embedding"], dtype=np.float32), vectors, atol=1e-5)
+
+    target = tmp_path / "merged"
+    code, _, err = command("export", str(finished), "--merged", "--out", str(target))
+    assert code == 0, err
+    assert (target / "model.safetensors").is_file()
+    assert not (target / "adapter_config.json").exists()
+
+
+def test_progress_says_how_the_batch_is_told_apart(command: Run, recipe_file: Path) -> None:
+    code, _, err = command("train", str(recipe_file), "--set", "loss.learn_temperature=true")
+    assert code == 0, err
+    note = r"loss \d+\.\d{4}  accuracy \d+%  rank \d+\.\d  temperature 0\.0\d{3}  [\d.]+ rows/s"
+    assert re.search(rf"^step 2/2  {note}$", err, re.MULTILINE), err
+    assert len(re.findall(rf"^loss by the ({PATHS}) path$", err, re.MULTILINE)) == 1
+
+
+def test_base_model_is_evaluated_too(command: Run, tiny_folder: Path) -> None:
+    code, out, err = command(
+        "eval", str(tiny_folder), "-s", "demo", "--set", "embedding.pooling=mean"
+    )
+    assert code == 0, err
+    assert "demo" in out
+
+
+MISTAKES = (
+    "unknown key",
+    "missing data",
+    "empty data",
+    "batch larger than the data",
+    "unknown model",
+    "unknown set",
+    "paged optimizer without CUDA",
+)
+
+
+def broken_file(folder: Path, text: str) -> str:
+    path = folder / "bad.jsonl"
+    path.write_text(text)
+    return f"data.sources=[{{path: {path}}}]"
+
+
+def mistakes(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """What is set wrong, and what the message must name."""
+    return {
+        "unknown key": (["train.lerning_rate=1"], "did you mean learning_rate?"),
+        "missing data": (["data.sources=[{path: ./gone.jsonl}]"], "gone.jsonl"),
+        "empty data": ([broken_file(folder, "")], "bad.jsonl"),
+        "batch larger than the data": (["train.logical_batch=1000"], "only 40 rows"),
+        "unknown model": (["model.id=nobody/nothing"], "nobody/nothing"),
+        "unknown set": (["eval.sets=[STS99]"], "STS99"),
+        "paged optimizer without CUDA": (["train.optimizer=paged_adamw_8bit"], "adamw"),
+    }
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_a_recipe(command: Run, recipe_file: Path, tmp_path: Path, name: str) -> None:
+    settings, named = mistakes(tmp_path)[name]
+    options = [part for setting in settings for part in ("--set", setting)]
+    code, _, err = command("train", str(recipe_file), *options)
+    assert code == 2, err
+    assert named in err.replace("\n", " ")
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_bad_row_names_file_line_and_column(
+    command: Run, recipe_file: Path, tmp_path: Path
+) -> None:
+    rows = '{"anchor": "a", "positive": "b"}\n{"anchor": "c", "positive": ""}\n'
+    code, _, err = command("train", str(recipe_file), "--set", broken_file(tmp_path, rows))
+    assert code == 2
+    for part in ("bad.jsonl", "line 2", "positive", "on_bad_row"):
+        assert part in err
+
+
+def test_existing_run(command: Run, finished: Path, recipe_file: Path) -> None:
+    before = (finished / "metrics.json").read_text()
+    code, _, err = command("train", str(recipe_file))
+    assert code == 2
+    assert "--resume" in err
+    assert "--overwrite" in err
+    assert (finished / "metrics.json").read_text() == before
+
+
+def test_unwritable_output(command: Run, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = command("train", str(recipe_file), "--set", f"output.folder={tmp_path / 'file'}")
+    assert code == 2
+    assert "output.folder" in err
+
+
+def test_model_without_a_tokenizer(
+    command: Run, recipe_file: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_folder / name, folder)
+    code, _, err = command("train", str(recipe_file), "--set", f"model.id={folder}")
+    assert code == 2
+    assert "tokenizer" in err
+
+
+LIMIT = ("--memory", "12GiB")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "no-such-recipe"], "presets"),
+        (["train", "demo", "--resume", "--overwrite"], "choose one"),
+        (["plan", "demo", *LIMIT, "--set", "model.id=./gone"], "no such folder: gone"),
+        (["plan", "demo", *LIMIT, "--set", "model.id=tests"], "holds no config.json"),
+        (["plan", "demo", *LIMIT, "--set", "model.id=a b/c"], "neither a local folder nor"),
+        (["plan", "demo", *LIMIT, "--set", "model.id=nobody/nothing"], "cannot be reached"),
+        (["reproduce", "cft", "--model", "phi-2", "--out", "Makefile"], "is a file, wanted a"),
+        (["eval", "./no-such-model", "-s", "demo"], "no such folder"),
+        (["embed", "model", "no-such-file.txt"], "no such file"),
+        (["embed", "model", "Makefile", "--out", "x.csv"], ".npy or .parquet"),
+        (["export", "no-such-run"], "no run folder"),
+        (["frobnicate"], "frobnicate"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_on_the_command_line(
+    command: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], named: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert named in err
+
+
+def test_embed_names_the_empty_line(command: Run, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one\n\nthree\n")
+    code, _, err = command("embed", "anything", str(texts))
+    assert code == 2
+    assert "line 2" in err
+
+
+def test_damaged_files_are_named(command: Run, finished: Path, tmp_path: Path) -> None:
+    merged, texts = tmp_path / "merged", tmp_path / "texts.txt"
+    texts.write_text("a\n")
+    code, _, err = command("export", str(finished), "--merged", "--out", str(merged))
+    assert code == 0, err
+    for model in (finished, finished / "model", merged):
+        assert command("embed", str(model), str(texts))[0] == 0
+    damaged = (
+        (finished, "recipe.yaml", "model: [", ""),
+        (finished, "adapter/adapter_config.json", "{", "again"),
+        (finished, "adapter/adapter_model.safetensors", "", "again"),
+        (finished / "model", "lowmem_cft.json", "{", "again"),
+        (finished / "model", "lowmem_cft.json", '{"kind": "adapter"}', "again"),
+        (finished / "model", "adapter_model.safetensors", "junk", "again"),
+        (merged, "config.json", "{", "again"),
+        (merged, "config.json", "[]", "again"),
+        (merged, "model.safetensors", "junk", "again"),
+        (merged, "sentence_bert_config.json", "{", "again"),
+    )
+    for model, name, text, way_out in damaged:
+        whole = (model / name).read_bytes()
+        (model / name).write_text(text)
+        code, _, err = command("embed", str(model), str(texts))
+        assert code == 2, err
+        assert f"error: {model / name}: " in err
+        assert way_out in err
+        (model / name).write_bytes(whole)
+
+
+def test_the_machines_faults_exit_with_1(
+    command: Run, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lowmem_cft.export.layout._write_layout", full)
+    code, _, err = command("export", str(finished))
+    assert code == 1
+    assert "No space left on device" in err
+    assert (finished / "model" / "modules.json").is_file(), "the export before it is gone"
+
+
+def test_unexpected_faults_point_to_debug(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("lowmem_cft.recipe.load.load_recipe", broken)
+    code, _, err = command("train", "demo")
+    assert code == 1
+    assert "--debug" in err
+
+
+def test_doctor(command: Run) -> None:
+    code, out, _ = command("doctor")
+    assert code == 0
+    for what in ("torch", "4-bit", "cache", "compute dtype"):
+        assert what in out
+    assert re.search(rf"loss.*by the ({PATHS}) path", out), out
+
+
+def test_demo_ends_in_one_line_of_json(
+    command: Run,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a stand-in for the model; `make demo` runs it on the real one."""
+    monkeypatch.delenv("LOWMEM_CFT_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    options = [f"model.id={tiny_folder}", "model.keep_layers=2", "train.steps=3"]
+    arguments = [part for option in options for part in ("--set", option)]
+    code, out, err = command("demo", "--offline", *arguments)
+    assert code == 0, err
+    summary = json.loads(out.splitlines()[-1])
+    assert set(summary) == {"before", "after", "seconds", "peak_bytes", "data", "model"}
+    assert -1 <= summary["before"] <= 1
+    assert summary["data"] == "the embedded triplets and pairs"
+    code, out, err = command("demo", "--offline", *arguments)
+    assert code == 0, "the demo runs again where it ran before"
+
+
+def test_export_does_not_touch_a_folder_of_something_else(
+    command: Run, finished: Path, tmp_path: Path
+) -> None:
+    precious = tmp_path / "papers"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    for target in (precious, finished):
+        code, _, err = command("export", str(finished), "--out", str(target))
+        assert code == 2
+        assert "no export of ours" in err
+    assert (precious / "thesis.tex").is_file()
+    assert (finished / "adapter").is_dir()
+
+
+def test_embed_cuts_at_line_ends_only(command: Run, finished: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_bytes("\ufeffthe cat\u2028sat\r\na dog\n".encode())
+    code, _, err = command("embed", str(finished), str(texts))
+    assert code == 0, err
+    assert np.load(tmp_path / "texts.txt.npy").shape[0] == 2
+
+
+def test_embed_writes_no_vectors_that_are_no_numbers(
+    command: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the cat\na dog\nrain\n")
+    vectors = np.ones((3, 4), dtype=np.float32)
+    vectors[1, 2] = np.nan
+    monkeypatch.setattr(inference, "embed_texts", lambda *args, **kwargs: vectors)
+    code, _, err = command("embed", str(finished), str(texts))
+    assert code == 2
+    assert "1 of 3 embeddings are not finite" in " ".join(err.split())
+    assert not (tmp_path / "texts.txt.npy").exists()
+
+
+def test_data_folder_without_sets(
+    command: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("LOWMEM_CFT_DATA", str(tmp_path / "empty"))
+    code, _, err = command("eval", str(finished))
+    assert code == 2
+    assert "holds none of" in err

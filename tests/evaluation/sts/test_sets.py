@@ -1,0 +1,325 @@
+"""From a set's name to its score: sources, sizes, checksums, and what is said when one is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from lowmem_cft.data.rows import ScoredPair
+from lowmem_cft.evaluation.clean_up import clean_up
+from lowmem_cft.evaluation.sts import score as evaluate
+from lowmem_cft.evaluation.sts import sets as sts_data
+from lowmem_cft.evaluation.sts.correlation import pearson, spearman
+from lowmem_cft.evaluation.sts.protocols import DEMO_PAIRS, PROTOCOLS, SETS, find_in
+from lowmem_cft.evaluation.sts.sets import LoadedSet, load_set, load_sets, pairs_sha256
+from lowmem_cft.inference.embed import Vectors
+from made_sets import write_tsv
+
+MTEB, SENTEVAL = PROTOCOLS["mteb"], PROTOCOLS["senteval"]
+
+
+def rows(count: int, seed: int = 0) -> list[tuple[str, str, float]]:
+    draw = np.random.default_rng(seed)
+    gold = draw.uniform(0, 5, count).round(2)
+    return [(f"text {i} a", f"text {i}  b", float(score)) for i, score in enumerate(gold)]
+
+
+def table(listed: Sequence[tuple[str, str, float]]) -> datasets.Dataset:
+    names = ("sentence1", "sentence2", "score")
+    columns = zip(*listed, strict=True)
+    return datasets.Dataset.from_dict(dict(zip(names, map(list, columns), strict=True)))
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hub does not answer; what it was asked for is kept."""
+    asked: list[str] = []
+
+    def load_dataset(path: str, *args: object, **kwargs: object) -> None:
+        asked.append(path)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+# --- sources ----------------------------------------------------------------------------------
+
+
+def test_a_file_stands_with_its_checksum(tmp_path: Path) -> None:
+    file = write_tsv(tmp_path / "BIOSSES/BIOSSES.mteb.tsv", rows(100))
+    loaded = load_set("BIOSSES", tmp_path)
+    assert loaded.version == f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+    assert (loaded.source, loaded.set_pairs, loaded.own_text) == ("BIOSSES.mteb.tsv", 100, True)
+    assert [(p.sentence1, p.sentence2, p.score) for p in loaded.pairs] == rows(100)
+
+
+def test_another_text_than_the_protocols_is_marked(tmp_path: Path) -> None:
+    write_tsv(tmp_path / "BIOSSES/BIOSSES.tsv", rows(100))
+    assert not load_set("BIOSSES", tmp_path).own_text
+
+
+def test_a_saved_data_set(tmp_path: Path, no_hub: list[str]) -> None:
+    saved = datasets.DatasetDict({"train": table(rows(3, 1)), "test": table(rows(250))})
+    saved.save_to_disk(tmp_path / "STS17")
+    loaded = load_set("STS17", tmp_path)
+    assert len(loaded.pairs) == 250
+    assert loaded.version == f"pairs:{pairs_sha256(loaded.pairs)[:12]}"
+    assert no_hub == []
+    assert load_set(str(tmp_path / "STS17"), None).pairs == loaded.pairs
+
+
+def test_the_hub_at_its_revision_then_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(path: str, config: str | None, *, split: str, revision: str) -> Any:
+        asked.append((path, config, split, revision))
+        return table(rows(250))
+
+    monkeypatch.setenv("LOWMEM_CFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for folder in (None, tmp_path):  # without a data folder, and with one that has not the set
+        loaded = load_set("STS17", folder)
+        assert loaded.source == "mteb/sts17-crosslingual-sts"
+        assert loaded.version == "revision:faeb762787bd"
+        assert len(loaded.pairs) == 250
+    hub = SETS["STS17"].hub
+    assert hub is not None
+    assert asked == [("mteb/sts17-crosslingual-sts", "en-en", "test", hub.revision)]
+
+
+def test_offline_reads_what_the_hub_gave_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_hub: list[str]
+) -> None:
+    monkeypatch.setenv("LOWMEM_CFT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="offline, so the hub was not asked"):
+        load_set("STS17", None, offline=True)
+    with monkeypatch.context() as online:
+        online.setattr(datasets, "load_dataset", lambda *args, **kwargs: table(rows(250)))
+        fetched = load_set("STS17", None)
+    assert load_set("STS17", None, offline=True) == fetched
+    assert len(fetched.pairs) == 250
+    assert no_hub == []
+
+
+def test_offline_never_asks(no_hub: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="offline, so the hub was not asked"):
+        load_set("STS12", tmp_path, offline=True)
+    assert no_hub == []
+
+
+def test_a_missing_set_is_named_with_where_to_get_it(no_hub: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="eval set STS12: ") as caught:
+        load_set("STS12", tmp_path)
+    message = str(caught.value)
+    for part in (str(tmp_path), "STS12/STS12.mteb.tsv", "STS12/STS12.tsv", "no route to host"):
+        assert part in message
+    assert "get it from https://huggingface.co/datasets/mteb/sts12-sts" in message
+    assert no_hub == ["mteb/sts12-sts"]
+    with pytest.raises(ValueError, match=r"LOWMEM_CFT_DATA names no folder .*STS12/STS12\.mteb"):
+        load_set("STS12", None)
+    with pytest.raises(ValueError, match="get it from https://zenodo"):
+        load_set("SICK-R", tmp_path, protocol=SENTEVAL)
+
+
+def test_all_missing_sets_are_named_at_once(
+    no_hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWMEM_CFT_DATA", str(tmp_path))
+    write_tsv(tmp_path / "STS17/STS17-en-en.tsv", rows(250))
+    write_tsv(tmp_path / "BIOSSES/BIOSSES.mteb.tsv", rows(99))
+    with pytest.raises(ValueError, match="8 of 9 sets cannot be read") as caught:
+        load_sets(MTEB, None)
+    message = str(caught.value)
+    missing = {entry.name for entry in MTEB.sets} - {"STS17", "BIOSSES"}
+    assert set(re.findall(r"eval set (\S+): ", message)) == missing
+    assert "BIOSSES.mteb.tsv: got 99 pairs, BIOSSES has 100 under the mteb protocol" in message
+    assert [one.name for one in load_sets(MTEB, ["STS17"])] == ["STS17"]
+
+
+# --- names and sizes --------------------------------------------------------------------------
+
+
+def test_names() -> None:
+    assert load_set("demo", None).source == DEMO_PAIRS.name
+    assert load_set(str(DEMO_PAIRS), None).pairs == load_set("demo", None).pairs
+    with pytest.raises(ValueError, match=r"'STS18': no such file, and none of STS12, .* or demo"):
+        load_set("STS18", None)
+    with pytest.raises(ValueError, match=r"the senteval protocol has STS12, .*, SICK-R"):
+        load_set("STS17", None, protocol=SENTEVAL)
+    with pytest.raises(ValueError, match="demo: named twice"):
+        load_sets(None, ["demo", "demo"])
+
+
+def test_a_folder_that_is_no_saved_data_set(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        load_set(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("count", [249, 251])
+def test_size_is_the_protocols(tmp_path: Path, count: int) -> None:
+    write_tsv(tmp_path / "STS17/STS17-en-en.tsv", rows(count))
+    with pytest.raises(ValueError, match=f"got {count} pairs, STS17 has 250"):
+        load_set("STS17", tmp_path, limit=10)
+
+
+def test_sentevals_sick_is_the_test_split(tmp_path: Path) -> None:
+    file = write_tsv(tmp_path / "SICK-R/SICK-full.tsv", rows(4927), subset="test")
+    with file.open("a") as stream:
+        stream.write("train\ta\tb\t1\ntrial\ta\tb\t2\n")
+    loaded = load_set("SICK-R", tmp_path, protocol=SENTEVAL)
+    assert len(loaded.pairs) == loaded.set_pairs == 4927
+    assert loaded.pairs[3].sentence2 == "text 3 b", "SentEval cuts texts into words"
+    assert not loaded.own_text
+    with pytest.raises(ValueError, match="SICK-R"):
+        load_set("SICK-R", tmp_path, protocol=MTEB, offline=True)
+
+
+def test_sets_at_hand_have_the_protocols_sizes(data_folder: Path) -> None:
+    if any(find_in(entry, data_folder) is None for entry in (*MTEB.sets, *SENTEVAL.sets)):
+        pytest.skip("the data folder has not all sets")
+    found = {
+        name: {s.name: (len(s.pairs), s.own_text) for s in load_sets(protocol, None, offline=True)}
+        for name, protocol in PROTOCOLS.items()
+    }
+    assert {name: size for name, (size, _) in found["mteb"].items()} == {
+        entry.name: entry.num_pairs for entry in MTEB.sets
+    }
+    assert list(found["senteval"]) == [entry.name for entry in SENTEVAL.sets]
+    assert found["senteval"]["SICK-R"][0] == 4927
+
+
+def test_a_limit_draws_from_the_whole_set(tmp_path: Path) -> None:
+    """Sets are ordered by where their pairs come from: the first ones are of one kind."""
+    file = write_tsv(tmp_path / "STS17/STS17-en-en.tsv", rows(250))
+    whole, some = load_set("STS17", tmp_path), load_set("STS17", tmp_path, 50)
+    place = [whole.pairs.index(pair) for pair in some.pairs]
+    assert len(set(place)) == 50
+    assert place == sorted(place)
+    assert place[0] < 50
+    assert place[24] < 200
+    assert place[-1] >= 200
+    assert some == load_set("STS17", tmp_path, 50)
+    assert (some.set_pairs, some.version) == (250, whole.version)
+    cleaned = load_set(str(file), None, 50, cleaned_up=True)
+    assert [whole.pairs.index(p) for p in load_set(str(file), None, 50).pairs] == place
+    assert cleaned.pairs[0].sentence1 == f"{some.pairs[0].sentence1}."
+    assert load_set("STS17", tmp_path, 250) == whole
+
+
+# --- clean-up ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("a man runs", "a man runs."),
+        ("a man runs.", "a man runs."),
+        ("does he run?", "does he run."),
+        ('he said "run"', "he said 'run'"),
+        ("'run'", "'run'"),
+        ('"run" he said', "'run' he said."),
+        ("run!", "run!."),
+        ("", ""),
+    ],
+)
+def test_clean_up(text: str, cleaned: str) -> None:
+    """As the rule in the paper's evaluation.py gives for each text by hand."""
+    assert clean_up(text) == cleaned
+
+
+def test_clean_up_reaches_every_text(tmp_path: Path) -> None:
+    file = write_tsv(tmp_path / "pairs.tsv", [("a b", "c?", 1.0), ('d "e" f', "g.", 2.0)])
+    loaded = load_set(str(file), None, cleaned_up=True)
+    assert loaded.pairs == [ScoredPair("a b.", "c.", 1.0), ScoredPair("d 'e' f.", "g.", 2.0)]
+    plain = load_set(str(file), None)
+    assert plain.version == loaded.version
+    assert pairs_sha256(plain.pairs) != pairs_sha256(loaded.pairs)
+
+
+# --- checksums and scores ---------------------------------------------------------------------
+
+
+def test_checksum_of_pairs_tells_any_change() -> None:
+    pairs = [ScoredPair("ab", "c", 1.0), ScoredPair("d", "e", 2.0)]
+    changed = [
+        [ScoredPair("a", "bc", 1.0), pairs[1]],
+        [ScoredPair("ab", "c", 1.5), pairs[1]],
+        pairs[::-1],
+        pairs[:1],
+    ]
+    sums = {pairs_sha256(some) for some in (pairs, *changed)}
+    assert len(sums) == 5
+    assert pairs_sha256(list(pairs)) in sums
+
+
+def lengths(texts: Sequence[str]) -> Vectors:
+    """An embedding that sees a text's length and number of spaces."""
+    return np.array([[len(t), 1 + t.count(" "), 3] for t in texts], dtype=np.float32)
+
+
+def test_score_and_pairs_belong_together() -> None:
+    draw = np.random.default_rng(0)
+    word = lambda: "x" * int(draw.integers(1, 9)) + " y" * int(draw.integers(0, 4))
+    pairs = [ScoredPair(word(), word(), float(draw.integers(0, 6))) for _ in range(60)]
+    scored = evaluate.score_pairs(lengths, LoadedSet("some", pairs, None, "some.tsv", "sha256:0"))
+    firsts, seconds = (
+        lengths([getattr(p, side) for p in pairs]) for side in ("sentence1", "sentence2")
+    )
+    wanted = (
+        (firsts * seconds).sum(1) / np.linalg.norm(firsts, axis=1) / np.linalg.norm(seconds, axis=1)
+    )
+    assert scored.cosine_P == pytest.approx(wanted, abs=1e-6)
+    assert np.ptp(scored.cosine_P) > 0.1
+    assert list(scored.gold_P) == [pair.score for pair in pairs]
+    assert scored.sha256 == pairs_sha256(pairs)
+    assert (scored.score.num_pairs, scored.score.version) == (60, "sha256:0")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_embedding_that_is_no_number_has_no_score(value: float) -> None:
+    """One text's overflow would else make the whole set a 0.00."""
+    pairs = [ScoredPair("x" * i, "y" * (i * i % 11 + 1), float(i)) for i in range(1, 9)]
+
+    def overflows(texts: Sequence[str]) -> Vectors:
+        emb_PD = lengths(texts)
+        emb_PD[[text in ("xxx", "yy") for text in texts], 1] = value
+        return emb_PD
+
+    loaded = LoadedSet("some", pairs, None, "some.tsv")
+    with pytest.raises(ValueError, match=r"some: 2 of 16 embeddings are not finite; use a wider"):
+        evaluate.score_pairs(overflows, loaded)
+    assert evaluate.score_pairs(lengths, loaded).score.spearman != 0
+    gold, cosine = np.arange(4.0), np.array([0.1, value, 0.2, 0.3])
+    for correlation in (spearman, pearson):
+        with pytest.raises(ValueError, match="1 of 4 cosines that are not finite"):
+            correlation(cosine, gold)
+        assert correlation(np.full(4, 0.5), gold) == 0
+
+
+def test_scores_survive_json(tmp_path: Path) -> None:
+    """The trainer keeps them in metrics.json, older ones without the newer fields."""
+    score = evaluate.SetScore("a", 0.5, 3, None, "a.tsv", 0.4, "sha256:1", False)
+    assert evaluate.SetScore(**vars(score)) == score
+    old = {"name": "a", "spearman": 0.5, "num_pairs": 3, "set_pairs": None, "source": "a.tsv"}
+    assert evaluate.SetScore(**old).pearson is None
+
+
+def test_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    find: Callable[[], Path | None] = sts_data.data_folder
+    monkeypatch.setenv("LOWMEM_CFT_DATA", str(tmp_path))
+    assert find() == tmp_path
+    monkeypatch.setenv("LOWMEM_CFT_DATA", str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="no such folder"):
+        find()
+    monkeypatch.delenv("LOWMEM_CFT_DATA")
+    assert find() is None
