@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from lowmem_cft.data.rows import TrainRow
     from lowmem_cft.model.encoder import Encoder
     from lowmem_cft.recipe.schema import Recipe
+    from lowmem_cft.training.records import StepLine
 
 MAX_DIFFERENCE = 0.02
 """Relative difference of the first losses up to which both sides are said to do the same."""
@@ -238,7 +239,7 @@ class Quiet:
 
     def begin(self, num_steps: int, done: int) -> None: ...
 
-    def step(self, line: dict[str, Any]) -> None: ...
+    def step(self, line: StepLine) -> None: ...
 
     def scored(self, step: int, scores: list[Any]) -> None: ...
 
@@ -260,8 +261,8 @@ def run_ours(options: argparse.Namespace, folder: Path) -> SideResult:
             line = trainer.step()
             synchronize(trainer.device)
             seconds.append(time.perf_counter() - started)
-            losses.append(line["loss"])
-            say(f"ours: step {line['step']}: loss {line['loss']:.4f}, {seconds[-1]:.2f} s")
+            losses.append(line.loss)
+            say(f"ours: step {line.step}: loss {line.loss:.4f}, {seconds[-1]:.2f} s")
         return seconds, losses
 
     plan = trainer.plan.describe()

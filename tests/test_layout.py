@@ -37,7 +37,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "evaluation/sts/mteb_results": "evaluation/sts/test_score.py",
     "evaluation/sts/report": "cli/test_evaluate.py",
     "evaluation/suites": "cli/test_evaluate.py",
-    "export/card": "training/test_trainer.py",
+    "training/card": "training/test_trainer.py",
     "export/check": "training/test_trainer.py",
     "export/layout": "training/test_trainer.py",
     "export/merge": "training/test_trainer.py",

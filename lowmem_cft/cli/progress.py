@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +15,7 @@ from rich.progress import (
 )
 
 from lowmem_cft.evaluation.sts.score import SetScore
+from lowmem_cft.training.records import StepLine
 
 _LINES = 20
 """Progress lines of a run whose output is no terminal."""
@@ -58,18 +58,18 @@ class Screen:
     def advance(self, count: int) -> None:
         self._bar.advance(self._task, count)
 
-    def step(self, line: Mapping[str, Any]) -> None:
-        note = f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.0%}"
-        note += f"  rank {line['mean_rank']:.1f}"
-        if "temperature" in line:
-            note += f"  temperature {line['temperature']:.4f}"
-        note += f"  {line['rows_per_s']:.1f} rows/s"
-        self._bar.update(self._task, completed=line["step"], note=note)
+    def step(self, line: StepLine) -> None:
+        note = f"loss {line.loss:.4f}  accuracy {line.accuracy:.0%}"
+        note += f"  rank {line.mean_rank:.1f}"
+        if line.temperature is not None:
+            note += f"  temperature {line.temperature:.4f}"
+        note += f"  {line.rows_per_s:.1f} rows/s"
+        self._bar.update(self._task, completed=line.step, note=note)
         every = max(1, self._num_steps // _LINES)
         if not self.console.is_terminal and (
-            line["step"] % every == 0 or line["step"] == self._num_steps
+            line.step % every == 0 or line.step == self._num_steps
         ):
-            self.say(f"step {line['step']}/{self._num_steps}  {note}")
+            self.say(f"step {line.step}/{self._num_steps}  {note}")
 
     def scored(self, step: int, scores: Sequence[SetScore]) -> None:
         listed = ", ".join(f"{score.name} {100 * score.spearman:.2f}" for score in scores)

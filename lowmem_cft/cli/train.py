@@ -33,16 +33,13 @@ def train(
         raise ValueError("--resume and --overwrite: choose one")
     go_offline(offline)
     from lowmem_cft.cli.tables import before_after_table
-    from lowmem_cft.evaluation.sts.score import SetScore
     from lowmem_cft.training.pipeline import run_recipe
 
     with make_screen() as screen:
         folder, metrics = run_recipe(
             resolved, screen, resume=resume, overwrite=overwrite, offline=offline
         )
-    before = [SetScore(**score) for score in metrics["before"]]
-    after = [SetScore(**score) for score in metrics["after"]]
-    print_table(before_after_table(before, after))
+    print_table(before_after_table(metrics.before, metrics.after))
     typer.echo(f"run: {folder.path}")
 
 
@@ -90,8 +87,8 @@ def demo(overrides: Overrides = None, offline: Offline = False) -> None:
     from lowmem_cft.training.demo import run_demo
 
     with make_screen() as screen:
-        before, after, summary = run_demo(screen, offline=offline, overrides=overrides or [])
-    print_table(before_after_table(before, after))
+        metrics, summary = run_demo(screen, offline=offline, overrides=overrides or [])
+    print_table(before_after_table(metrics.before, metrics.after))
     typer.echo(json.dumps(summary))
 
 

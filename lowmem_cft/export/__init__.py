@@ -4,5 +4,4 @@ layout     the folder: adapter or merged weights, modules, tokenizer, record
 tokenizer  a tokenizer that does by itself what the recipe says
 merge      backbone and adapter as one model in 16 bits
 check      whether an export embeds as its model
-card       its model card
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -101,8 +100,8 @@ def checked(
     recipe: Recipe,
     observer: Says,
     texts: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Compare an export with its model and say so; what to record of it.
+) -> ExportCheck | None:
+    """Compare an export with its model and say so; None where it could not be compared.
 
     Args:
         texts: to compare on; those that truncation would cut are left out, since a whole prompt
@@ -124,12 +123,12 @@ def checked(
             else "the device has no room for a second copy of the model"
         )
         observer.say(f"NOT CHECKED: the export was not compared with the trained model: {reason}")
-        return {"checked": False}
+        return None
     observer.say(
         f"export checked on {check.num_texts} texts: lowest cosine {check.min_cosine:.6f} "
         f"({check.min_cosine_as_loaded:.4f} in 16-bit arithmetic)"
     )
-    return {"checked": True, **vars(check)}
+    return check
 
 
 def fitting_texts(tokenizer: Tokenizer, texts: Sequence[str], text_format: TextFormat) -> list[str]:

@@ -23,7 +23,6 @@ from lowmem_cft.evaluation.sts.score import score_pairs
 from lowmem_cft.evaluation.sts.sets import LoadedSet
 from lowmem_cft.evaluation.transfer import report as transfer_report
 from lowmem_cft.evaluation.transfer.tasks import TransferTask
-from lowmem_cft.files import read_json
 from lowmem_cft.inference.embed import Embed, embed_texts
 from lowmem_cft.inference.kept_vectors import KeptVectors
 from lowmem_cft.inference.loading import LoadedModel, load_by_recipe
@@ -35,6 +34,7 @@ from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs as run
 from lowmem_cft.training.interrupt import Interrupted
 from lowmem_cft.training.pipeline import run_recipe
+from lowmem_cft.training.records import read_lines, read_metrics
 
 
 def sha256_of(path: Path) -> str:
@@ -157,20 +157,19 @@ def train(recipe: Recipe, observer: Observer, *, offline: bool) -> dict[str, Any
                 f"stopped in training ({recipe.output.name}); all is saved, and the same command "
                 "goes on from there"
             ) from error
-    metrics = read_json(folder.metrics, "remove it")
-    lines = run.read_log(folder)
-    before = metrics["before"][0]
-    points = [[0, before["spearman"]]]
-    points += [[line["step"], line["spearman"]] for line in lines if "spearman" in line]
+    metrics, lines = read_metrics(folder), read_lines(folder)
+    before = metrics.before[0]
+    points: list[tuple[int, float]] = [(0, before.spearman)]
+    points += [(line.step, line.spearman) for line in lines if line.spearman is not None]
     return {
         "run": recipe.output.name,
-        "steps": metrics["steps"],
+        "steps": metrics.steps,
         "learning_rate": recipe.train.learning_rate,
         "logical_batch": recipe.train.logical_batch,
-        "rows": metrics["rows"],
-        "losses": [[line["step"], line["loss"]] for line in lines],
-        "curve": {"set": before["name"], "points": points},
-        "metrics": metrics,
+        "rows": metrics.rows,
+        "losses": [(line.step, line.loss) for line in lines],
+        "curve": {"set": before.name, "points": points},
+        "metrics": metrics.to_json(),
     }
 
 
@@ -195,8 +194,7 @@ def _trains_the_same(folder: RunFolder, recipe: Recipe) -> bool:
 def _is_finished(folder: RunFolder, recipe: Recipe) -> bool:
     if not (folder.metrics.is_file() and folder.recipe.is_file() and folder.adapter.is_dir()):
         return False
-    metrics = read_json(folder.metrics, "remove it")
-    exported = recipe.output.export == "none" or "export" in metrics
+    exported = recipe.output.export == "none" or read_metrics(folder).export is not None
     return exported and _trains_the_same(folder, recipe)
 
 

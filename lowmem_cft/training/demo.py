@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowmem_cft.evaluation.sts.protocols import sets_in
-from lowmem_cft.evaluation.sts.score import SetScore
 from lowmem_cft.evaluation.sts.sets import data_folder
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.training.pipeline import run_recipe
+from lowmem_cft.training.records import Metrics
 from lowmem_cft.training.trainer import Observer
 
 _LOCAL_TRIPLETS = "nli/nli_triplets.tsv.gz"
@@ -59,25 +59,23 @@ def _overrides(source: dict[str, Any], eval_set: str) -> list[str]:
 
 def run_demo(
     observer: Observer, *, offline: bool, overrides: Sequence[str] = ()
-) -> tuple[list[SetScore], list[SetScore], dict[str, Any]]:
+) -> tuple[Metrics, dict[str, Any]]:
     """Run the demo recipe anew.
 
     Returns:
-        Scores before and after, and the summary that the last line of output is.
+        The run's metrics, and the summary that the last line of output is.
     """
     started = time.perf_counter()
     name, data = choose_data(offline)
     observer.say(f"data: {name}")
     recipe = load_recipe("demo", [*data, *overrides])
     _, metrics = run_recipe(recipe, observer, overwrite=True, offline=offline)
-    before = [SetScore(**score) for score in metrics["before"]]
-    after = [SetScore(**score) for score in metrics["after"]]
     summary = {
-        "before": before[0].spearman,
-        "after": after[0].spearman,
+        "before": metrics.before[0].spearman,
+        "after": metrics.after[0].spearman,
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_bytes": metrics["peak_bytes"],
+        "peak_bytes": metrics.peak_bytes,
         "data": name,
         "model": recipe.model.id,
     }
-    return before, after, summary
+    return metrics, summary

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lowmem_cft.evaluation.sts.sets import LoadedSet
-from lowmem_cft.export.card import model_card
 from lowmem_cft.export.check import checked
 from lowmem_cft.export.layout import Kind, check_expressible, export_model
-from lowmem_cft.files import write_json
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs
+from lowmem_cft.training.card import model_card
+from lowmem_cft.training.records import ExportRecord, Metrics
 from lowmem_cft.training.trainer import Observer, Trainer
 
 
@@ -30,7 +29,7 @@ def run_recipe(
     resume: bool = False,
     overwrite: bool = False,
     offline: bool = False,
-) -> tuple[RunFolder, dict[str, Any]]:
+) -> tuple[RunFolder, Metrics]:
     """Train, export, check the export, write the model card.
 
     Returns:
@@ -64,8 +63,10 @@ def run_recipe(
             observer,
             check_texts(trainer.eval_sets),
         )
-        metrics["export"] = {"kind": kind, **outcome}
-        write_json(folder.metrics, metrics)
+        checks = {} if outcome is None else vars(outcome)
+        record = ExportRecord(kind=kind, checked=outcome is not None, **checks)
+        metrics = metrics.model_copy(update={"export": record})
+        metrics.write(folder)
     hub_base = not Path(trainer.backbone.name).exists()
     card = model_card(recipe, metrics, folder.model, hub_base=hub_base)
     (folder.path / "README.md").write_text(card, encoding="utf-8")

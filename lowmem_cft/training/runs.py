@@ -12,11 +12,8 @@ eval-*.json    reports of `eval`, named by what was scored and how
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lowmem_cft.recipe import schema as recipes
 from lowmem_cft.recipe.load import load_recipe, to_yaml
@@ -77,28 +74,3 @@ def _check_resumable(run: RunFolder, recipe: recipes.Recipe) -> None:
             f"--resume: {section}.{changed[0]} was {before[changed[0]]!r} when {run.path} began and "
             f"is {after[changed[0]]!r} now; resume with the same values, or start a new run"
         )
-
-
-def append_log(run: RunFolder, line: Mapping[str, Any]) -> None:
-    with run.log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_log(run: RunFolder) -> list[dict[str, Any]]:
-    if not run.log.is_file():
-        return []
-    lines = []
-    for line in run.log.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:  # the half line of a run that was killed while writing it
-            continue
-    return lines
-
-
-def truncate_log(run: RunFolder, step: int) -> None:
-    """Drop the lines after `step`: a resumed run writes them again."""
-    kept = [line for line in read_log(run) if line.get("step", 0) <= step]
-    partial = run.log.with_name(run.log.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    partial.replace(run.log)

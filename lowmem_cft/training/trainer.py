@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,7 +23,8 @@ from lowmem_cft.data.tokens import query_format
 from lowmem_cft.evaluation.sts import score as evaluate
 from lowmem_cft.evaluation.sts import sets
 from lowmem_cft.evaluation.sts.protocols import SCORED
-from lowmem_cft.files import cache_folder, whole_folder, write_json
+from lowmem_cft.evaluation.sts.score import SetScore
+from lowmem_cft.files import cache_folder, whole_folder
 from lowmem_cft.gradient.oom import fits
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.gradient.step import ContrastiveStep, LossReport
@@ -44,10 +45,10 @@ from lowmem_cft.planning.recipe_plan import planner_for, shape_of
 from lowmem_cft.progress import Says
 from lowmem_cft.recipe.schema import LossSection, Recipe
 from lowmem_cft.run_folder import RunFolder
-from lowmem_cft.training import runs as run
 from lowmem_cft.training.checkpoint import TrainingState, load_state, save_state
 from lowmem_cft.training.interrupt import Interrupted, finish_step_on_interrupt
 from lowmem_cft.training.optimizer import make_optimizer, make_scheduler
+from lowmem_cft.training.records import Metrics, StepLine, append_line, truncate_log
 from lowmem_cft.units import GIB
 from lowmem_cft_kernels import LearnedTemperature
 from lowmem_cft_kernels import Path as LossPath
@@ -58,9 +59,9 @@ class Observer(Says, Protocol):
 
     def begin(self, num_steps: int, done: int) -> None: ...
 
-    def step(self, line: dict[str, Any]) -> None: ...
+    def step(self, line: StepLine) -> None: ...
 
-    def scored(self, step: int, scores: list[evaluate.SetScore]) -> None: ...
+    def scored(self, step: int, scores: list[SetScore]) -> None: ...
 
 
 @dataclass
@@ -73,7 +74,15 @@ class Progress:
     padded_tokens: int = 0
     best_score: float | None = None
     best_step: int | None = None
-    before: list[dict[str, Any]] = field(default_factory=list)
+    before: list[SetScore] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Progress:
+        before = [SetScore(**score) for score in values["before"]]
+        return cls(**{**values, "before": before})
 
 
 class Trainer:
@@ -193,7 +202,7 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> StepLine:
         """Train on the next logical batch; gives its log line."""
         started = time.perf_counter()
         recipe = self.recipe
@@ -220,7 +229,7 @@ class Trainer:
                 f"the loss of step {self.step_index + 1} is {loss}; lower train.learning_rate or "
                 "raise loss.temperature; what was reached before it is kept"
             )
-        learning_rate = self.scheduler.get_last_lr()[0]
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         self._updating = True
         gradient_norm = self._update()
         self._updating = False
@@ -230,24 +239,24 @@ class Trainer:
         self.progress.texts += report.texts
         self.progress.tokens += report.tokens
         self.progress.padded_tokens += report.padded_tokens
-        return {
-            "step": self.step_index,
-            "loss": loss,
+        return StepLine(
+            step=self.step_index,
+            loss=loss,
             **_observed(report.found),
-            "learning_rate": learning_rate,
-            "gradient_norm": gradient_norm,
-            "rows_per_s": recipe.train.logical_batch / seconds,
-            "tokens_per_s": report.tokens / seconds,
-            "texts": report.texts,
-            "padding_share": report.padding_share,
-            "backward_tokens": self.plan.backward_tokens,
-            "forward_tokens": self.plan.forward_tokens,
-            "kept_tokens": self.plan.kept_tokens,
-            "step_ms": seconds * 1000,
-            "peak_bytes": machine.peak_bytes(self.device),
-        }
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            rows_per_s=recipe.train.logical_batch / seconds,
+            tokens_per_s=report.tokens / seconds,
+            texts=report.texts,
+            padding_share=report.padding_share,
+            backward_tokens=self.plan.backward_tokens,
+            forward_tokens=self.plan.forward_tokens,
+            kept_tokens=self.plan.kept_tokens,
+            step_ms=seconds * 1000,
+            peak_bytes=machine.peak_bytes(self.device),
+        )
 
-    def _step_or_save(self) -> dict[str, Any]:
+    def _step_or_save(self) -> StepLine:
         """One step; if it fails before the weights changed, what was reached is saved first."""
         before = self.step_index
         try:
@@ -293,7 +302,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             scaler=self.scaler.state_dict(),
-            progress=dict(vars(self.progress)),
+            progress=self.progress.to_json(),
             plan=self.plan.to_json(),
             temperature={} if self.temperature is None else self.temperature.state_dict(),
         )
@@ -307,13 +316,13 @@ class Trainer:
         if self.temperature is not None:
             self.temperature.load_state_dict(state.temperature)
         self.step_index = state.step
-        self.progress = Progress(**state.progress)
-        run.truncate_log(self.folder, state.step)
+        self.progress = Progress.from_json(state.progress)
+        truncate_log(self.folder, state.step)
         self.observer.say(f"going on after step {state.step}")
 
     # -- evaluation ---------------------------------------------------------------------------
 
-    def scores(self, sets: list[sets.LoadedSet]) -> list[evaluate.SetScore]:
+    def scores(self, sets: list[sets.LoadedSet]) -> list[SetScore]:
         """Spearman on the sets, with the adapter as it is now."""
         return [
             evaluate.score_set(
@@ -328,29 +337,26 @@ class Trainer:
 
     def _score_before(self) -> None:
         """Score the base model on the sets that were not scored when the run began."""
-        known = {score["name"]: score for score in self.progress.before}
-        new = [
-            loaded
-            for loaded in self.eval_sets
-            if known.get(loaded.name, {}).get("num_pairs") != len(loaded.pairs)
-        ]
+        known = {(score.name, score.num_pairs): score for score in self.progress.before}
+        new = [loaded for loaded in self.eval_sets if (loaded.name, len(loaded.pairs)) not in known]
         if new:
             with self.encoder.model.disable_adapter():
                 scores = self.scores(new)
             self.observer.scored(0, scores)
-            known |= {score.name: vars(score) for score in scores}
-        self.progress.before = [known[loaded.name] for loaded in self.eval_sets]
+            known |= {(score.name, score.num_pairs): score for score in scores}
+        self.progress.before = [known[loaded.name, len(loaded.pairs)] for loaded in self.eval_sets]
 
-    def _score_or_save(self, line: dict[str, Any]) -> dict[str, Any]:
-        """The first set's score; if there is none, the step before it is saved first."""
+    def _score_or_save(self, line: StepLine) -> StepLine:
+        """The line with the first set's score; if there is none, the step is saved first."""
         try:
-            return self._score_now()
+            score = self._score_now()
         except ValueError:  # embeddings that are not finite
-            run.append_log(self.folder, line)
+            append_line(self.folder, line)
             self.save()
             raise
+        return line.model_copy(update={"eval_set": score.name, "spearman": score.spearman})
 
-    def _score_now(self) -> dict[str, Any]:
+    def _score_now(self) -> SetScore:
         scores = self.scores(self.eval_sets[:1])
         self.observer.scored(self.step_index, scores)
         best = self.progress.best_score
@@ -359,11 +365,11 @@ class Trainer:
             self.progress.best_step = self.step_index
             with whole_folder(self.folder.best) as partial:
                 self.encoder.model.save_pretrained(partial, save_embedding_layers=False)
-        return {"eval_set": scores[0].name, "spearman": scores[0].spearman}
+        return scores[0]
 
     # -- the loop -----------------------------------------------------------------------------
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> Metrics:
         """Run all steps left, evaluate, and give the metrics.
 
         Raises:
@@ -379,8 +385,8 @@ class Trainer:
                 done = self.step_index == self.num_steps
                 every = self.recipe.eval.every
                 if self.eval_sets and every and (self.step_index % every == 0 or done):
-                    line |= self._score_or_save(line)
-                run.append_log(self.folder, line)
+                    line = self._score_or_save(line)
+                append_line(self.folder, line)
                 self.observer.step(line)
                 if interrupted() and not done:
                     self.save()
@@ -392,7 +398,7 @@ class Trainer:
                     self.save()
         return self._finish()
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self) -> Metrics:
         if self.recipe.eval.keep_best and self.folder.best.is_dir():
             from safetensors.torch import load_file
 
@@ -409,27 +415,29 @@ class Trainer:
         self.observer.scored(self.step_index, scores)
         rows = self.step_index * self.recipe.train.logical_batch
         progress = self.progress
-        metrics = {
-            "before": self.progress.before,
-            "after": [vars(score) for score in scores],
-            "protocol": SCORED,
-            "steps": self.step_index,
-            "rows": rows,
-            "train_seconds": progress.seconds,
-            "rows_per_s": rows / progress.seconds if progress.seconds else None,
-            "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else None,
-            "padding_share": progress.padded_tokens / max(1, progress.tokens) - 1,
-            "plan": self.plan.to_json(),
-            "peak_bytes": machine.peak_bytes(self.device),
-            "device": _device_name(self.device),
-            "attention": self.encoder.attention,
-            "versions": library_versions(),
-        }
+        extras: dict[str, Any] = {}
         if self.temperature is not None:
-            metrics["temperature"] = self.temperature().item()
+            extras["temperature"] = self.temperature().item()
         if self.recipe.eval.keep_best:
-            metrics["best_step"] = self.progress.best_step
-        write_json(self.folder.metrics, metrics)
+            extras["best_step"] = progress.best_step
+        metrics = Metrics(
+            before=progress.before,
+            after=scores,
+            protocol=SCORED,
+            steps=self.step_index,
+            rows=rows,
+            train_seconds=progress.seconds,
+            rows_per_s=rows / progress.seconds if progress.seconds else None,
+            tokens_per_s=progress.tokens / progress.seconds if progress.seconds else None,
+            padding_share=progress.padded_tokens / max(1, progress.tokens) - 1,
+            plan=self.plan,
+            peak_bytes=machine.peak_bytes(self.device),
+            device=_device_name(self.device),
+            attention=self.encoder.attention,
+            versions=library_versions(),
+            **extras,
+        )
+        metrics.write(self.folder)
         return metrics
 
 

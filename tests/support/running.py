@@ -14,15 +14,16 @@ from lowmem_cft.cli import app as cli
 from lowmem_cft.evaluation.sts import score as evaluate
 from lowmem_cft.recipe import schema as recipe
 from lowmem_cft.recipe.load import merge, parse_recipe, to_yaml
+from lowmem_cft.training.records import StepLine
 from tiny import WORDS
 
 
 class Silent:
     """An observer that keeps what it is told; `on_step` may act after a step."""
 
-    def __init__(self, on_step: Callable[[dict[str, Any]], None] = lambda line: None) -> None:
+    def __init__(self, on_step: Callable[[StepLine], None] = lambda line: None) -> None:
         self.said: list[str] = []
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[StepLine] = []
         self.on_step = on_step
 
     def say(self, text: str) -> None:
@@ -31,7 +32,7 @@ class Silent:
     def begin(self, num_steps: int, done: int) -> None:
         self.said.append(f"begin {done}/{num_steps}")
 
-    def step(self, line: dict[str, Any]) -> None:
+    def step(self, line: StepLine) -> None:
         self.lines.append(line)
         self.on_step(line)
 
@@ -130,7 +131,7 @@ class Heard:
 
     def advance(self, count: int) -> None: ...
 
-    def step(self, line: dict[str, Any]) -> None: ...
+    def step(self, line: StepLine) -> None: ...
 
     def scored(self, step: int, scores: list[Any]) -> None: ...
 

@@ -24,6 +24,7 @@ from lowmem_cft.training import interrupt, pipeline
 from lowmem_cft.training import runs as run
 from lowmem_cft.training import trainer as train
 from lowmem_cft.training.checkpoint import load_state
+from lowmem_cft.training.records import StepLine, read_lines
 from lowmem_cft_kernels import GTE, FalseNegatives, LearnedTemperature, info_nce
 from lowmem_cft_kernels.reference import reference_loss
 from running import MakeRecipe, Silent, sentences
@@ -39,20 +40,20 @@ def start(made: recipe.Recipe, observer: Silent | None = None, **options: bool) 
     return train.Trainer(made, folder, observer or Silent(), resume=resume)
 
 
-def strip_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def strip_times(lines: list[StepLine]) -> list[dict[str, Any]]:
     timed = ("_per_s", "step_ms", "peak_bytes")
-    return [{k: v for k, v in line.items() if not k.endswith(timed)} for line in lines]
+    return [{k: v for k, v in line.to_json().items() if not k.endswith(timed)} for line in lines]
 
 
 def test_loss_falls_and_all_files_are_there(make_recipe: MakeRecipe) -> None:
     observer = Silent()
     made = make_recipe(train={"steps": 30}, lora={"dropout": 0.0})
     folder, metrics = pipeline.run_recipe(made, observer)
-    assert observer.lines[-1]["loss"] < 0.5 * observer.lines[0]["loss"]
-    assert [line["step"] for line in run.read_log(folder)] == list(range(1, 31))
-    assert metrics["export"]["checked"] is True
-    assert metrics["export"]["min_cosine"] >= MIN_COSINE["adapter"]
-    assert metrics == json.loads(folder.metrics.read_text())
+    assert observer.lines[-1].loss < 0.5 * observer.lines[0].loss
+    assert [line.step for line in read_lines(folder)] == list(range(1, 31))
+    assert metrics.export.checked is True
+    assert metrics.export.min_cosine >= MIN_COSINE["adapter"]
+    assert metrics.to_json() == json.loads(folder.metrics.read_text())
     for path in ("recipe.yaml", "README.md", "adapter/adapter_model.safetensors"):
         assert (folder.path / path).is_file(), path
     for path in ("modules.json", "README.md", "tokenizer.json", "lowmem_cft.json"):
@@ -75,8 +76,8 @@ def test_resumed_run_is_the_same_bit_for_bit(
     trainer.train()
     wanted = load_file(trainer.folder.adapter / "adapter_model.safetensors")
 
-    def stop(line: dict[str, Any]) -> None:
-        if line["step"] == 3:
+    def stop(line: StepLine) -> None:
+        if line.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
     # The signal arrives while step 3 is reported: it is the last one before the stop, and its
@@ -90,13 +91,13 @@ def test_resumed_run_is_the_same_bit_for_bit(
     got = load_file(resumed.folder.adapter / "adapter_model.safetensors")
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)
-    assert strip_times(run.read_log(resumed.folder)) == strip_times(whole.lines)
+    assert strip_times(read_lines(resumed.folder)) == strip_times(whole.lines)
     assert float(wanted[next(k for k in wanted if "lora_B" in k)].abs().max()) > 0
     if learned:
         assert trainer.temperature is not None
         assert resumed.temperature is not None
         assert torch.equal(resumed.temperature.raw, trainer.temperature.raw)
-        seen = [line["temperature"] for line in whole.lines]
+        seen = [line.temperature for line in whole.lines]
         assert seen[0] == seen[1], "the first update has a learning rate of 0"
         assert len(set(seen[1:])) == 4
 
@@ -120,7 +121,7 @@ def test_a_learned_temperature_moves_within_its_bounds(make_recipe: MakeRecipe) 
         loss={"learn_temperature": True, "temperature_bounds": [0.04, 0.06]},
     )
     folder, metrics = pipeline.run_recipe(made, observer)
-    seen = [*(line["temperature"] for line in observer.lines), metrics["temperature"]]
+    seen = [*(line.temperature for line in observer.lines), metrics.temperature]
     assert seen[0] == pytest.approx(0.05)
     assert all(0.04 < value < 0.06 for value in seen)
     assert len(set(seen)) == len(seen), "it stands still"
@@ -130,7 +131,7 @@ def test_a_learned_temperature_moves_within_its_bounds(make_recipe: MakeRecipe) 
     assert (
         f"temperature 0.05 at first and {seen[-1]:.4f}" in (folder.model / "README.md").read_text()
     )
-    assert metrics["temperature"] == json.loads(folder.metrics.read_text())["temperature"]
+    assert metrics.temperature == json.loads(folder.metrics.read_text())["temperature"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
@@ -184,7 +185,7 @@ def test_what_the_loss_observes_is_in_the_log(
     )
     trainer = start(made, observer)
     metrics = trainer.train()
-    lines = run.read_log(trainer.folder)
+    lines = read_lines(trainer.folder)
     assert len(lines) == len(given) == 2
     for line, tensors in zip(lines, given, strict=True):
         loss, observed = reference_loss(
@@ -193,15 +194,17 @@ def test_what_the_loss_observes_is_in_the_log(
             softmaxes=GTE,
             false_negatives=FalseNegatives(margin=-0.05),
         )
-        assert line["loss"] == pytest.approx(float(loss), rel=1e-4)
+        assert line.loss == pytest.approx(float(loss), rel=1e-4)
         for name in OBSERVED:
-            assert line[name] == pytest.approx(float(getattr(observed, name)), rel=1e-4), name
-        assert 0 < line["accuracy"] < 1 < line["mean_rank"]
-        assert 0 < line["masked_share"] < 1
-        assert line["mean_negative"] < line["mean_positive"]
+            assert getattr(line, name) == pytest.approx(float(getattr(observed, name)), rel=1e-4), (
+                name
+            )
+        assert 0 < line.accuracy < 1 < line.mean_rank
+        assert 0 < line.masked_share < 1
+        assert line.mean_negative < line.mean_positive
     assert sum(said.startswith("loss by the ") for said in observer.said) == 1
     assert "attention by: cpu" in observer.said
-    assert metrics["attention"] == ["cpu"]
+    assert metrics.attention == ["cpu"]
 
 
 def test_the_log_is_json_where_nothing_is_a_negative(
@@ -231,8 +234,8 @@ def test_all_loss_options_together_train(make_recipe: MakeRecipe) -> None:
     }
     made = make_recipe(train={"steps": 30}, lora={"dropout": 0.0}, loss=loss)
     folder, metrics = pipeline.run_recipe(made, observer)
-    assert observer.lines[-1]["loss"] < 0.7 * observer.lines[0]["loss"]
-    assert metrics["export"]["checked"] is True
+    assert observer.lines[-1].loss < 0.7 * observer.lines[0].loss
+    assert metrics.export.checked is True
     assert load_recipe(str(folder.recipe)) == made
 
 
@@ -319,11 +322,11 @@ def test_best_adapter_is_kept(make_recipe: MakeRecipe) -> None:
         train={"steps": 8, "learning_rate": 0.1}, eval={"every": 2, "keep_best": True}
     )
     folder, metrics = pipeline.run_recipe(made, Silent())
-    scored = {line["step"]: line["spearman"] for line in run.read_log(folder) if "spearman" in line}
+    scored = {line.step: line.spearman for line in read_lines(folder) if line.spearman is not None}
     assert list(scored) == [2, 4, 6, 8]
     assert len(set(scored.values())) > 1
-    assert metrics["best_step"] == max(scored, key=lambda step: scored[step])
-    assert metrics["after"][0]["spearman"] == pytest.approx(max(scored.values()), abs=1e-12)
+    assert metrics.best_step == max(scored, key=lambda step: scored[step])
+    assert metrics.after[0].spearman == pytest.approx(max(scored.values()), abs=1e-12)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -338,7 +341,7 @@ def test_exports_embed_alike_however_loaded(
         output={"export": kind},
     )
     folder, metrics = pipeline.run_recipe(made, Silent())
-    assert metrics["export"]["checked"] is True
+    assert metrics.export.checked is True
     texts = sentences(9, 12)
     vectors = []
     for name in (folder.path, folder.model):
@@ -364,7 +367,7 @@ def test_export_check_fails_loudly(
 def test_templates_by_role_become_prompts(make_recipe: MakeRecipe) -> None:
     text = {"template": "the man : {text}", "document_template": "the cat {text}"}
     folder, metrics = pipeline.run_recipe(make_recipe(text=text), Silent())
-    assert metrics["export"]["checked"] is True
+    assert metrics.export.checked is True
     layout = json.loads((folder.model / "config_sentence_transformers.json").read_text())
     assert layout["prompts"] == {"query": "the man : ", "document": "the cat "}
 
@@ -413,11 +416,11 @@ def test_a_score_that_cannot_be_computed_loses_no_step(
         broken.setattr(evaluate, "embed_texts", overflows)
         with pytest.raises(ValueError, match="embeddings are not finite"):
             trainer.train()
-    assert [line["step"] for line in run.read_log(trainer.folder)] == [1, 2]
+    assert [line.step for line in read_lines(trainer.folder)] == [1, 2]
     resumed = start(made, resume=True)
     assert resumed.step_index == 2
     resumed.train()
-    assert [line["step"] for line in run.read_log(trainer.folder)] == [1, 2, 3, 4]
+    assert [line.step for line in read_lines(trainer.folder)] == [1, 2, 3, 4]
 
 
 def test_overwrite_with_a_mistake_keeps_the_old_run(
@@ -447,7 +450,7 @@ def test_failing_step_saves_what_was_reached(
 
     trainer.observer = Silent(
         lambda line: (
-            monkeypatch.setattr(step, "gradcache_step", no_memory) if line["step"] == 2 else None
+            monkeypatch.setattr(step, "gradcache_step", no_memory) if line.step == 2 else None
         )
     )
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -467,7 +470,7 @@ def test_half_a_log_line_does_not_stop_a_resume(make_recipe: MakeRecipe) -> None
     with trainer.folder.log.open("a") as file:
         file.write('{"step": 3, "lo')
     resumed = start(made, resume=True)
-    assert [line["step"] for line in run.read_log(resumed.folder)] == [1, 2]
+    assert [line.step for line in read_lines(resumed.folder)] == [1, 2]
 
 
 def test_resume_may_evaluate_other_sets(make_recipe: MakeRecipe) -> None:
@@ -479,9 +482,9 @@ def test_resume_may_evaluate_other_sets(make_recipe: MakeRecipe) -> None:
     )
     _, metrics = pipeline.run_recipe(make_recipe(train={"steps": 3}), Silent(), resume=True)
     other = json.loads(wanted.metrics.read_text())
-    assert metrics["before"] == other["before"]
-    assert metrics["after"] == other["after"]
-    assert metrics["before"] != metrics["after"]
+    assert metrics.to_json()["before"] == other["before"]
+    assert metrics.to_json()["after"] == other["after"]
+    assert metrics.before != metrics.after
 
 
 def test_long_texts_do_not_fail_the_check_of_a_template_with_a_tail(
@@ -492,7 +495,7 @@ def test_long_texts_do_not_fail_the_check_of_a_template_with_a_tail(
         embedding={"pooling": "last"},
     )
     _, metrics = pipeline.run_recipe(made, Silent())
-    assert metrics["export"]["checked"] is True
+    assert metrics.export.checked is True
 
 
 def test_mistakes_of_the_layout_are_found_before_training(make_recipe: MakeRecipe) -> None:
@@ -539,7 +542,7 @@ def test_memory_that_runs_out_costs_a_line_in_the_log_and_no_result(
     monkeypatch.setattr(type(trainer.encoder), "__call__", once_without_memory)
     trainer.train()
     assert failed
-    budgets = [line["backward_tokens"] for line in observer.lines]
+    budgets = [line.backward_tokens for line in observer.lines]
     assert budgets == [64, failed[0] // 2, failed[0] // 2]
     assert sum("memory ran out" in said for said in observer.said) == 1
     got = load_file(trainer.folder.adapter / "adapter_model.safetensors")
@@ -558,8 +561,8 @@ def test_a_text_that_never_fits_stops_before_weights_are_loaded(
 def test_padding_and_plan_are_in_log_and_report(make_recipe: MakeRecipe) -> None:
     observer = Silent()
     _, metrics = pipeline.run_recipe(make_recipe(train={"steps": 2}), observer)
-    assert metrics["plan"]["backward_tokens"] == 64
-    assert metrics["plan"]["kept_tokens"] is None, "a tiny model's graphs fit"
-    shares = [line["padding_share"] for line in observer.lines]
-    assert min(shares) <= metrics["padding_share"] <= max(shares)
+    assert metrics.plan.backward_tokens == 64
+    assert metrics.plan.kept_tokens is None, "a tiny model's graphs fit"
+    shares = [line.padding_share for line in observer.lines]
+    assert min(shares) <= metrics.padding_share <= max(shares)
     assert 0 <= max(shares) < 0.5

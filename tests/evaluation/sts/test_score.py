@@ -22,6 +22,7 @@ from lowmem_cft.evaluation.sts.sets import load_set
 from lowmem_cft.inference import embedder
 from lowmem_cft.model.precision import float32_arithmetic, keep_weight_layout
 from lowmem_cft.training import pipeline
+from lowmem_cft.training.records import Metrics
 from minilm import minilm_folder
 from running import MakeRecipe, Silent
 from tiny import WORDS
@@ -121,7 +122,7 @@ def run_and_pairs(
     request: pytest.FixtureRequest,
     make_recipe: MakeRecipe,
     tmp_path: Path,
-) -> tuple[Path, dict[str, Any], list[ScoredPair]]:
+) -> tuple[Path, Metrics, list[ScoredPair]]:
     """A short run, its metrics and the pairs it was scored on."""
     pytest.importorskip("sentence_transformers")
     sections = {"embedding": {"pooling": "mean"}, **CASES[request.param], "train": {"steps": 2}}
@@ -141,19 +142,19 @@ def run_and_pairs(
     return folder.path, metrics, pairs
 
 
-def test_three_ways_agree(run_and_pairs: tuple[Path, dict[str, Any], list[ScoredPair]]) -> None:
+def test_three_ways_agree(run_and_pairs: tuple[Path, Metrics, list[ScoredPair]]) -> None:
     run, metrics, pairs = run_and_pairs
-    (ours,) = metrics["after"]
-    assert ours["num_pairs"] == len(pairs) >= 250
-    assert 0.1 < ours["spearman"] < 0.99
-    assert abs(ours["spearman"] - metrics["before"][0]["spearman"]) > 2 * FOUR_DECIMALS
+    (ours,) = metrics.after
+    assert ours.num_pairs == len(pairs) >= 250
+    assert 0.1 < ours.spearman < 0.99
+    assert abs(ours.spearman - metrics.before[0].spearman) > 2 * FOUR_DECIMALS
     model = exported(run / "model")
     theirs = by_sentence_transformers(model, pairs)
-    assert ours["spearman"] == pytest.approx(theirs.spearman, abs=FOUR_DECIMALS)
-    assert ours["pearson"] == pytest.approx(theirs.pearson, abs=FOUR_DECIMALS)
+    assert ours.spearman == pytest.approx(theirs.spearman, abs=FOUR_DECIMALS)
+    assert ours.pearson == pytest.approx(theirs.pearson, abs=FOUR_DECIMALS)
     mteb = by_mteb(model, pairs)
-    assert ours["spearman"] == pytest.approx(mteb["cosine_spearman"], abs=FOUR_DECIMALS)
-    assert ours["pearson"] == pytest.approx(mteb["cosine_pearson"], abs=FOUR_DECIMALS)
+    assert ours.spearman == pytest.approx(mteb["cosine_spearman"], abs=FOUR_DECIMALS)
+    assert ours.pearson == pytest.approx(mteb["cosine_pearson"], abs=FOUR_DECIMALS)
     assert mteb["main_score"] == mteb["cosine_spearman"]
 
 
@@ -172,7 +173,7 @@ def test_sixteen_bit_models_agree_in_float32(make_recipe: MakeRecipe, tmp_path: 
     with float32_arithmetic(model):
         theirs = by_sentence_transformers(model, loaded.pairs)
         mteb = by_mteb(model, loaded.pairs)
-    assert metrics["after"][0]["pearson"] != pytest.approx(theirs.pearson, abs=1e-6), "no 16 bit"
+    assert metrics.after[0].pearson != pytest.approx(theirs.pearson, abs=1e-6), "no 16 bit"
     for name in (folder.path, folder.model):
         embed = embedder.load_embedder(
             str(name), torch.device("cpu"), lambda text: None, float32=True

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lowmem_cft.recipe.load import to_yaml
 from lowmem_cft.recipe.schema import Recipe
+from lowmem_cft.training.records import Metrics
 
 _USE = """\
 ```python
@@ -19,15 +18,15 @@ vectors = model.encode(["It is raining.", "Take an umbrella."])
 """
 
 
-def _score_rows(metrics: Mapping[str, Any]) -> str:
+def _score_rows(metrics: Metrics) -> str:
     lines = ["| set | pairs | before | after |", "| --- | --: | --: | --: |"]
-    for old, new in zip(metrics["before"], metrics["after"], strict=True):
-        before, after = f"{100 * old['spearman']:.2f}", f"{100 * new['spearman']:.2f}"
-        lines.append(f"| {new['name']} | {new['num_pairs']} | {before} | {after} |")
+    for old, new in zip(metrics.before, metrics.after, strict=True):
+        before, after = f"{100 * old.spearman:.2f}", f"{100 * new.spearman:.2f}"
+        lines.append(f"| {new.name} | {new.num_pairs} | {before} | {after} |")
     return "\n".join(lines)
 
 
-def model_card(recipe: Recipe, metrics: Mapping[str, Any], path: Path, *, hub_base: bool) -> str:
+def model_card(recipe: Recipe, metrics: Metrics, path: Path, *, hub_base: bool) -> str:
     """Markdown with the hub's metadata on top.
 
     Args:
@@ -45,7 +44,7 @@ def model_card(recipe: Recipe, metrics: Mapping[str, Any], path: Path, *, hub_ba
             "feature-extraction",
             "dense",
             "lowmem-cft",
-            f"dataset_size:{metrics['rows']}",
+            f"dataset_size:{metrics.rows}",
             "loss:InfoNCE",
         ],
     )
@@ -53,8 +52,8 @@ def model_card(recipe: Recipe, metrics: Mapping[str, Any], path: Path, *, hub_ba
     loss, train = recipe.loss, recipe.train
     temperature = f"{loss.temperature}"
     if loss.learn_temperature:
-        temperature += f" at first and {metrics['temperature']:.4f} in the end (learned)"
-    versions = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items())
+        temperature += f" at first and {metrics.temperature:.4f} in the end (learned)"
+    versions = ", ".join(f"{name} {number}" for name, number in metrics.versions.items())
     held = f"{recipe.model.quantization} base" if recipe.model.quantization != "none" else "base"
     return f"""---
 {data.to_yaml()}
@@ -63,7 +62,7 @@ def model_card(recipe: Recipe, metrics: Mapping[str, Any], path: Path, *, hub_ba
 # {recipe.output.name}
 
 {recipe.model.id} ({held}) turned into a sentence-embedding model with lowmem-cft: contrastive
-fine-tuning of a LoRA adapter (rank {recipe.lora.rank}), {metrics["steps"]} steps of
+fine-tuning of a LoRA adapter (rank {recipe.lora.rank}), {metrics.steps} steps of
 {train.logical_batch} rows, temperature {temperature}, hard negatives: {loss.hard_negatives}.
 
 ## Use
@@ -71,7 +70,7 @@ fine-tuning of a LoRA adapter (rank {recipe.lora.rank}), {metrics["steps"]} step
 {_USE.format(path=path)}
 ## Scores
 
-{metrics["protocol"]}, x 100.
+{metrics.protocol}, x 100.
 
 {_score_rows(metrics)}
 
@@ -81,8 +80,8 @@ fine-tuning of a LoRA adapter (rank {recipe.lora.rank}), {metrics["steps"]} step
 
 ## Training
 
-{metrics["train_seconds"]:.0f} s on {metrics["device"]}, {metrics["rows_per_s"]:.1f} rows per second,
-peak memory {metrics["peak_bytes"] / 2**30:.2f} GiB. {versions}.
+{metrics.train_seconds:.0f} s on {metrics.device}, {metrics.rows_per_s:.1f} rows per second,
+peak memory {metrics.peak_bytes / 2**30:.2f} GiB. {versions}.
 
 ```yaml
 {to_yaml(recipe)}```
