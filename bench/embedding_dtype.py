@@ -115,7 +115,9 @@ def of_model(num_queries: int) -> Batch | None:
     rows, _ = read_training_rows(str(folder / _TRIPLETS), limit=num_queries)
     texts = [row.anchor for row in rows]
     texts += [row.positive for row in rows] + [row.negatives[0] for row in rows]
-    embed = load_embedder(sources.EMBEDDED, torch.device("cpu"), say, float32=True, normalize=True)
+    embed = load_embedder(
+        sources.EMBEDDED, torch.device("cpu"), say, float32=True, normalize=True
+    ).embed
     x_TD = torch.as_tensor(embed(texts))
     return Batch("model", x_TD[: len(rows)], x_TD[len(rows) :])
 

@@ -147,7 +147,6 @@ def embed(
     texts = read_lines(file)
     check_writable(out)
     from lowmem_cft.evaluation.sts.correlation import num_not_finite
-    from lowmem_cft.inference.embed import embed_texts
     from lowmem_cft.inference.loading import load_model
     from lowmem_cft.machine import choose_device
 
@@ -156,15 +155,7 @@ def embed(
             model, choose_device(), screen.say, recipe_name=recipe, overrides=overrides or []
         )
         screen.begin(len(set(texts)), 0, what="texts")
-        vectors = embed_texts(
-            loaded.encoder,
-            loaded.tokenizer,
-            texts,
-            loaded.text_format,
-            token_budget=loaded.recipe.eval.token_budget,
-            on_progress=screen.advance,
-            say=screen.say,
-        )
+        vectors = loaded.embed(texts, on_progress=screen.advance, say=screen.say)
     if num_bad := num_not_finite(vectors):
         raise ValueError(
             f"{file}: {num_bad} of {len(texts)} embeddings are not finite, so {out} was not "

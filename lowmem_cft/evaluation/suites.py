@@ -125,7 +125,7 @@ def _load(options: Options, say: Say, normalize: bool | None) -> Embed:
         overrides=options.overrides,
         float32=options.float32,
         normalize=normalize,
-    )
+    ).embed
 
 
 def _prepare_sts(options: Options) -> Score:

@@ -7,13 +7,14 @@ sentence-transformers; everything else by our own encoder.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import nn
 
-from lowmem_cft.inference.embed import Embed, Vectors, embed_texts
+from lowmem_cft.inference.embed import Vectors
 from lowmem_cft.inference.loading import RECORD, load_model
 from lowmem_cft.model.backbone import readable_weights
 from lowmem_cft.model.precision import float32_arithmetic
@@ -25,6 +26,18 @@ def is_plain_sentence_transformer(folder: Path) -> bool:
     return (folder / "modules.json").is_file() and not (folder / RECORD).is_file()
 
 
+class Embeds(Protocol):
+    """Embeds texts, whichever library has loaded the model."""
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """float32 (texts, D), row i for text i.
+
+        Raises:
+            ValueError: there are no texts.
+        """
+        ...
+
+
 def load_embedder(
     name: str,
     device: torch.device,
@@ -34,12 +47,11 @@ def load_embedder(
     overrides: Sequence[str] = (),
     float32: bool = False,
     normalize: bool | None = None,
-) -> Embed:
+) -> Embeds:
     """Load a run's folder, an exported model, a sentence-transformers folder, or any base model.
 
     Args:
-        float32: compute in float32 from the weights as stored. In 16 bit a text's embedding, and
-            so the third decimal of a score, depends on what it is batched with.
+        float32: compute in float32 from the weights as stored, see `Embedder`.
         normalize: whether vectors get length 1; None for as the model says. A
             sentence-transformers folder decides that itself, which is said.
 
@@ -54,52 +66,41 @@ def load_embedder(
                 f"{name} is a sentence-transformers model and says itself how it embeds; "
                 "leave out --recipe and --set"
             )
-        return _sentence_transformer(path, device, say, float32, normalize)
+        return SentenceTransformerEmbedder(path, device, say, float32=float32, normalize=normalize)
     loaded = load_model(name, device, say, recipe_name=recipe_name, overrides=overrides)
     if normalize is not None:
         loaded.encoder.normalize = normalize
-    embed = partial(
-        embed_texts,
-        loaded.encoder,
-        loaded.tokenizer,
-        text_format=loaded.text_format,
-        token_budget=loaded.recipe.eval.token_budget,
-        say=say,
-    )
-    return _in_float32(loaded.encoder.model, embed) if float32 else embed
+    return replace(loaded, float32=float32)
 
 
-def _in_float32(model: nn.Module, embed: Embed) -> Embed:
-    def exact(texts: Sequence[str]) -> Vectors:
-        with float32_arithmetic(model):
-            return embed(texts)
+class SentenceTransformerEmbedder:
+    """A folder that sentence-transformers wrote, embedded by it; arguments as in `load_embedder`."""
 
-    return exact
+    def __init__(
+        self, folder: Path, device: torch.device, say: Say, *, float32: bool, normalize: bool | None
+    ) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ValueError(
+                f"{folder} is a sentence-transformers model: pip install 'lowmem-cft[check]' to "
+                "score it"
+            ) from error
+        say(f"embedding with sentence-transformers: {folder}")
+        with readable_weights(str(folder)):
+            self.model = SentenceTransformer(str(folder), device=str(device), local_files_only=True)
+        if normalize is not None:
+            modules = ", ".join(type(module).__name__ for module in self.model)
+            say(f"its vectors are taken as its modules give them ({modules})")
+        self.float32 = float32
 
-
-def _sentence_transformer(
-    folder: Path, device: torch.device, say: Say, float32: bool, normalize: bool | None
-) -> Embed:
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ValueError(
-            f"{folder} is a sentence-transformers model: pip install 'lowmem-cft[check]' to score it"
-        ) from error
-    say(f"embedding with sentence-transformers: {folder}")
-    with readable_weights(str(folder)):
-        model = SentenceTransformer(str(folder), device=str(device), local_files_only=True)
-    if normalize is not None:
-        modules = ", ".join(type(module).__name__ for module in model)
-        say(f"its vectors are taken as its modules give them ({modules})")
-
-    def embed(texts: Sequence[str]) -> Vectors:
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """As `Embeds.embed`; equal texts are encoded once."""
         if not texts:
             raise ValueError("got no texts to embed")
         distinct = list(dict.fromkeys(texts))
         place = {text: i for i, text in enumerate(distinct)}
-        found = model.encode(distinct, batch_size=64, convert_to_tensor=True)
-        vectors: Vectors = found.float().cpu().numpy()[[place[text] for text in texts]]
+        with float32_arithmetic(self.model) if self.float32 else nullcontext():
+            emb_PD = self.model.encode(distinct, batch_size=64, convert_to_tensor=True)
+        vectors: Vectors = emb_PD.float().cpu().numpy()[[place[text] for text in texts]]
         return vectors
-
-    return _in_float32(model, embed) if float32 else embed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import torch
 
 from lowmem_cft.data.tokens import TextFormat, Tokenizer, query_format
 from lowmem_cft.files import read_json
+from lowmem_cft.inference.embed import Vectors, embed_texts
 from lowmem_cft.model.backbone import Backbone, load_backbone, readable_weights
 from lowmem_cft.model.configs import GET_MODEL
 from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.model.precision import float32_arithmetic
 from lowmem_cft.progress import Say
 from lowmem_cft.recipe import schema as recipes
 from lowmem_cft.recipe.load import apply_override, load_recipe, parse_recipe
@@ -27,10 +31,17 @@ _NO_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class Embedder:
+    """A model that is loaded, with all that says how it embeds.
+
+    `float32`: computes in float32 from the weights as stored. In 16 bit a text's embedding, and so
+    the third decimal of a score, depends on what it is batched with.
+    """
+
     encoder: Encoder
     backbone: Backbone
     recipe: recipes.Recipe
+    float32: bool = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -39,6 +50,36 @@ class LoadedModel:
     @property
     def text_format(self) -> TextFormat:
         return query_format(self.recipe)
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        text_format: TextFormat | None = None,
+        on_progress: Callable[[int], None] = lambda texts: None,
+        say: Say = warnings.warn,
+    ) -> Vectors:
+        """float32 (texts, D), row i for text i.
+
+        Args:
+            text_format: in the place of the recipe's template, end token and length.
+            on_progress: told how many more distinct texts are done, after each chunk.
+            say: told why tokens that texts begin with are not run once for all.
+
+        Raises:
+            ValueError: there are no texts.
+        """
+        model = self.encoder.model
+        with float32_arithmetic(model) if self.float32 else nullcontext():
+            return embed_texts(
+                self.encoder,
+                self.tokenizer,
+                texts,
+                text_format=text_format or self.text_format,
+                token_budget=self.recipe.eval.token_budget,
+                on_progress=on_progress,
+                say=say,
+            )
 
 
 def _with_model(recipe: recipes.Recipe, **values: Any) -> recipes.Recipe:
@@ -101,7 +142,7 @@ def load_model(
     *,
     recipe_name: str | None = None,
     overrides: Sequence[str] = (),
-) -> LoadedModel:
+) -> Embedder:
     """Load a run's folder, an exported model's folder, or any base model.
 
     Args:
@@ -119,7 +160,7 @@ def load_model(
 
 def load_by_recipe(
     recipe: recipes.Recipe, device: torch.device, say: Say, adapter: Path | None = None
-) -> LoadedModel:
+) -> Embedder:
     """Load a recipe's base model, with an adapter if one is given, to embed as the recipe says.
 
     Raises:
@@ -135,4 +176,4 @@ def load_by_recipe(
             model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
         model.eval()
     encoder = Encoder(model, pooling=recipe.embedding.pooling, normalize=recipe.embedding.normalize)
-    return LoadedModel(encoder, backbone, recipe)
+    return Embedder(encoder, backbone, recipe)

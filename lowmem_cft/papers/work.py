@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from lowmem_cft.evaluation.sts.score import score_pairs
 from lowmem_cft.evaluation.sts.sets import LoadedSet
 from lowmem_cft.evaluation.transfer import report as transfer_report
 from lowmem_cft.evaluation.transfer.tasks import TransferTask
-from lowmem_cft.inference.embed import Embed, embed_texts
+from lowmem_cft.inference.embed import Embed
 from lowmem_cft.inference.kept_vectors import KeptVectors
-from lowmem_cft.inference.loading import LoadedModel, load_by_recipe
+from lowmem_cft.inference.loading import Embedder, load_by_recipe
 from lowmem_cft.machine import choose_device
 from lowmem_cft.papers.stages import Observer
 from lowmem_cft.recipe.load import load_recipe
@@ -42,7 +41,7 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def _loaded(recipe: Recipe, adapter: Path | None, observer: Observer) -> Iterator[LoadedModel]:
+def _loaded(recipe: Recipe, adapter: Path | None, observer: Observer) -> Iterator[Embedder]:
     """The model, and its memory back afterwards: a later stage loads another."""
     device = choose_device()
     loaded = load_by_recipe(recipe, device, observer.say, adapter)
@@ -66,16 +65,6 @@ class Unfinished:
         return KeptVectors(embed, self.folder, self.identity)
 
 
-def _embed(loaded: LoadedModel) -> Embed:
-    return partial(
-        embed_texts,
-        loaded.encoder,
-        loaded.tokenizer,
-        text_format=loaded.text_format,
-        token_budget=loaded.recipe.eval.token_budget,
-    )
-
-
 def evaluate_sets(
     recipe: Recipe,
     adapter: Path | None,
@@ -97,7 +86,7 @@ def evaluate_sets(
     """
     with _loaded(recipe, adapter, observer) as loaded:
         scored = []
-        embed = unfinished.keeping(_embed(loaded))
+        embed = unfinished.keeping(loaded.embed)
         observer.begin(len(sets), 0, what="sets")
         for one in sets:
             scored.append(score_pairs(embed, one))
@@ -240,7 +229,7 @@ def score_transfer(
     listed = tasks()
     raw = recipe.embedding.model_copy(update={"normalize": False})
     with _loaded(recipe.model_copy(update={"embedding": raw}), adapter, observer) as loaded:
-        embed = unfinished.keeping(_embed(loaded))
+        embed = unfinished.keeping(loaded.embed)
         found = transfer_report.score_tasks(
             listed,
             embed,

@@ -14,7 +14,7 @@ import yaml
 
 from lowmem_cft import __version__
 from lowmem_cft.cli import app as cli
-from lowmem_cft.inference import embed as inference
+from lowmem_cft.inference import loading
 from lowmem_cft.recipe.load import parse_recipe
 from lowmem_cft_kernels import Path as LossPath
 from places import ROOT
@@ -339,7 +339,7 @@ def test_embed_writes_no_vectors_that_are_no_numbers(
     texts.write_text("the cat\na dog\nrain\n")
     vectors = np.ones((3, 4), dtype=np.float32)
     vectors[1, 2] = np.nan
-    monkeypatch.setattr(inference, "embed_texts", lambda *args, **kwargs: vectors)
+    monkeypatch.setattr(loading, "embed_texts", lambda *args, **kwargs: vectors)
     code, _, err = command("embed", str(finished), str(texts))
     assert code == 2
     assert "1 of 3 embeddings are not finite" in " ".join(err.split())

@@ -15,6 +15,7 @@ from lowmem_cft.evaluation.sts import sets as sts_data
 from lowmem_cft.evaluation.sts.protocols import Protocol, StsSet
 from lowmem_cft.evaluation.transfer import tasks as transfer_data
 from lowmem_cft.evaluation.transfer.tasks import TaskSpec
+from lowmem_cft.inference import loading
 from lowmem_cft.papers import effort, paper_stages
 from lowmem_cft.papers import reproduction as reproduce
 from lowmem_cft.papers import request as papers
@@ -249,7 +250,7 @@ def test_transfer_reads_raw_embeddings(ask: Ask, monkeypatch: pytest.MonkeyPatch
 def test_a_stopped_training_goes_on(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(stages=["data"]).run(Heard())
     with monkeypatch.context() as stopped:
-        stopped.setattr(Heard, "step", lambda self, line: line["step"] == 2 and _stop())
+        stopped.setattr(Heard, "step", lambda self, line: line.step == 2 and _stop())
         with pytest.raises(KeyboardInterrupt):
             ask(stages=["train"]).run(Heard())
     heard = Heard()
@@ -272,8 +273,8 @@ def test_a_stopped_evaluation_goes_on(
         embedded.append(len(texts))
         return embed(encoder, tokenizer, texts, *arguments, **options)
 
-    embed = stage_work.embed_texts
-    monkeypatch.setattr(stage_work, "embed_texts", counts)
+    embed = loading.embed_texts
+    monkeypatch.setattr(loading, "embed_texts", counts)
 
     def stop_before_the_end(**asked: Any) -> None:
         with monkeypatch.context() as stopped:

@@ -26,8 +26,8 @@ from lowmem_cft.evaluation.sts.bootstrap import interval, resampled_spearman
 from lowmem_cft.evaluation.sts.correlation import Floats, spearman
 from lowmem_cft.evaluation.sts.score import score_pairs
 from lowmem_cft.evaluation.sts.sets import LoadedSet, pairs_sha256
-from lowmem_cft.inference.embed import Embed, embed_texts
-from lowmem_cft.inference.loading import RECORD, LoadedModel, load_model, says_how_it_embeds
+from lowmem_cft.inference.embed import Embed
+from lowmem_cft.inference.loading import RECORD, Embedder, load_model, says_how_it_embeds
 from lowmem_cft.model.identity import lora_scaling, weights_digest
 from lowmem_cft.progress import Counts
 from lowmem_cft.recipe.schema import TEXT_SLOT
@@ -44,7 +44,7 @@ class SearchedModel:
     """A model and the template without a demonstration."""
 
     name: str
-    loaded: LoadedModel
+    loaded: Embedder
     template: str
 
     def embed_under(self, say: Callable[[str], None]) -> EmbedUnder:
@@ -61,14 +61,8 @@ class SearchedModel:
             said.append(note)
 
         def under(template: str) -> Embed:
-            return partial(
-                embed_texts,
-                loaded.encoder,
-                loaded.tokenizer,
-                text_format=TextFormat(template, text.append_eos, text.max_tokens),
-                token_budget=loaded.recipe.eval.token_budget,
-                say=say_once,
-            )
+            text_format = TextFormat(template, text.append_eos, text.max_tokens)
+            return partial(loaded.embed, text_format=text_format, say=say_once)
 
         return under
 

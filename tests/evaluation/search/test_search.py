@@ -25,6 +25,7 @@ from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL, Demonstration
 from lowmem_cft.evaluation.sts import bootstrap
 from lowmem_cft.evaluation.sts.sets import LoadedSet, sampled
 from lowmem_cft.inference import embed as inference
+from lowmem_cft.inference import loading
 from lowmem_cft.inference import prefix_sharing as sharing
 from lowmem_cft.inference.embed import Vectors
 from lowmem_cft.inference.loading import RECORD, load_model
@@ -478,7 +479,9 @@ def test_search_from_the_command_line(
     assert recipe["text"]["template"] == template
     assert recipe["embedding"]["pooling"] == "last"
 
-    monkeypatch.setattr(icl, "embed_texts", lambda *args, **options: pytest.fail("scored again"))
+    monkeypatch.setattr(
+        loading, "embed_texts", lambda *args, **options: pytest.fail("scored again")
+    )
     code, again, err = command(*arguments, "--top", "2")
     assert code == 0, err
     assert again == out
@@ -542,7 +545,7 @@ def test_without_a_template_it_is_prompteols(
         templates.append(text_format)
         return inference.embed_texts(*args, text_format=text_format, **options)
 
-    monkeypatch.setattr(icl, "embed_texts", embed)
+    monkeypatch.setattr(loading, "embed_texts", embed)
     code, _, err = command(*arguments)
     assert code == 0, err
     assert f"template: {PROMPTEOL}" in err

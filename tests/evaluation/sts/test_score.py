@@ -177,7 +177,7 @@ def test_sixteen_bit_models_agree_in_float32(make_recipe: MakeRecipe, tmp_path: 
     for name in (folder.path, folder.model):
         embed = embedder.load_embedder(
             str(name), torch.device("cpu"), lambda text: None, float32=True
-        )
+        ).embed
         ours = evaluate.score_pairs(embed, loaded).score
         assert ours.spearman == pytest.approx(theirs.spearman, abs=FOUR_DECIMALS)
         assert ours.pearson == pytest.approx(theirs.pearson, abs=FOUR_DECIMALS)
@@ -274,7 +274,9 @@ def test_minilm_has_its_known_scores(data_folder: Path, tmp_path: Path, names: l
     folder = minilm_folder(tmp_path)
     assert embedder.is_plain_sentence_transformer(folder)
     said: list[str] = []
-    embed = embedder.load_embedder(str(folder), torch.device("cpu"), said.append, normalize=False)
+    embed = embedder.load_embedder(
+        str(folder), torch.device("cpu"), said.append, normalize=False
+    ).embed
     assert "as its modules give them (Transformer, Pooling, Normalize)" in said[-1]
     for name in names:
         loaded = load_set(name, data_folder, offline=True, protocol=MTEB)

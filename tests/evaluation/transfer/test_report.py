@@ -283,7 +283,7 @@ def test_an_embedder_with_and_without_normalisation(tiny_folder: Path) -> None:
         lambda text: None,
         overrides=["model.dtype=fp32", "embedding.normalize=true"],
         normalize=normalize,
-    )(texts)
+    ).embed(texts)
     unit, raw = load(True), load(False)
     assert np.linalg.norm(unit, axis=1) == pytest.approx(np.ones(3), abs=1e-5)
     lengths = np.linalg.norm(raw, axis=1, keepdims=True)
