@@ -39,7 +39,7 @@ from lowmem_cft.data.tokens import TextFormat, Tokenizer
 from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL, SHIPPED, read_demonstrations
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, sets_in
 from lowmem_cft.evaluation.sts.sets import data_folder, load_set
-from lowmem_cft.export.tokenizer import prepared_tokenizer
+from lowmem_cft.exporting.tokenizer import prepared_tokenizer
 from lowmem_cft.inference.embed import Vectors, embed_texts
 from lowmem_cft.machine import choose_device, keep_freed_memory
 from lowmem_cft.model import sources

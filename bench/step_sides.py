@@ -377,7 +377,7 @@ def load_st(task: Task, folder: Path) -> Any:
     from transformers import BitsAndBytesConfig
 
     from lowmem_cft.data.tokens import overhead
-    from lowmem_cft.export.tokenizer import prepared_tokenizer
+    from lowmem_cft.exporting.tokenizer import prepared_tokenizer
     from vs_sentence_transformers import lay_out
 
     source, recipe, device = task.source, task.recipe, task.device

@@ -288,7 +288,7 @@ def load_st(recipe: Recipe, device: torch.device, folder: Path) -> tuple[Sentenc
     from transformers import BitsAndBytesConfig
 
     from lowmem_cft.data.tokens import overhead, query_format
-    from lowmem_cft.export.tokenizer import prepared_tokenizer
+    from lowmem_cft.exporting.tokenizer import prepared_tokenizer
     from lowmem_cft.machine import choose_dtype
     from lowmem_cft.model import backbone, configs, sources
     from lowmem_cft.model.precision import keep_weight_layout

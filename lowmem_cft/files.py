@@ -95,10 +95,34 @@ def short_name(names: Sequence[str]) -> str:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Written beside and renamed, so that a reader never sees half of it."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    checksum = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            checksum.update(block)
+    return checksum.hexdigest()
+
+
+def digest(values: Any) -> str:
+    """The sha256 of JSON values, in hexadecimal."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a path beside this one to write; it takes its place when the block ends without error.
+
+    A reader never sees half a file, and what was there stays if anything fails.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 Say = Callable[[str], None]
 """Takes one line for people."""
@@ -21,3 +21,25 @@ class Counts(Says, Protocol):
     def begin(self, num_steps: int, done: int, what: str = ...) -> None: ...
 
     def advance(self, count: int) -> None: ...
+
+
+class Quiet:
+    """Shows nothing; what is said goes to `say`, if anybody listens."""
+
+    def __init__(self, say: Say = lambda text: None) -> None:
+        self._say = say
+
+    def say(self, text: str) -> None:
+        self._say(text)
+
+    def begin(self, num_steps: int, done: int, what: str = "") -> None:
+        """Nothing."""
+
+    def advance(self, count: int) -> None:
+        """Nothing."""
+
+    def step(self, line: Any) -> None:
+        """Nothing."""
+
+    def scored(self, step: int, scores: Any) -> None:
+        """Nothing."""

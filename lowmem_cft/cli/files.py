@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lowmem_cft.files import whole_file
+
 
 def read_lines(file: Path) -> list[str]:
     if not file.is_file():
@@ -24,19 +26,18 @@ def read_lines(file: Path) -> list[str]:
 
 
 def write_vectors(out: Path, texts: list[str], vectors: Any) -> None:
-    partial = out.with_name(out.name + ".partial")
-    if out.suffix == ".npy":
-        import numpy as np
+    with whole_file(out) as partial:
+        if out.suffix == ".npy":
+            import numpy as np
 
-        with partial.open("wb") as stream:
-            np.save(stream, vectors)
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+            with partial.open("wb") as stream:
+                np.save(stream, vectors)
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
 
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-        pq.write_table(pa.table({"text": texts, "embedding": column}), partial)
-    partial.replace(out)
+            column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+            pq.write_table(pa.table({"text": texts, "embedding": column}), partial)
 
 
 def check_json_name(out: Path | None) -> None:

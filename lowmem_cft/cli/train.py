@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -102,25 +102,13 @@ def export(
     ] = False,
 ) -> None:
     """Write a finished run as a folder that SentenceTransformer(path) loads, and check it."""
-    from lowmem_cft.export.check import checked
-    from lowmem_cft.export.layout import export_model
-    from lowmem_cft.inference.loading import RECORD, load_model
+    from lowmem_cft.exporting.finished import check_target, export_run
     from lowmem_cft.machine import choose_device
 
-    if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run} is no run folder (no recipe.yaml in it)")
     target = out or run / "model"
-    ours = not target.exists() or (target / RECORD).is_file()
-    if not ours and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--out: {target} exists and is no export of ours; choose another folder")
-    check_writable(target, folder=True)
+    if (run / "recipe.yaml").is_file():
+        check_target(target)
+        check_writable(target, folder=True)
     with make_screen() as screen:
-        loaded = load_model(str(run), choose_device(), screen.say)
-        kind: Any = "merged" if merged else "adapter"
-        export_model(loaded.encoder, loaded.backbone, loaded.recipe, target, kind)
-        card = run / "README.md"
-        if card.is_file():
-            text = card.read_text(encoding="utf-8").replace(str(run / "model"), str(target))
-            (target / "README.md").write_text(text, encoding="utf-8")
-        checked(target, kind, loaded.encoder, loaded.tokenizer, loaded.recipe, screen)
+        export_run(run, target, "merged" if merged else "adapter", choose_device(), screen)
     typer.echo(str(target))

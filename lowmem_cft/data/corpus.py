@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lowmem_cft.data.batches import NO_TEXT, RowTable
-from lowmem_cft.data.rows import ReadReport, TrainRow, read_training_rows
+from lowmem_cft.data.rows import DataError, ReadReport, TrainRow, read_training_rows
 from lowmem_cft.data.tokens import (
     TextFormat,
     Tokenizer,
@@ -19,7 +19,11 @@ from lowmem_cft.data.tokens import (
     query_format,
     tokenize_cached,
 )
-from lowmem_cft.recipe.schema import DataSection, Recipe
+from lowmem_cft.files import digest
+from lowmem_cft.recipe.schema import DataSection, DataSource, Recipe
+
+IN_MEMORY = "memory:"
+"""Before the checksum of rows that stand in no file, in the place of a source's path."""
 
 DEMO_TRIPLETS = Path(str(resources.files("lowmem_cft") / "data" / "embedded" / "triplets.jsonl"))
 
@@ -33,6 +37,22 @@ class Corpus:
     from_cache: bool
 
 
+def with_rows(recipe: Recipe, rows: Sequence[TrainRow]) -> Recipe:
+    """The recipe of a run on rows in memory, which names them by their checksum.
+
+    Raises:
+        DataError: there are no rows, or something else stands among them.
+    """
+    wrong = next((row for row in rows if not isinstance(row, TrainRow)), None)
+    if not rows or wrong is not None:
+        got = "none" if not rows else type(wrong).__name__
+        raise DataError(f"rows: got {got}, wanted a list of lowmem_cft.TrainRow")
+    values = [[row.anchor, row.positive, *row.negatives] for row in rows]
+    source = DataSource(path=f"{IN_MEMORY}{digest(values)[:16]}")
+    data = recipe.data.model_copy(update={"sources": [source]})
+    return recipe.model_copy(update={"data": data})
+
+
 def read_sources(
     data: DataSection, *, offline: bool = False
 ) -> tuple[list[list[TrainRow]], list[ReadReport]]:
@@ -43,6 +63,10 @@ def read_sources(
     """
     rows, reports = [], []
     for source in data.sources:
+        if source.path.startswith(IN_MEMORY):
+            raise DataError(
+                f"{source.path}: the rows of this run were given in memory; give them again"
+            )
         found, report = read_training_rows(
             str(DEMO_TRIPLETS) if source.path == "demo" else source.path,
             columns=source.columns,

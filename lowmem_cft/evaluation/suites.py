@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from lowmem_cft.evaluation.sts import bootstrap
 from lowmem_cft.evaluation.sts import mteb_results as task_result
 from lowmem_cft.evaluation.sts import protocols as sts
@@ -18,7 +20,7 @@ from lowmem_cft.evaluation.transfer import report as transfer_report
 from lowmem_cft.evaluation.transfer import score as transfer
 from lowmem_cft.evaluation.transfer import tasks as transfer_data
 from lowmem_cft.inference.embed import Embed
-from lowmem_cft.inference.embedder import load_embedder
+from lowmem_cft.inference.embedder import Embeds, load_embedder, normalized_or_not
 from lowmem_cft.machine import choose_device
 from lowmem_cft.progress import Say
 
@@ -47,6 +49,9 @@ class Options:
     recipe: str | None = None
     overrides: Sequence[str] = ()
     offline: bool = False
+    device: torch.device | None = None
+    embedder: Embeds | None = None
+    """A model that is loaded; `model` is its name in the report then."""
 
 
 def prepare(options: Options) -> Score:
@@ -117,9 +122,11 @@ def _check_together(options: Options) -> None:
 
 
 def _load(options: Options, say: Say, normalize: bool | None) -> Embed:
+    if options.embedder is not None:
+        return normalized_or_not(options.embedder, normalize)
     return load_embedder(
         options.model,
-        choose_device(),
+        options.device or choose_device(),
         say,
         recipe_name=options.recipe,
         overrides=options.overrides,
@@ -196,7 +203,7 @@ def _score_transfer(
         _load(options, say, False),
         model=options.model,
         settings=settings,
-        device=choose_device(),
+        device=options.device or choose_device(),
         cleaned_up=options.clean_up,
         float32=options.float32,
         say=say,

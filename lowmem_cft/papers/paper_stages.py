@@ -14,6 +14,7 @@ from lowmem_cft.evaluation.search import search as icl
 from lowmem_cft.evaluation.search.demonstrations import SHIPPED, Demonstration, read_demonstrations
 from lowmem_cft.evaluation.sts.sets import LoadedSet, data_folder, load_set, load_sets, sampled
 from lowmem_cft.evaluation.transfer.tasks import SPECS, TransferTask, load_tasks
+from lowmem_cft.files import digest, sha256_of
 from lowmem_cft.papers import work as stage_work
 from lowmem_cft.papers.effort import Efforts
 from lowmem_cft.papers.request import (
@@ -26,7 +27,7 @@ from lowmem_cft.papers.request import (
     Request,
     Share,
 )
-from lowmem_cft.papers.stages import Effort, Observer, Records, Stage, digest
+from lowmem_cft.papers.stages import Effort, Observer, Records, Stage
 from lowmem_cft.papers.work import Unfinished
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
@@ -364,7 +365,7 @@ class PaperStages:
 
 def _sha256_of_file(path: str) -> str | None:
     """None for what is no file here: a folder, a data set on the hub."""
-    return stage_work.sha256_of(Path(path)) if Path(path).is_file() else None
+    return sha256_of(Path(path)) if Path(path).is_file() else None
 
 
 def _times(effort: Effort, times: int) -> Effort:
@@ -383,5 +384,5 @@ def _how_embedded(recipe: Recipe, adapter: Path | None) -> dict[str, Any]:
     }
     if adapter is not None:
         weights = adapter / "adapter_model.safetensors"
-        found["adapter_sha256"] = stage_work.sha256_of(weights) if weights.is_file() else None
+        found["adapter_sha256"] = sha256_of(weights) if weights.is_file() else None
     return found

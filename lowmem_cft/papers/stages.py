@@ -6,8 +6,6 @@ the stages it needs), so that a number can be traced, and a changed input is not
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from lowmem_cft.files import read_json, write_json
+from lowmem_cft.files import digest, read_json, write_json
 from lowmem_cft.machine import library_versions
 from lowmem_cft.progress import Counts
 from lowmem_cft.training import trainer
@@ -52,11 +50,6 @@ class Stage:
     effort: Callable[[], Effort] = lambda: Effort(0.0, 0)
     forget: Callable[[], None] = lambda: None
     """Put away what an earlier try left, so that `work` begins anew."""
-
-
-def digest(values: Mapping[str, Any]) -> str:
-    """sha256 of JSON values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class Records:

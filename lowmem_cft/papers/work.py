@@ -22,6 +22,7 @@ from lowmem_cft.evaluation.sts.score import score_pairs
 from lowmem_cft.evaluation.sts.sets import LoadedSet
 from lowmem_cft.evaluation.transfer import report as transfer_report
 from lowmem_cft.evaluation.transfer.tasks import TransferTask
+from lowmem_cft.files import sha256_of
 from lowmem_cft.inference.embed import Embed
 from lowmem_cft.inference.kept_vectors import KeptVectors
 from lowmem_cft.inference.loading import Embedder, load_by_recipe
@@ -34,10 +35,6 @@ from lowmem_cft.training import runs as run
 from lowmem_cft.training.interrupt import Interrupted
 from lowmem_cft.training.pipeline import run_recipe
 from lowmem_cft.training.records import read_lines, read_metrics
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager

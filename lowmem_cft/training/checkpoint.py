@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_cft.files import _sha256, read_json, whole_folder, write_json
+from lowmem_cft.files import read_json, sha256_of, whole_folder, write_json
 from lowmem_cft.machine import library_versions
 from lowmem_cft.run_folder import RunFolder
 
@@ -44,7 +44,7 @@ def save_state(run: RunFolder, state: TrainingState) -> None:
             save_file(state.adapter, str(folder / "adapter.safetensors"))
             keys = ("optimizer", "scheduler", "scaler", "temperature")
             torch.save({key: getattr(state, key) for key in keys}, folder / "optimizer.pt")
-            sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+            sums = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
             write_json(
                 folder / "state.json",
                 {
@@ -76,7 +76,7 @@ def load_state(run: RunFolder) -> TrainingState:
     keys = ("step", "progress", "plan")
     record = read_json(folder / "state.json", anew, "sha256", *keys)
     for name, wanted in record["sha256"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != wanted:
+        if not (folder / name).is_file() or sha256_of(folder / name) != wanted:
             raise ValueError(f"{folder / name} is damaged (its checksum differs); {anew}")
     tensors = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     adapter = load_file(str(folder / "adapter.safetensors"))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from lowmem_cft.data.corpus import with_rows
+from lowmem_cft.data.rows import TrainRow
 from lowmem_cft.evaluation.sts.sets import LoadedSet
-from lowmem_cft.export.check import checked
-from lowmem_cft.export.layout import Kind, check_expressible, export_model
+from lowmem_cft.exporting.check import checked
+from lowmem_cft.exporting.layout import Kind, check_expressible, export_model
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs
@@ -26,11 +31,18 @@ def run_recipe(
     recipe: Recipe,
     observer: Observer,
     *,
+    rows: Sequence[TrainRow] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    device: torch.device | None = None,
     offline: bool = False,
 ) -> tuple[RunFolder, Metrics]:
     """Train, export, check the export, write the model card.
+
+    Args:
+        rows: trained on in the place of the recipe's sources; the run's recipe names them by their
+            checksum.
+        device: the GPU where there is one, if not given.
 
     Returns:
         The run's folder and its metrics (also in metrics.json).
@@ -42,9 +54,13 @@ def run_recipe(
     """
     if recipe.output.export != "none":
         check_expressible(recipe)
+    if rows is not None:
+        recipe = with_rows(recipe, rows)
     folder = runs.open_run(recipe, resume=resume, overwrite=overwrite)
     try:
-        trainer = Trainer(recipe, folder, observer, resume=resume, offline=offline)
+        trainer = Trainer(
+            recipe, folder, observer, rows=rows, resume=resume, device=device, offline=offline
+        )
         folder.begun()
         metrics = trainer.train()
     except BaseException:

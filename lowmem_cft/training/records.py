@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from lowmem_cft.evaluation.sts.score import SetScore
-from lowmem_cft.files import read_json, write_json
+from lowmem_cft.files import read_json, whole_file, write_json
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.run_folder import RunFolder
 
@@ -126,8 +126,7 @@ def read_lines(run: RunFolder) -> list[StepLine]:
 def truncate_log(run: RunFolder, step: int) -> None:
     """Drop the lines after `step`: a resumed run writes them again."""
     kept = [line for line in read_lines(run) if line.step <= step]
-    partial = run.log.with_name(run.log.name + ".partial")
-    partial.write_text(
-        "".join(json.dumps(line.to_json()) + "\n" for line in kept), encoding="utf-8"
-    )
-    partial.replace(run.log)
+    with whole_file(run.log) as partial:
+        partial.write_text(
+            "".join(json.dumps(line.to_json()) + "\n" for line in kept), encoding="utf-8"
+        )

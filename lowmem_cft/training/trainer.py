@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from torch import Tensor
 from lowmem_cft import machine
 from lowmem_cft.data import corpus
 from lowmem_cft.data.batches import RowOrder, step_texts
+from lowmem_cft.data.rows import TrainRow
 from lowmem_cft.data.tokens import query_format
 from lowmem_cft.evaluation.sts import score as evaluate
 from lowmem_cft.evaluation.sts import sets
@@ -92,7 +94,9 @@ class Trainer:
         recipe: what to do.
         folder: the run's folder, open.
         observer: told of progress.
+        rows: trained on in the place of the recipe's sources.
         resume: go on from the folder's checkpoint.
+        device: the GPU where there is one, if not given.
         offline: data are looked for on this machine only.
     """
 
@@ -102,18 +106,16 @@ class Trainer:
         folder: RunFolder,
         observer: Observer,
         *,
+        rows: Sequence[TrainRow] | None = None,
         resume: bool = False,
+        device: torch.device | None = None,
         offline: bool = False,
     ) -> None:
         self.recipe, self.folder, self.observer = recipe, folder, observer
-        self.device = choose_device()
-        rows, reports = corpus.read_sources(recipe.data, offline=offline)
-        for report in reports:
-            observer.say(
-                f"{report.source}: {report.num_read} rows, {sum(report.skipped.values())} skipped"
-            )
+        self.device = device or choose_device()
+        sources = [rows] if rows is not None else _read_sources(recipe, observer, offline=offline)
         self.order = RowOrder(
-            [len(source) for source in rows],
+            [len(source) for source in sources],
             [source.weight for source in recipe.data.sources],
             recipe.train.logical_batch,
             recipe.train.seed,
@@ -127,7 +129,7 @@ class Trainer:
             for name in recipe.eval.sets
         ]
         source = find_backbone(recipe.model, observer.say)
-        self.corpus = corpus.build_corpus(rows, recipe, source.tokenizer, cache_folder())
+        self.corpus = corpus.build_corpus(sources, recipe, source.tokenizer, cache_folder())
         where = "read from the cache" if self.corpus.from_cache else "tokenised once"
         observer.say(f"{len(self.corpus.store)} distinct texts, {where}")
         state = load_state(folder) if resume else None
@@ -439,6 +441,17 @@ class Trainer:
         )
         metrics.write(self.folder)
         return metrics
+
+
+def _read_sources(
+    recipe: Recipe, observer: Observer, *, offline: bool
+) -> Sequence[Sequence[TrainRow]]:
+    sources, reports = corpus.read_sources(recipe.data, offline=offline)
+    for report in reports:
+        observer.say(
+            f"{report.source}: {report.num_read} rows, {sum(report.skipped.values())} skipped"
+        )
+    return sources
 
 
 def _learned_temperature(section: LossSection, device: torch.device) -> LearnedTemperature | None:

@@ -264,7 +264,7 @@ def test_the_machines_faults_exit_with_1(
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lowmem_cft.export.layout._write_layout", full)
+    monkeypatch.setattr("lowmem_cft.exporting.layout._write_layout", full)
     code, _, err = command("export", str(finished))
     assert code == 1
     assert "No space left on device" in err

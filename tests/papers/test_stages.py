@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from lowmem_cft.cli.tables import stage_table
+from lowmem_cft.files import digest
 from lowmem_cft.papers import stages
-from lowmem_cft.papers.stages import Effort, Records, Stage, digest, run_stages
+from lowmem_cft.papers.stages import Effort, Records, Stage, run_stages
 from running import Heard
 
 

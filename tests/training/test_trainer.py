@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowmem_cft.evaluation.sts import score as evaluate
-from lowmem_cft.export.check import MIN_COSINE
+from lowmem_cft.exporting.check import MIN_COSINE
 from lowmem_cft.gradient import step
 from lowmem_cft.inference.embed import embed_texts
 from lowmem_cft.inference.loading import load_model
@@ -356,7 +356,7 @@ def test_export_check_fails_loudly(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layout that reads another token must not pass."""
-    from lowmem_cft.export import layout as export
+    from lowmem_cft.exporting import layout as export
 
     monkeypatch.setitem(export._POOLING_KEYS, "eos", "pooling_mode_mean_tokens")
     with pytest.raises(RuntimeError, match=r"does not embed as the trained one: lowest cosine"):

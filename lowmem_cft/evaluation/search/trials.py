@@ -17,6 +17,7 @@ import numpy as np
 
 from lowmem_cft.evaluation.search.demonstrations import Demonstration
 from lowmem_cft.evaluation.sts.correlation import Floats, spearman
+from lowmem_cft.files import whole_file
 from lowmem_cft.model.configs import first_line
 
 if TYPE_CHECKING:
@@ -143,12 +144,10 @@ def _npy(values: Floats) -> bytes:
 
 def save_plain(path: Path, cosine_P: Floats) -> None:
     """Write what `read_plain` reads: whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         file.write(_npy(cosine_P))
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def top_table(trials: Sequence[Trial], rows: int) -> Table:

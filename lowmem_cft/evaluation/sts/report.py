@@ -22,7 +22,7 @@ from lowmem_cft.evaluation.sts.correlation import Floats, spearman
 from lowmem_cft.evaluation.sts.protocols import SCORED, SETS, Protocol
 from lowmem_cft.evaluation.sts.score import ScoredSet, SetScore
 from lowmem_cft.evaluation.sts.sets import DIGITS
-from lowmem_cft.files import short_name, write_json
+from lowmem_cft.files import short_name, whole_file, write_json
 from lowmem_cft.machine import library_versions
 
 _ROUNDING = 1e-9
@@ -151,11 +151,8 @@ def write(found: Report, path: Path) -> None:
     arrays: dict[str, Any] = {}
     for i, scored in enumerate(found.sets):
         arrays[f"cosine_{i}"], arrays[f"gold_{i}"] = scored.cosine_P, scored.gold_P
-    pairs = pairs_file(path)
-    partial = pairs.with_name(pairs.name + ".partial")
-    with partial.open("wb") as stream:
+    with whole_file(pairs_file(path)) as partial, partial.open("wb") as stream:
         np.savez(stream, **arrays)
-    partial.replace(pairs)
     write_json(path, as_json(found))
 
 

@@ -27,7 +27,7 @@ from lowmem_cft.evaluation.sts.protocols import (
     is_saved,
     sets_in,
 )
-from lowmem_cft.files import cache_folder, whole_folder
+from lowmem_cft.files import cache_folder, sha256_of, whole_folder
 
 DIGITS = 12
 """Of a checksum or revision, as it stands beside a number."""
@@ -78,7 +78,7 @@ def _read(
     """The pairs and their version."""
     pairs, _ = read_scored_pairs(str(path), split=split, where=where)
     if path.is_file():
-        return pairs, f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:DIGITS]}"
+        return pairs, f"sha256:{sha256_of(path)[:DIGITS]}"
     return pairs, f"pairs:{pairs_sha256(pairs)[:DIGITS]}"
 
 

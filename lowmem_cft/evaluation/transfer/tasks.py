@@ -7,7 +7,6 @@ rows share a fold.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from lowmem_cft.data.columns import DataError, require
 from lowmem_cft.data.formats import BadRow, tables
+from lowmem_cft.files import sha256_of
 
 SOURCE = "https://github.com/facebookresearch/SentEval, data/downstream/get_transfer_data.bash"
 
@@ -146,7 +146,7 @@ def _load(spec: TaskSpec, folder: Path, limit: int | None) -> TransferTask:
         if len(rows) != num_rows:
             raise DataError(f"{file}: got {len(rows)} rows, {spec.name} has {num_rows} there")
         splits[split] = _in_senteval_order(rows, limit)
-        checksums[spec.file(split)] = hashlib.sha256(file.read_bytes()).hexdigest()
+        checksums[spec.file(split)] = sha256_of(file)
     return TransferTask(spec, splits, checksums, limit)
 
 

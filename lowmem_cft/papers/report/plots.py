@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem_cft.files import whole_file
 from lowmem_cft.papers.report.summary import Report
 
 if TYPE_CHECKING:
@@ -39,9 +40,8 @@ def draw(found: Report, out: Path) -> list[Path]:
             figure = Figure(figsize=(10, 5.5), layout="constrained")
             if not plot(found, figure):
                 continue
-            partial = out / f"{name}.partial"
-            figure.savefig(partial, format="png", dpi=120)
-            partial.replace(out / name)
+            with whole_file(out / name) as partial:
+                figure.savefig(partial, format="png", dpi=120)
             drawn.append(out / name)
     return drawn
 

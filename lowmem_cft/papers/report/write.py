@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from lowmem_cft.files import write_json
+from lowmem_cft.files import whole_file, write_json
 from lowmem_cft.papers.report import plots as reproduce_plots
 from lowmem_cft.papers.report.markdown import markdown
 from lowmem_cft.papers.report.records import read
@@ -42,11 +42,9 @@ def write_report(folder: Path) -> list[Path]:
     drawn = _draw(found, out)
     text, values = out / "report.md", out / "report.json"
     write_json(values, as_json(found))
-    partial = text.with_name(text.name + ".partial")
-    partial.write_text(
-        markdown(found, None if drawn is None else [path.name for path in drawn]), encoding="utf-8"
-    )
-    partial.replace(text)
+    plots = None if drawn is None else [path.name for path in drawn]
+    with whole_file(text) as partial:
+        partial.write_text(markdown(found, plots), encoding="utf-8")
     return [text, values, *(drawn or [])]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lowmem_cft.data.tokens import TextFormat, Tokenizer, overhead, query_format, tokenize
-from lowmem_cft.export.layout import Kind
+from lowmem_cft.exporting.layout import Kind
 from lowmem_cft.inference.embed import Vectors, embed_texts
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.model.precision import float32_arithmetic, keep_weight_layout

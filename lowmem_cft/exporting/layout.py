@@ -21,8 +21,8 @@ from lowmem_cft.data.tokens import (
     overhead,
     query_format,
 )
-from lowmem_cft.export.merge import merged_model
-from lowmem_cft.export.tokenizer import prepared_tokenizer
+from lowmem_cft.exporting.merge import merged_model
+from lowmem_cft.exporting.tokenizer import prepared_tokenizer
 from lowmem_cft.files import whole_folder
 from lowmem_cft.inference.embed import embed_texts
 from lowmem_cft.inference.loading import RECORD

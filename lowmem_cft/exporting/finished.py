@@ -1,0 +1,44 @@
+"""The export of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lowmem_cft.exporting.check import checked
+from lowmem_cft.exporting.layout import Kind, export_model
+from lowmem_cft.inference.loading import RECORD, load_model
+from lowmem_cft.progress import Says
+from lowmem_cft.run_folder import RunFolder
+
+
+def check_target(target: Path) -> None:
+    """Refuse to replace a folder that is no export of ours.
+
+    Raises:
+        ValueError: it is one.
+    """
+    ours = not target.exists() or (target / RECORD).is_file()
+    if not ours and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"out: {target} exists and is no export of ours; choose another folder")
+
+
+def export_run(run: Path, target: Path, kind: Kind, device: torch.device, observer: Says) -> None:
+    """Write a finished run as a folder that SentenceTransformer(path) loads, and check it.
+
+    Raises:
+        ValueError: it is no run folder, or not finished; the target is no export of ours.
+        RuntimeError: the export does not embed as the run's model.
+    """
+    folder = RunFolder(run)
+    if not folder.recipe.is_file():
+        raise ValueError(f"{run} is no run folder (no recipe.yaml in it)")
+    check_target(target)
+    loaded = load_model(str(run), device, observer.say)
+    export_model(loaded.encoder, loaded.backbone, loaded.recipe, target, kind)
+    card = run / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8").replace(str(folder.model), str(target))
+        (target / "README.md").write_text(text, encoding="utf-8")
+    checked(target, kind, loaded.encoder, loaded.tokenizer, loaded.recipe, observer)

@@ -1,0 +1,145 @@
+"""The front door: what `import lowmem_cft` offers, and that it is cheap to open."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lowmem_cft as lc
+from lowmem_cft.evaluation.sts.report import Report
+from running import MakeRecipe, Silent, sentences
+
+NAMES = {
+    "Embedder",
+    "Embeds",
+    "Recipe",
+    "Run",
+    "TrainRow",
+    "__version__",
+    "evaluate",
+    "export",
+    "load",
+    "load_recipe",
+    "open_run",
+    "plan",
+    "train",
+}
+
+
+def test_the_names_are_these() -> None:
+    """A name that goes, or one more, is a decision and not an accident."""
+    assert set(lc.__all__) == NAMES == set(dir(lc))
+    for name in NAMES:
+        assert getattr(lc, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'fine_tune'"):
+        lc.fine_tune  # noqa: B018
+
+
+def test_importing_it_imports_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "pydantic", "numpy", "peft", "yaml", "typer")
+    code = f"import sys, lowmem_cft; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_package_takes_a_functions_name() -> None:
+    """`lc.export` is the function whatever has been imported before it."""
+    code = (
+        "import pkgutil, lowmem_cft as lc;"
+        "print([m.name for m in pkgutil.iter_modules(lc.__path__) if m.name in lc.__all__])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_run_from_recipe_to_vectors(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = lc.train(make_recipe(train={"steps": 2}))
+    assert run.folder == tmp_path / "runs" / "tiny"
+    assert run.metrics.steps == 2
+    assert run.model_path == run.folder / "model"
+    assert lc.open_run(run.folder) == run
+    model = lc.load(run.folder)
+    assert isinstance(model, lc.Embedder)
+    texts = ["the cat sat", "a dog ran", "the cat sat"]
+    vectors = model.embed(texts)
+    assert (vectors.dtype, vectors.shape[0]) == (np.float32, 3)
+    assert np.array_equal(vectors[0], vectors[2])
+    assert not np.allclose(vectors[0], vectors[1])
+    np.testing.assert_allclose(lc.load(run.model_path).embed(texts), vectors, atol=1e-5)
+    report = lc.evaluate(model, sets=make_recipe().eval.sets)
+    assert isinstance(report, Report)
+    by_name = lc.evaluate(run.folder, sets=make_recipe().eval.sets)
+    assert isinstance(by_name, Report)
+    assert report.sets[0].score == by_name.sets[0].score
+    assert report.sets[0].score.spearman == pytest.approx(run.metrics.after[0].spearman, abs=1e-6)
+
+
+def test_progress_is_told_and_a_stopped_run_goes_on(make_recipe: MakeRecipe) -> None:
+    def stop(line: object) -> None:
+        raise KeyboardInterrupt
+
+    heard = Silent()
+    lc.train(make_recipe(train={"steps": 1, "save_every": 1}), progress=heard)
+    assert [line.step for line in heard.lines] == [1]
+    with pytest.raises(ValueError, match="exists"):
+        lc.train(make_recipe(train={"steps": 1, "save_every": 1}))
+    with pytest.raises(KeyboardInterrupt):
+        lc.train(
+            make_recipe(train={"steps": 3, "save_every": 1}), progress=Silent(stop), overwrite=True
+        )
+    with pytest.raises(ValueError, match="no checkpoint"):
+        lc.train(make_recipe(train={"steps": 3, "save_every": 1}), resume=True)
+
+
+def test_rows_in_memory(make_recipe: MakeRecipe) -> None:
+    """They train as the same rows from a file do, and the run's recipe tells them by checksum."""
+    columns = (sentences(seed, 40) for seed in (1, 2, 3))
+    rows = [lc.TrainRow(a, p, (n,)) for a, p, n in zip(*columns, strict=True)]
+    of_file = lc.train(make_recipe(train={"steps": 3}))
+    named = {"name": "memory"}
+    recipe = make_recipe(train={"steps": 3}, output={**make_recipe().output.model_dump(), **named})
+    run = lc.train(recipe, rows=rows)
+    assert run.metrics.after[0].spearman == of_file.metrics.after[0].spearman
+    again = lc.load_recipe(str(run.folder / "recipe.yaml"))
+    assert again.data.sources[0].path.startswith("memory:")
+    with pytest.raises(ValueError, match="given in memory; give them again"):
+        lc.train(again, overwrite=True)
+    with pytest.raises(ValueError, match=r"data\.sources was"):
+        lc.train(recipe, rows=rows[1:], resume=True)
+    assert lc.train(recipe, rows=rows, resume=True).metrics.steps == 3
+    for wrong, got in (([], "none"), ([("a", "b")], "tuple")):
+        with pytest.raises(ValueError, match=f"rows: got {got}, wanted a list"):
+            lc.train(recipe, rows=wrong, overwrite=True)  # type: ignore[arg-type]
+
+
+def test_a_plan_needs_neither_weights_nor_a_card(make_recipe: MakeRecipe) -> None:
+    plan = lc.plan(make_recipe(), memory="2GiB")
+    assert (plan.device_type, plan.limit_bytes) == ("cuda", 2**31)
+    assert plan.prediction.peak_bytes <= plan.limit_bytes
+    with pytest.raises(ValueError, match="much"):
+        lc.plan(make_recipe(), memory="much")
+
+
+def test_exports(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = lc.train(
+        make_recipe(
+            train={"steps": 1},
+            output={"export": "none", "name": "tiny", "folder": str(tmp_path / "runs")},
+        )
+    )
+    assert run.model_path is None
+    heard: list[str] = []
+    merged = lc.export(run, tmp_path / "merged", kind="merged", progress=heard.append)
+    assert merged == tmp_path / "merged"
+    assert any("export checked" in text for text in heard)
+    assert lc.export(run.folder) == run.folder / "model" == run.model_path
+    vectors = lc.load(merged, device="cpu").embed(["the cat sat"])
+    np.testing.assert_allclose(lc.load(run.folder).embed(["the cat sat"]), vectors, atol=1e-3)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="no export of ours"):
+        lc.export(run, tmp_path / "mine")
