@@ -27,8 +27,8 @@ from lowmem_cft_kernels import (
     FalseNegatives,
     Hardness,
     InfoNCEResult,
+    LossPath,
     Negatives,
-    Path,
     info_nce,
 )
 from lowmem_cft_kernels.masks import NO_TARGET, SHARED
@@ -87,7 +87,7 @@ class Case:
     options: Mapping[str, Any]
     strided: bool = False
 
-    def run(self, path: Path, **more: Any) -> InfoNCEResult:
+    def run(self, path: LossPath, **more: Any) -> InfoNCEResult:
         return info_nce(
             self.query_MD, self.doc_ND, self.candidates, path=path, **self.options, **more
         )

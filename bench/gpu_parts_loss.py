@@ -26,7 +26,7 @@ from lowmem_cft_kernels import (
     SYMMETRIC,
     Candidates,
     InfoNCEResult,
-    Path,
+    LossPath,
     Products,
     info_nce,
 )
@@ -104,8 +104,8 @@ def check_set(
             exact, more = exact.off_the_grid(), {"products": Products.SPLIT_BF16}
         inputs = torch.float32 if dtype == SPLIT else getattr(torch, dtype)
         case = exact.to(inputs, torch.device(device))
-        wanted = exact.run(Path.REFERENCE)
-        got, again = case.run(Path(path), **more), case.run(Path(path), **more)
+        wanted = exact.run(LossPath.REFERENCE)
+        got, again = case.run(LossPath(path), **more), case.run(LossPath(path), **more)
         title = f"{path}, {dtype}: {name}, {'x'.join(map(str, shape))}"
         keys = ("loss", *_GRADIENTS)
         same = all(torch.equal(getattr(got, key), getattr(again, key)) for key in keys)
@@ -151,11 +151,11 @@ def _difference(got: Tensor, wanted: Tensor) -> float:
 def loss_tasks(options: Options) -> dict[str, list[Task]]:
     """By option set."""
     device, shapes = str(options.device), SHAPES[:2] if options.tiny else SHAPES
-    ways = [("float32", Path.CHUNKED), ("float64", Path.CHUNKED)]
+    ways = [("float32", LossPath.CHUNKED), ("float64", LossPath.CHUNKED)]
     # not asked whether Triton can start: where it cannot, every check of it says so and fails
-    fused = Path.TRITON if options.cuda else Path.CHUNKED
+    fused = LossPath.TRITON if options.cuda else LossPath.CHUNKED
     bfloat16 = not options.cuda or torch.cuda.get_device_capability(options.device) >= (8, 0)
-    ways += [("float16", fused), ("bfloat16", fused if bfloat16 else Path.CHUNKED)]
+    ways += [("float16", fused), ("bfloat16", fused if bfloat16 else LossPath.CHUNKED)]
     ways += [("float32", fused)] if options.cuda else []
     return {
         name: [

@@ -35,7 +35,7 @@ from lowmem_cft.model.attention import (
     backward_bytes,
     chosen_backends,
 )
-from lowmem_cft_kernels import Path
+from lowmem_cft_kernels import LossPath
 
 LOSSES = (
     "plain",
@@ -209,7 +209,7 @@ def extra_bytes(backward: Callable[[], tuple[Tensor, ...]], device: torch.device
 def loss_tasks(options: Options) -> list[Task]:
     """Each set of options in each dtype, by the path that the trainer takes here, at ragged sizes."""
     shape: Shape = (37, 53, 40) if options.tiny else (129, 259, 2304)
-    path = Path.TRITON if options.cuda else Path.CHUNKED
+    path = LossPath.TRITON if options.cuda else LossPath.CHUNKED
     dtypes = ["float32", "float16"]
     if not options.cuda or training_dtype(options) == torch.bfloat16:
         dtypes.append("bfloat16")

@@ -57,7 +57,7 @@ from loss_report import Row, plot, print_table, title
 from loss_sides import MODES, ST_MINI_BATCHES, Side, Task, Work, make_sides
 from lowmem_cft.machine import keep_freed_memory
 from lowmem_cft.planning.live_bytes import LiveBytes
-from lowmem_cft_kernels import Path as LossPath
+from lowmem_cft_kernels import LossPath
 from measure import machine, median, print_line, synchronize, versions, write_whole
 
 Size = tuple[int, int, int]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates, Path, choose_path, info_nce
+from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates, LossPath, choose_path, info_nce
 
 MODES = ("one_way", "symmetric")
 ST_DEFAULT = 32
@@ -409,14 +409,14 @@ class Liger(RowWise):
 class Ours(Side):
     """lowmem_cft_kernels.info_nce, on the path it chooses itself or on a given one."""
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: LossPath | None = None) -> None:
         self.path = path
         self.name = "ours" if path is None else f"ours_{path.value}"
-        self.cuda_only = path is Path.TRITON
+        self.cuda_only = path is LossPath.TRITON
 
     def needed_bytes(self, task: Task) -> int:
         m, n, _ = task.size
-        matrices = 12 if self.path is Path.REFERENCE else 0
+        matrices = 12 if self.path is LossPath.REFERENCE else 0
         return super().needed_bytes(task) + 4 * matrices * (m + n) ** 2
 
     def variants(self, task: Task) -> dict[str, Callable[[], Work]]:
@@ -438,13 +438,13 @@ class Ours(Side):
             return [found.d_query_MD], [found.d_doc_ND]
 
         found: dict[str, Callable[[], Work]] = {path.value: lambda: functools.partial(work, None)}
-        if path is Path.TRITON:  # and as the trainer has it where its card has room
+        if path is LossPath.TRITON:  # and as the trainer has it where its card has room
             found[f"{path.value}, 512 MiB"] = lambda: functools.partial(work, 2**29)
         return found
 
 
 def make_sides(
-    paths: Sequence[Path] = (), mini_batches: Sequence[int] = ST_MINI_BATCHES
+    paths: Sequence[LossPath] = (), mini_batches: Sequence[int] = ST_MINI_BATCHES
 ) -> list[Side]:
     """All of them; `paths` are of ours, beside the one it chooses itself."""
     return [

@@ -22,7 +22,7 @@ from lowmem_cft_kernels.options import (
     Products,
     Softmax,
 )
-from lowmem_cft_kernels.result import InfoNCEResult, Observed, Path
+from lowmem_cft_kernels.result import InfoNCEResult, LossPath, Observed
 from lowmem_cft_kernels.split import split_bytes
 from lowmem_cft_kernels.temperature import LearnedTemperature
 
@@ -38,9 +38,9 @@ __all__ = [
     "Hardness",
     "InfoNCEResult",
     "LearnedTemperature",
+    "LossPath",
     "Negatives",
     "Observed",
-    "Path",
     "Products",
     "Softmax",
     "choose_path",

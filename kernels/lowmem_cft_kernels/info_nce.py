@@ -26,7 +26,7 @@ from lowmem_cft_kernels.options import (
 )
 from lowmem_cft_kernels.problem import Problem, make_problem
 from lowmem_cft_kernels.reference import reference_loss
-from lowmem_cft_kernels.result import InfoNCEResult, Path
+from lowmem_cft_kernels.result import InfoNCEResult, LossPath
 from lowmem_cft_kernels.surroundings import full_precision, why_triton_cannot_start
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def info_nce(
     bank: Bank | None = None,
     normalize: bool = False,
     products: Products = Products.EXACT,
-    path: Path | None = None,
+    path: LossPath | None = None,
     workspace_bytes: int | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> InfoNCEResult:
@@ -101,8 +101,8 @@ def info_nce(
         )
     _validate_out(query_MD, doc_ND, out)
     path = path or choose_path(query_MD, doc_ND)
-    if path is Path.TRITON and (reason := why_not_triton(query_MD)) is not None:
-        raise ValueError(f"path: got {path.value}, but {reason}; use {Path.CHUNKED.value}")
+    if path is LossPath.TRITON and (reason := why_not_triton(query_MD)) is not None:
+        raise ValueError(f"path: got {path.value}, but {reason}; use {LossPath.CHUNKED.value}")
     scale = _as_scalar(temperature, query_MD.new_empty((), dtype=compute))
     query_MD, doc_ND = _in_rows(query_MD.detach()), _in_rows(doc_ND.detach())
     candidates = _in_rows(candidates)
@@ -114,7 +114,7 @@ def info_nce(
         "bank": _in_rows(bank),
         "normalize": normalize,
     }
-    if path is Path.REFERENCE:
+    if path is LossPath.REFERENCE:
         with full_precision(query_MD.device.type):
             return _by_autograd(query_MD, doc_ND, candidates, scale, options, out)
     with torch.no_grad(), full_precision(query_MD.device.type):
@@ -183,11 +183,11 @@ class _InfoNCE(torch.autograd.Function):
         return (*wanted, None, None)
 
 
-def choose_path(query_MD: Tensor, doc_ND: Tensor) -> Path:
+def choose_path(query_MD: Tensor, doc_ND: Tensor) -> LossPath:
     """The path that `info_nce` takes for such inputs."""
     if query_MD.is_cuda and doc_ND.is_cuda and why_not_triton(query_MD) is None:
-        return Path.TRITON
-    return Path.CHUNKED
+        return LossPath.TRITON
+    return LossPath.CHUNKED
 
 
 def why_not_triton(query_MD: Tensor) -> str | None:
@@ -234,13 +234,13 @@ def _in_rows(held: Any) -> Any:
 
 
 def _worker(
-    path: Path,
+    path: LossPath,
     problem: Problem,
     out: tuple[Tensor, Tensor],
     workspace_bytes: int | None,
     products: Products,
 ) -> chunked.Chunked | Fused:
-    if path is Path.CHUNKED:
+    if path is LossPath.CHUNKED:
         return chunked.Chunked(
             problem, *out, workspace_bytes or chunked.Chunked.default_workspace_bytes
         )
@@ -347,5 +347,5 @@ def _by_autograd(
         d_doc_ND=out[1].copy_(d_doc_ND),
         d_temperature=d_temperature,
         observed=observed,
-        path=Path.REFERENCE,
+        path=LossPath.REFERENCE,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Path(str, Enum):
+class LossPath(str, Enum):
     """How the loss is computed. Every path gives the same numbers up to rounding."""
 
     REFERENCE = "reference"
@@ -109,7 +109,7 @@ class InfoNCEResult:
     d_doc_ND: Tensor
     d_temperature: Tensor
     observed: Observed
-    path: Path
+    path: LossPath
 
     @property
     def accuracy(self) -> Tensor:

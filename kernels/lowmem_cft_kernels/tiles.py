@@ -119,7 +119,7 @@ def tile_for(capability: int, kernel: str, bits: int, load: str) -> Tile:
     if not fitting:
         raise RuntimeError(
             f"no tiles for compute capability {capability}, only from {min(known)} on; "
-            "use path=Path.CHUNKED"
+            "use path=LossPath.CHUNKED"
         )
     return table[max(fitting)][name]
 

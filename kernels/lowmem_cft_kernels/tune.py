@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from triton.runtime.errors import OutOfResources, PTXASError  # type: ignore[imp
 from lowmem_cft_kernels.info_nce import info_nce, why_not_triton
 from lowmem_cft_kernels.masks import Candidates
 from lowmem_cft_kernels.options import ONE_WAY, SYMMETRIC, FalseNegatives, Hardness
-from lowmem_cft_kernels.result import InfoNCEResult, Path
+from lowmem_cft_kernels.result import InfoNCEResult, LossPath
 from lowmem_cft_kernels.tiles import LOADS, Tile, capability_of, room_bytes, tile_for, write_table
 
 Size = tuple[int, int, int]
@@ -258,9 +258,10 @@ class CallTimer:
         with installed({self.capability: {**self.present, entry: tile}}):
             self._check(entry, tile, size[2])
             call = self._call(entry, size)
-            call(path=Path.TRITON)
+            call(path=LossPath.TRITON)
             return statistics.median(
-                elapsed_ms(lambda: call(path=Path.TRITON), self.device) for _ in range(self.repeats)
+                elapsed_ms(lambda: call(path=LossPath.TRITON), self.device)
+                for _ in range(self.repeats)
             )
 
     def _call(self, entry: str, size: Size) -> Call:
@@ -286,8 +287,8 @@ class CallTimer:
             return
         call, bound = self._call(entry, (*_RAGGED, width)), BOUNDS[bits_of(entry)]
         if (entry, width) not in self._wanted:
-            self._wanted[entry, width] = call(path=Path.CHUNKED)
-        got, wanted = call(path=Path.TRITON), self._wanted[entry, width]
+            self._wanted[entry, width] = call(path=LossPath.CHUNKED)
+        got, wanted = call(path=LossPath.TRITON), self._wanted[entry, width]
         limits = {"loss": 1e-5, "d_query_MD": bound, "d_doc_ND": bound}
         for name, limit in limits.items():
             value = getattr(wanted, name)
@@ -302,7 +303,7 @@ def installed(table: Mapping[int, Mapping[str, Tile]]) -> Iterator[None]:
     """Calls find their tiles in this table."""
     before = os.environ.get("LOWMEM_CFT_TILES")
     with tempfile.TemporaryDirectory() as folder:
-        path = File(folder) / "tiles.json"
+        path = Path(folder) / "tiles.json"
         write_table(path, table)
         os.environ["LOWMEM_CFT_TILES"] = str(path)
         try:
@@ -338,7 +339,7 @@ def parse_size(text: str) -> Size:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=File, default=File("tiles.json"), help="default: %(default)s")
+    add("--out", type=Path, default=Path("tiles.json"), help="default: %(default)s")
     add("--sizes", nargs="+", type=parse_size, default=list(SIZES), help="MxNxD")
     add("--seconds", type=float, default=900.0, help="about as long (default: %(default)s)")
     return parser.parse_args(argv)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lowmem_cft.data.chunks import Chunk, Cut
 from lowmem_cft.gradient.embedding_cache import EmbeddingCache, Slots
-from lowmem_cft.gradient.oom import DoesNotFit, fits, work_off
+from lowmem_cft.gradient.oom import DoesNotFit, try_in_memory, work_off
 from lowmem_cft.gradient.plan import MIN_WORKSPACE_BYTES, StepPlan
 
 Report = TypeVar("Report")
@@ -87,7 +87,7 @@ class _Step(Generic[Report]):
     def embed_keeping(self, chunks: Sequence[Chunk]) -> None:
         """Embed and keep the graphs, as far as they fit."""
         for i, chunk in enumerate(chunks):
-            if not fits(partial(self._keep, chunk)):
+            if not try_in_memory(partial(self._keep, chunk)):
                 self._halve_kept()
                 self.embed(chunks[i:])
                 self.again += chunks[i:]
@@ -122,7 +122,7 @@ class _Step(Generic[Report]):
             self.cache.keep_gradient(d_emb_SD)
             reports.append(report)
 
-        while not fits(work):
+        while not try_in_memory(work):
             if self.graphs:
                 self._halve_kept()
             elif self.plan.workspace_bytes // 2 >= MIN_WORKSPACE_BYTES:
@@ -140,7 +140,7 @@ class _Step(Generic[Report]):
     def backpropagate(self) -> None:
         """Add every text's share to the gradients: kept graphs first, which frees their memory."""
         while self.graphs:
-            if not fits(self._backpropagate_kept):
+            if not try_in_memory(self._backpropagate_kept):
                 self._halve_kept()
         budget = work_off(
             _places(self.again),

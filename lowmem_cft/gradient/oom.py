@@ -30,7 +30,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OUT_OF_MEMORY)
 
 
-def fits(work: Callable[[], object]) -> bool:
+def try_in_memory(work: Callable[[], object]) -> bool:
     """Do the work; False if memory ran out, with all that it held given back."""
     try:
         work()
@@ -62,7 +62,7 @@ def work_off(
     waiting = list(cut(place_P, budget)) if len(place_P) else []
     while waiting:
         chunk = waiting[0]
-        if fits(partial(work, chunk)):
+        if try_in_memory(partial(work, chunk)):
             waiting.pop(0)
             continue
         if len(chunk.place_B) == 1:

@@ -26,9 +26,9 @@ from lowmem_cft_kernels import (
     FalseNegatives,
     Hardness,
     LearnedTemperature,
+    LossPath,
     Negatives,
     Observed,
-    Path,
     Products,
     info_nce,
 )
@@ -47,7 +47,7 @@ class LossReport:
 
     loss: Tensor
     observed: Observed
-    path: Path
+    path: LossPath
     temperature: Tensor | None
     d_raw: Tensor | None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TokenStore
-from lowmem_cft.gradient.oom import fits
+from lowmem_cft.gradient.oom import try_in_memory
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.model.prefix import NotShared, Prefix, run_prefix
 from lowmem_cft.progress import Say
@@ -114,7 +114,7 @@ def _try_out(encoder: Encoder, store: TokenStore, shared: Shared, pad_id: int) -
         found.append(encoder(pad(own, np.arange(2), pad_id), prefix=shared.prefix))
 
     name = type(encoder.model).__name__
-    if not fits(embed_both):
+    if not try_in_memory(embed_both):
         raise NotShared(f"memory ran out where {name} was tried with them run once")
     whole_2D, shared_2D = (torch.nn.functional.normalize(emb_2D, dim=1) for emb_2D in found)
     apart = float((whole_2D - shared_2D).abs().max())

@@ -27,7 +27,7 @@ from lowmem_cft.evaluation.sts import sets
 from lowmem_cft.evaluation.sts.protocols import SCORED
 from lowmem_cft.evaluation.sts.score import SetScore
 from lowmem_cft.files import cache_folder, whole_folder
-from lowmem_cft.gradient.oom import fits
+from lowmem_cft.gradient.oom import try_in_memory
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.gradient.step import ContrastiveStep, LossReport
 from lowmem_cft.machine import choose_device, choose_dtype, library_versions
@@ -52,8 +52,7 @@ from lowmem_cft.training.interrupt import Interrupted, finish_step_on_interrupt
 from lowmem_cft.training.optimizer import make_optimizer, make_scheduler
 from lowmem_cft.training.records import Metrics, StepLine, append_line, truncate_log
 from lowmem_cft.units import GIB
-from lowmem_cft_kernels import LearnedTemperature
-from lowmem_cft_kernels import Path as LossPath
+from lowmem_cft_kernels import LearnedTemperature, LossPath
 
 
 class Observer(Says, Protocol):
@@ -274,7 +273,7 @@ class Trainer:
         limit = self.recipe.train.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, limit))
         # What the first update allocates comes before it changes a weight, so it can be repeated.
-        if not fits(partial(self.scaler.step, self.optimizer)):
+        if not try_in_memory(partial(self.scaler.step, self.optimizer)):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -629,7 +629,7 @@ def test_a_wrong_loss_fails(part: Any, monkeypatch: pytest.MonkeyPatch, broken: 
 
     def wrong(*args: Any, path: Any, **options: Any) -> Any:
         result = right(*args, path=path, **options)
-        if path is loss.Path.REFERENCE:
+        if path is loss.LossPath.REFERENCE:
             return result
         calls.append(path)
         name = "d_doc_ND" if broken == "again" else broken

@@ -16,7 +16,7 @@ from lowmem_cft import __version__
 from lowmem_cft.cli import app as cli
 from lowmem_cft.inference import loading
 from lowmem_cft.recipe.load import parse_recipe
-from lowmem_cft_kernels import Path as LossPath
+from lowmem_cft_kernels import LossPath
 from places import ROOT
 from running import Run
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem_cft.gradient import oom
 from lowmem_cft.gradient.embedding_cache import EmbeddingCache
-from lowmem_cft.gradient.oom import DoesNotFit, fits, is_out_of_memory
+from lowmem_cft.gradient.oom import DoesNotFit, is_out_of_memory, try_in_memory
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft_kernels import LearnedTemperature, info_nce
 from numerics import assert_same
@@ -190,7 +190,7 @@ def test_other_errors_are_not_swallowed() -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        fits(wrong)
+        try_in_memory(wrong)
     assert not is_out_of_memory(ValueError("out of memory"))
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert is_out_of_memory(MemoryError())

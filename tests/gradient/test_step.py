@@ -23,7 +23,7 @@ from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.planning.tracing import skeleton
 from lowmem_cft.recipe.schema import LoraSection, LossSection
-from lowmem_cft_kernels import Path, info_nce
+from lowmem_cft_kernels import LossPath, info_nce
 from syncs import HostWaits
 from tiny import FAMILIES, tiny_config
 
@@ -33,7 +33,9 @@ ROWS = 12
 @pytest.fixture(autouse=True)
 def _meta_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "is_gpu", lambda device: device.type == "meta")
-    chunked = functools.partial(info_nce, path=Path.CHUNKED)  # Triton asks the device what it is
+    chunked = functools.partial(
+        info_nce, path=LossPath.CHUNKED
+    )  # Triton asks the device what it is
     monkeypatch.setattr(step, "info_nce", chunked)
 
 

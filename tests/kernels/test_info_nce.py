@@ -25,7 +25,7 @@ from loss_cases import (
     option_sets,
     singles,
 )
-from lowmem_cft_kernels import Candidates, Hardness, InfoNCEResult, Path, choose_path, info_nce
+from lowmem_cft_kernels import Candidates, Hardness, InfoNCEResult, LossPath, choose_path, info_nce
 from lowmem_cft_kernels.masks import NO_TARGET
 from lowmem_cft_kernels.problem import make_problem
 
@@ -53,11 +53,11 @@ DTYPES = {
 
 def by_reference(case: Case) -> InfoNCEResult:
     """In float64, of the inputs as they were rounded."""
-    return case.to(torch.float64).run(Path.REFERENCE)
+    return case.to(torch.float64).run(LossPath.REFERENCE)
 
 
 def chunked(case: Case, workspace_bytes: int = 1 << 25, **more: Any) -> InfoNCEResult:
-    return case.run(Path.CHUNKED, workspace_bytes=workspace_bytes, **more)
+    return case.run(LossPath.CHUNKED, workspace_bytes=workspace_bytes, **more)
 
 
 # agreement
@@ -171,12 +171,12 @@ def assert_all_zero(result: InfoNCEResult) -> None:
         assert not getattr(result, field).any(), field  # NaN would count as True
 
 
-BOTH_PATHS = pytest.mark.parametrize("path", [Path.REFERENCE, Path.CHUNKED])
+BOTH_PATHS = pytest.mark.parametrize("path", [LossPath.REFERENCE, LossPath.CHUNKED])
 
 
 @BOTH_PATHS
 @ALONE
-def test_no_query_counts(name: str, path: Path) -> None:
+def test_no_query_counts(name: str, path: LossPath) -> None:
     case = make_case(SETS[name], (7, 11, 6), torch.float32)
     assert float(case.run(path).loss) > 0.1
     no_weight = case.having(weight_M=torch.zeros(7)).run(path)
@@ -191,7 +191,7 @@ def test_no_query_counts(name: str, path: Path) -> None:
 
 @BOTH_PATHS
 @ALONE
-def test_all_negatives_are_hidden(name: str, path: Path) -> None:
+def test_all_negatives_are_hidden(name: str, path: LossPath) -> None:
     case = make_case(SETS[name] - {"one key", "two keys"}, (7, 11, 6), torch.float32)
     if case.options["bank"] is not None:
         bank = dataclasses.replace(case.options["bank"], keys_C=torch.zeros(7).long())
@@ -216,7 +216,7 @@ def assert_near_zero(result: InfoNCEResult) -> None:
 
 
 @BOTH_PATHS
-def test_a_row_with_nothing_to_beat_adds_nothing(path: Path) -> None:
+def test_a_row_with_nothing_to_beat_adds_nothing(path: LossPath) -> None:
     case = make_case(frozenset(), (2, 5, 4))
     both = Candidates(
         target=torch.tensor([0, 1]),
@@ -234,7 +234,7 @@ def test_a_row_with_nothing_to_beat_adds_nothing(path: Path) -> None:
 
 
 @BOTH_PATHS
-def test_a_vector_of_zeros_can_be_normalized(path: Path) -> None:
+def test_a_vector_of_zeros_can_be_normalized(path: LossPath) -> None:
     case = make_case(frozenset({"normalize"}), (7, 11, 6), torch.float32)
     case.query_MD[0] = 0.0
     case.doc_ND[4] = 0.0
@@ -291,7 +291,7 @@ def test_the_poison_works() -> None:
 
 @BOTH_PATHS
 @ALONE
-def test_gradients_can_be_written_into_one_buffer(name: str, path: Path) -> None:
+def test_gradients_can_be_written_into_one_buffer(name: str, path: LossPath) -> None:
     case = make_case(SETS[name], MIDDLE, torch.float32)
     whole = torch.full((37 + 53, 40), torch.nan)
     got = case.run(path, out=(whole[:37], whole[37:]))
@@ -312,7 +312,7 @@ def test_inputs_need_not_be_contiguous(dtype: str) -> None:
 
 
 @BOTH_PATHS
-def test_result_of_the_public_call(path: Path) -> None:
+def test_result_of_the_public_call(path: LossPath) -> None:
     case = make_case(SETS["own negatives + two keys"], (7, 11, 6), torch.bfloat16)
     case.query_MD.requires_grad_()
     result = case.run(path)
@@ -328,7 +328,7 @@ def test_result_of_the_public_call(path: Path) -> None:
 
 
 @BOTH_PATHS
-def test_a_temperature_of_any_scalar_shape_and_dtype(path: Path) -> None:
+def test_a_temperature_of_any_scalar_shape_and_dtype(path: LossPath) -> None:
     case = make_case(SETS["a dozen, symmetric"], (7, 11, 6))
     wanted = case.having(temperature=0.125).run(path)
     for dtype in DTYPES.values():
@@ -348,7 +348,7 @@ def test_inputs_are_left_as_they_are() -> None:
 
 def test_the_path_chosen_without_a_gpu() -> None:
     case = make_case(frozenset(), (7, 11, 6))
-    assert case.run().path is choose_path(case.query_MD, case.doc_ND) is Path.CHUNKED
+    assert case.run().path is choose_path(case.query_MD, case.doc_ND) is LossPath.CHUNKED
 
 
 def test_cases_can_be_handed_to_another_process(tmp_path: pathlib.Path) -> None:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from loss_cases import Case, make_case, option_sets, singles
-from lowmem_cft_kernels import LearnedTemperature, Path, info_nce_loss
+from lowmem_cft_kernels import LearnedTemperature, LossPath, info_nce_loss
 from numerics import relative_error
 
 SETS = option_sets()
 ALONE = pytest.mark.parametrize("name", singles())
-PATHS = pytest.mark.parametrize("path", [Path.REFERENCE, Path.CHUNKED])
+PATHS = pytest.mark.parametrize("path", [LossPath.REFERENCE, LossPath.CHUNKED])
 
 
-def differentiable(case: Case, path: Path, **more: Any) -> Tensor:
+def differentiable(case: Case, path: LossPath, **more: Any) -> Tensor:
     options = {**case.options, **more}
     return info_nce_loss(case.query_MD, case.doc_ND, case.candidates, **options, path=path)
 
@@ -34,7 +34,7 @@ def with_leaves(case: Case) -> tuple[Case, list[Tensor]]:
 
 @PATHS
 @ALONE
-def test_equals_value_and_gradients(name: str, path: Path) -> None:
+def test_equals_value_and_gradients(name: str, path: LossPath) -> None:
     case = make_case(SETS[name], (7, 11, 6))
     wanted = case.run(path)
     assert torch.equal(differentiable(case, path), wanted.loss)
@@ -50,7 +50,7 @@ def test_equals_value_and_gradients(name: str, path: Path) -> None:
 
 @PATHS
 @pytest.mark.parametrize("asked", [{0}, {1}, {2}, {0, 1}, {1, 2}], ids=str)
-def test_only_what_asks_gets_a_gradient(asked: set[int], path: Path) -> None:
+def test_only_what_asks_gets_a_gradient(asked: set[int], path: LossPath) -> None:
     case, leaves = with_leaves(make_case(SETS["a dozen, gte"], (7, 11, 6)))
     for index, leaf in enumerate(leaves):
         leaf.requires_grad_(index in asked)
@@ -60,7 +60,7 @@ def test_only_what_asks_gets_a_gradient(asked: set[int], path: Path) -> None:
 
 
 @PATHS
-def test_gradient_goes_on_through_what_made_the_inputs(path: Path) -> None:
+def test_gradient_goes_on_through_what_made_the_inputs(path: LossPath) -> None:
     case, (query_MD, doc_ND, _) = with_leaves(make_case(SETS["symmetric"], (7, 11, 6)))
     mixer = torch.eye(6, dtype=torch.float64).mul_(0.9).add_(0.1).requires_grad_()
     mixed = replace(case, query_MD=query_MD @ mixer, doc_ND=doc_ND @ mixer)
@@ -73,7 +73,7 @@ def test_gradient_goes_on_through_what_made_the_inputs(path: Path) -> None:
 
 @PATHS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_gradients_have_the_dtype_of_their_inputs(dtype: torch.dtype, path: Path) -> None:
+def test_gradients_have_the_dtype_of_their_inputs(dtype: torch.dtype, path: LossPath) -> None:
     case, leaves = with_leaves(make_case(SETS["a dozen, symmetric"], (7, 11, 6), dtype))
     loss = differentiable(case, path)
     assert loss.dtype == torch.float32
@@ -86,7 +86,7 @@ def test_gradients_have_the_dtype_of_their_inputs(dtype: torch.dtype, path: Path
 
 
 @PATHS
-def test_float16_gradients_of_a_scaled_loss(path: Path) -> None:
+def test_float16_gradients_of_a_scaled_loss(path: LossPath) -> None:
     """A scale beyond float16 times gradients below it: the product fits."""
     plain = make_case(SETS["plain"], (7, 11, 6), torch.float16)
     case, leaves = with_leaves(plain)
@@ -101,7 +101,7 @@ def test_float16_gradients_of_a_scaled_loss(path: Path) -> None:
 
 
 @PATHS
-def test_double_backward_is_refused(path: Path) -> None:
+def test_double_backward_is_refused(path: LossPath) -> None:
     case, leaves = with_leaves(make_case(SETS["plain"], (7, 11, 6)))
     loss = differentiable(case, path)
     with pytest.raises(RuntimeError, match=r"got create_graph=True, has no second derivative"):
@@ -111,7 +111,7 @@ def test_double_backward_is_refused(path: Path) -> None:
 def test_bad_arguments_are_refused_as_by_the_other_call() -> None:
     case = make_case(SETS["plain"], (7, 11, 6))
     with pytest.raises(ValueError, match=r"temperature: got 0\.0"):
-        differentiable(case, Path.CHUNKED, temperature=0.0)
+        differentiable(case, LossPath.CHUNKED, temperature=0.0)
 
 
 # the temperature
@@ -135,7 +135,7 @@ def test_gradient_of_a_learned_temperature() -> None:
 
 @PATHS
 @ALONE
-def test_a_learned_temperature_gets_the_gradient_of_the_loss(name: str, path: Path) -> None:
+def test_a_learned_temperature_gets_the_gradient_of_the_loss(name: str, path: LossPath) -> None:
     case = make_case(SETS[name], (7, 11, 6))
     # what hardness adds is a constant for the gradient: differences see another slope
     case = case.having(hardness=None)
@@ -157,7 +157,7 @@ def test_a_learned_temperature_gets_the_gradient_of_the_loss(name: str, path: Pa
 
 @PATHS
 @pytest.mark.parametrize("start", [0.006, 0.9])
-def test_a_learned_temperature_finds_the_best_one(start: float, path: Path) -> None:
+def test_a_learned_temperature_finds_the_best_one(start: float, path: LossPath) -> None:
     """From near either bound, by gradients alone."""
     case = make_case(SETS["symmetric"], (37, 53, 8))
     grid = [0.005 * 1.05**k for k in range(1, 108)]

@@ -18,7 +18,7 @@ from lowmem_cft_kernels import (
     Direction,
     FalseNegatives,
     InfoNCEResult,
-    Path,
+    LossPath,
     info_nce,
 )
 
@@ -238,16 +238,16 @@ def call_with(**options: Any) -> InfoNCEResult:
     return info_nce(candidates=candidates, **inputs)
 
 
-@pytest.mark.parametrize("path", [Path.REFERENCE, Path.CHUNKED])
+@pytest.mark.parametrize("path", [LossPath.REFERENCE, LossPath.CHUNKED])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_errors_say_got_and_wanted(wrong: str, path: Path) -> None:
+def test_errors_say_got_and_wanted(wrong: str, path: LossPath) -> None:
     options, message = WRONG[wrong]
     with pytest.raises(ValueError, match=message):
         call_with(**options, path=path)
 
 
-@pytest.mark.parametrize("path", [Path.REFERENCE, Path.CHUNKED])
-def test_what_the_errors_are_tried_on_is_right_otherwise(path: Path) -> None:
+@pytest.mark.parametrize("path", [LossPath.REFERENCE, LossPath.CHUNKED])
+def test_what_the_errors_are_tried_on_is_right_otherwise(path: LossPath) -> None:
     options: dict[str, Any] = {
         **of_bank(keys_C=long(0, 1, 2, 3, 4), guide_CG=torch.ones(5, 6)),
         **of_candidates(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launches import Operations, recorded
-from lowmem_cft_kernels import GTE, ONE_WAY, SYMMETRIC, Candidates, Path, Softmax, info_nce
+from lowmem_cft_kernels import GTE, ONE_WAY, SYMMETRIC, Candidates, LossPath, Softmax, info_nce
 
 SOFTMAXES: dict[str, tuple[Softmax, ...]] = {
     "one way": ONE_WAY,
@@ -47,7 +47,7 @@ def test_launches_of_a_call(name: str, size: Size) -> None:
                 candidates.to(query_MD.device),
                 temperature=0.05,
                 softmaxes=SOFTMAXES[name],
-                path=Path.TRITON,
+                path=LossPath.TRITON,
             )
         count = operations.count + sum(kernel.count for kernel in kernels.values())
         assert most / 2 < count <= most, f"{count} in {dtype}"

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from loss_cases import Case, make_case, option_sets, singles
 from lowmem_cft.planning.live_bytes import LiveBytes
-from lowmem_cft_kernels import Path
+from lowmem_cft_kernels import LossPath
 
 SETS = option_sets()
 TRIED = [*singles(), *(name for name in SETS if name.startswith("a dozen"))]
@@ -27,13 +27,13 @@ def few_numbers(case: Case) -> int:
     return 16 * count * torch.float32.itemsize
 
 
-def with_out(case: Case, path: Path, workspace_bytes: int) -> tuple[Callable[[], object], Any]:
+def with_out(case: Case, path: LossPath, workspace_bytes: int) -> tuple[Callable[[], object], Any]:
     """The call with its gradients' memory given, and that memory."""
     out = tuple(torch.empty(x.shape) for x in (case.query_MD, case.doc_ND))
     return lambda: case.run(path, workspace_bytes=workspace_bytes, out=out), out
 
 
-def live_bytes(case: Case, path: Path, workspace_bytes: int) -> int:
+def live_bytes(case: Case, path: LossPath, workspace_bytes: int) -> int:
     """Most bytes of tensors alive at once, beside inputs and gradients."""
     call, out = with_out(case, path, workspace_bytes)
     with LiveBytes([*case.tensors(), *out]) as live:
@@ -41,7 +41,7 @@ def live_bytes(case: Case, path: Path, workspace_bytes: int) -> int:
     return live.peak
 
 
-def allocated_bytes(case: Case, path: Path, workspace_bytes: int) -> int:
+def allocated_bytes(case: Case, path: LossPath, workspace_bytes: int) -> int:
     """The same, with what torch's operations allocate inside themselves."""
     call, _ = with_out(case, path, workspace_bytes)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -60,27 +60,27 @@ def allocated_bytes(case: Case, path: Path, workspace_bytes: int) -> int:
 @pytest.mark.parametrize("name", TRIED)
 def test_chunked_stays_within_its_workspace(name: str) -> None:
     case = make_case(SETS[name], SHAPE, torch.float32)
-    peak = allocated_bytes(case, Path.CHUNKED, WORKSPACE)
+    peak = allocated_bytes(case, LossPath.CHUNKED, WORKSPACE)
     assert WORKSPACE / 4 < peak <= WORKSPACE + few_numbers(case)
 
 
 @pytest.mark.parametrize("name", TRIED)
 def test_16_bit_inputs_are_not_widened_as_a_whole(name: str) -> None:
     case = make_case(SETS[name], SHAPE, torch.bfloat16)
-    peak = live_bytes(case, Path.CHUNKED, WORKSPACE)
+    peak = live_bytes(case, LossPath.CHUNKED, WORKSPACE)
     assert WORKSPACE / 4 < peak <= WORKSPACE + few_numbers(case)
 
 
 @pytest.mark.parametrize("name", ["plain", "symmetric"])
 def test_a_batch_of_thousands(name: str) -> None:
     case = make_case(SETS[name], (4096, 8192, 64), torch.float32)
-    peak = live_bytes(case, Path.CHUNKED, 2**25)
+    peak = live_bytes(case, LossPath.CHUNKED, 2**25)
     assert 2**25 / 4 < peak <= 2**25 + few_numbers(case)
 
 
 def test_workspace_bounds_it_whatever_its_size() -> None:
     case = make_case(SETS["symmetric"], SHAPE, torch.float32)
-    peaks = [live_bytes(case, Path.CHUNKED, 2**k) for k in (18, 20, 22, 24)]
+    peaks = [live_bytes(case, LossPath.CHUNKED, 2**k) for k in (18, 20, 22, 24)]
     assert peaks == sorted(peaks)
     assert all(
         peak <= 2**k + few_numbers(case) for k, peak in zip((18, 20, 22, 24), peaks, strict=True)
@@ -89,8 +89,8 @@ def test_workspace_bounds_it_whatever_its_size() -> None:
 
 
 @pytest.mark.parametrize("measure", [live_bytes, allocated_bytes])
-def test_the_measures_see_whole_matrices(measure: Callable[[Case, Path, int], int]) -> None:
+def test_the_measures_see_whole_matrices(measure: Callable[[Case, LossPath, int], int]) -> None:
     case = make_case(SETS["plain"], SHAPE, torch.float32)
     matrix = 1024 * 2048 * 4
-    assert measure(case, Path.REFERENCE, WORKSPACE) > 2 * matrix
-    assert measure(case, Path.CHUNKED, 2**30) > matrix
+    assert measure(case, LossPath.REFERENCE, WORKSPACE) > 2 * matrix
+    assert measure(case, LossPath.CHUNKED, 2**30) > matrix

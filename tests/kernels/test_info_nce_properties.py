@@ -19,7 +19,7 @@ from loss_cases import (
     make_case,
     option_sets,
 )
-from lowmem_cft_kernels import ONE_WAY, QWEN3, SYMMETRIC, Candidates, Direction, Path
+from lowmem_cft_kernels import ONE_WAY, QWEN3, SYMMETRIC, Candidates, Direction, LossPath
 from lowmem_cft_kernels.masks import NO_TARGET, SHARED
 
 SETS = option_sets()
@@ -54,7 +54,7 @@ def law(**strategies: st.SearchStrategy[object]) -> Callable[[Callable[..., None
             database=None,
             suppress_health_check=[HealthCheck.too_slow],
         )
-        paths = st.sampled_from([Path.REFERENCE, Path.CHUNKED])
+        paths = st.sampled_from([LossPath.REFERENCE, LossPath.CHUNKED])
         return chosen(given(path=paths, **strategies)(test))
 
     return decorate
@@ -90,7 +90,7 @@ def with_docs(case: Case, index: Tensor, target: Tensor) -> Case:
 
 
 @law(case=cases(), seed=st.integers(0, 99))
-def test_order_of_documents_changes_nothing(case: Case, seed: int, path: Path) -> None:
+def test_order_of_documents_changes_nothing(case: Case, seed: int, path: LossPath) -> None:
     order_N, place_N = places(len(case.doc_ND), seed)
     target = case.candidates.target
     moved = with_docs(case, order_N, torch.where(target == NO_TARGET, target, place_N[target]))
@@ -99,7 +99,7 @@ def test_order_of_documents_changes_nothing(case: Case, seed: int, path: Path) -
 
 
 @law(case=cases(), seed=st.integers(0, 99))
-def test_order_of_queries_changes_nothing(case: Case, seed: int, path: Path) -> None:
+def test_order_of_queries_changes_nothing(case: Case, seed: int, path: LossPath) -> None:
     order_M, place_M = places(len(case.query_MD), seed)
     candidates, false_negatives = case.candidates, case.options["false_negatives"]
     owner_N = candidates.owner_N
@@ -128,7 +128,7 @@ def test_order_of_queries_changes_nothing(case: Case, seed: int, path: Path) -> 
 
 
 @law(case=cases("one key", "two keys", "bank", "bank without keys", "gte", "qwen3", "queries only"))
-def test_documents_hidden_by_keys_might_not_be_there(case: Case, path: Path) -> None:
+def test_documents_hidden_by_keys_might_not_be_there(case: Case, path: LossPath) -> None:
     target = case.candidates.target
     is_target_N = torch.zeros(len(case.doc_ND), dtype=torch.bool)
     is_target_N[target[target != NO_TARGET]] = True
@@ -154,7 +154,7 @@ def test_documents_hidden_by_keys_might_not_be_there(case: Case, path: Path) -> 
 
 
 @law(case=cases("bank", "bank without keys", *SOFTMAXES))
-def test_symmetric_is_the_mean_of_both_directions(case: Case, path: Path) -> None:
+def test_symmetric_is_the_mean_of_both_directions(case: Case, path: LossPath) -> None:
     both = case.having(softmaxes=SYMMETRIC).run(path)
     there, back = (case.having(softmaxes=one).run(path) for one in (ONE_WAY, CHOICE))
     mean = replace(
@@ -167,8 +167,8 @@ def test_symmetric_is_the_mean_of_both_directions(case: Case, path: Path) -> Non
     assert_agrees(case, both, mean, 1e-10)
 
 
-@pytest.mark.parametrize("path", [Path.REFERENCE, Path.CHUNKED])
-def test_documents_choose_as_queries_do(path: Path) -> None:
+@pytest.mark.parametrize("path", [LossPath.REFERENCE, LossPath.CHUNKED])
+def test_documents_choose_as_queries_do(path: LossPath) -> None:
     """With as many documents as queries, each one's positive, the roles can be exchanged."""
     case = make_case(frozenset({"normalize"}), (11, 11, 6))
     order_M, place_N = places(11, 4)
@@ -187,7 +187,7 @@ def test_documents_choose_as_queries_do(path: Path) -> None:
 
 
 @law(case=cases("gte", "qwen3", having="bank"), share=st.floats(0, 1))
-def test_a_bank_is_documents_without_a_gradient(case: Case, share: float, path: Path) -> None:
+def test_a_bank_is_documents_without_a_gradient(case: Case, share: float, path: LossPath) -> None:
     """Also: a denominator of documents in two parts is that of all of them."""
     bank = case.options["bank"]
     split = round(share * len(bank.doc_CD))
@@ -221,7 +221,7 @@ def test_a_bank_is_documents_without_a_gradient(case: Case, share: float, path: 
 
 
 @law(case=cases("symmetric", "gte", "queries only"), softmaxes=st.sampled_from([ONE_WAY, QWEN3]))
-def test_weight_zero_is_no_positive(case: Case, softmaxes: object, path: Path) -> None:
+def test_weight_zero_is_no_positive(case: Case, softmaxes: object, path: LossPath) -> None:
     case = case.having(softmaxes=softmaxes)
     left_out_M = torch.arange(len(case.query_MD)) % 3 == 1
     weight_M = case.options["weight_M"]
@@ -235,7 +235,7 @@ def test_weight_zero_is_no_positive(case: Case, softmaxes: object, path: Path) -
 
 
 @law(case=cases(), factor=st.floats(0.01, 100))
-def test_weights_are_relative(case: Case, factor: float, path: Path) -> None:
+def test_weights_are_relative(case: Case, factor: float, path: LossPath) -> None:
     weight_M = case.options["weight_M"]
     if weight_M is None:
         weight_M = torch.ones(len(case.query_MD))
@@ -244,13 +244,15 @@ def test_weights_are_relative(case: Case, factor: float, path: Path) -> None:
 
 
 @law(case=cases(), workspace=st.integers(1, 30_000))
-def test_workspace_changes_nothing(case: Case, workspace: int, path: Path) -> None:
-    got = case.run(Path.CHUNKED, workspace_bytes=workspace)
+def test_workspace_changes_nothing(case: Case, workspace: int, path: LossPath) -> None:
+    got = case.run(LossPath.CHUNKED, workspace_bytes=workspace)
     assert_agrees(case, got, case.run(path), 1e-10)
 
 
 @law(case=cases(), exponents=st.tuples(st.integers(-9, 9), st.integers(-9, 9)))
-def test_norms_do_not_matter_to_cosines(case: Case, exponents: tuple[int, int], path: Path) -> None:
+def test_norms_do_not_matter_to_cosines(
+    case: Case, exponents: tuple[int, int], path: LossPath
+) -> None:
     case = case.having(normalize=True)
     query_scale, doc_scale = (2.0**exponent for exponent in exponents)
     scaled = replace(
@@ -265,7 +267,7 @@ def test_norms_do_not_matter_to_cosines(case: Case, exponents: tuple[int, int], 
 
 
 @law(case=cases())
-def test_cosines_are_products_of_unit_vectors(case: Case, path: Path) -> None:
+def test_cosines_are_products_of_unit_vectors(case: Case, path: LossPath) -> None:
     case = case.having(normalize=True)
     query_MD, doc_ND = (x.clone().requires_grad_() for x in (case.query_MD, case.doc_ND))
     unit_query_MD, unit_doc_ND = (F.normalize(x, dim=1) for x in (query_MD, doc_ND))
@@ -284,7 +286,7 @@ def test_cosines_are_products_of_unit_vectors(case: Case, path: Path) -> None:
 
 
 @law(case=cases("own negatives", "shared negatives", "hard hardness", "in-batch hardness"))
-def test_a_shared_negative_is_a_document(case: Case, path: Path) -> None:
+def test_a_shared_negative_is_a_document(case: Case, path: LossPath) -> None:
     """Whom it came with matters to hardness and where documents choose among documents."""
     assume(Direction.DOC_TO_DOC not in frozenset().union(*case.options["softmaxes"]))
     owner_N = torch.arange(len(case.doc_ND)) % len(case.query_MD)

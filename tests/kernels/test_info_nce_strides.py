@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from loss_cases import (
     errors,
     make_case,
 )
-from lowmem_cft_kernels import InfoNCEResult, Path
+from lowmem_cft_kernels import InfoNCEResult, LossPath
 
 SHAPE = (9, 14, 6)
 
@@ -135,7 +135,7 @@ def assert_views_are_read(
     for name, case in viewed.items():
         same = name if name in plain else ""
         wanted = results[f"{same} in a row"]
-        got, exact = results[name], plain[same].to(torch.float64).run(Path.REFERENCE)
+        got, exact = results[name], plain[same].to(torch.float64).run(LossPath.REFERENCE)
         try:
             for field, error in errors(case, got, exact).items():
                 assert error <= 1e-5, f"{field} is off by {error:.1e}"
@@ -150,7 +150,7 @@ def test_every_argument_is_tried() -> None:
     for settings in SETTINGS.values():
         case = make_case(settings, SHAPE, torch.float32)
         assert len(places(case)) == len(case.tensors())
-        assert_substantial(case.run(Path.REFERENCE))
+        assert_substantial(case.run(LossPath.REFERENCE))
         tried |= {f"{name} {len(x.shape)}" for name, x in tensors(case).items()}
     assert tried == {
         *("query_MD 2", "doc_ND 2", "candidates.target 1", "candidates.target 2"),
@@ -170,14 +170,14 @@ def tensors(case: Case) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("path", [Path.REFERENCE, Path.CHUNKED])
+@pytest.mark.parametrize("path", [LossPath.REFERENCE, LossPath.CHUNKED])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_views_on_paths_of_plain_torch(name: str, path: Path) -> None:
+def test_views_on_paths_of_plain_torch(name: str, path: LossPath) -> None:
     assert_views_are_read(SETTINGS[name], lambda cases: [case.run(path) for case in cases])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_views_on_the_triton_path(name: str, tmp_path: File) -> None:
+def test_views_on_the_triton_path(name: str, tmp_path: Path) -> None:
 
     def run(cases: list[Case]) -> list[InfoNCEResult]:
         return [done.result for done in interpret(tmp_path, [Job(case) for case in cases])]
@@ -200,7 +200,7 @@ def outs(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
 
 def assert_written(case: Case, result: InfoNCEResult, kind: str) -> None:
     """The formula's numbers, and nothing around them."""
-    exact = case.to(torch.float64).run(Path.REFERENCE)
+    exact = case.to(torch.float64).run(LossPath.REFERENCE)
     assert all(error <= 1e-5 for error in errors(case, result, exact).values())
     for gradient in (result.d_query_MD, result.d_doc_ND):
         assert not gradient.is_contiguous()
@@ -211,9 +211,9 @@ def assert_written(case: Case, result: InfoNCEResult, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_gradients_into_views(name: str, tmp_path: File) -> None:
+def test_gradients_into_views(name: str, tmp_path: Path) -> None:
     case = make_case(SETTINGS[name], SHAPE, torch.float32)
-    for path in (Path.REFERENCE, Path.CHUNKED):
+    for path in (LossPath.REFERENCE, LossPath.CHUNKED):
         for kind, out in outs(case).items():
             result = case.run(path, out=out)
             assert result.d_query_MD is out[0]

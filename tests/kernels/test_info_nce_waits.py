@@ -15,7 +15,7 @@ from torch import Tensor
 
 from launches import recorded
 from loss_cases import Case, make_case, option_sets, singles
-from lowmem_cft_kernels import Candidates, Path, info_nce_loss
+from lowmem_cft_kernels import Candidates, LossPath, info_nce_loss
 from syncs import HostWaits
 
 SETS = option_sets()
@@ -43,28 +43,28 @@ def case_on_gpu(name: str, dtype: torch.dtype = torch.float32) -> Case:
     return Case(on_gpu(case.query_MD), on_gpu(case.doc_ND), case.candidates.to(GPU), options)
 
 
-def waits(case: Case, path: Path, **keywords: Any) -> list[str]:
-    kernels = recorded() if path is Path.TRITON else nullcontext()
+def waits(case: Case, path: LossPath, **keywords: Any) -> list[str]:
+    kernels = recorded() if path is LossPath.TRITON else nullcontext()
     with kernels, HostWaits() as found:
         result = case.run(path, **keywords)
         assert result.loss.device == GPU
     return found.found
 
 
-@pytest.mark.parametrize("path", [Path.CHUNKED, Path.TRITON])
+@pytest.mark.parametrize("path", [LossPath.CHUNKED, LossPath.TRITON])
 @pytest.mark.parametrize("name", TRIED)
-def test_nothing_is_waited_for(name: str, path: Path) -> None:
+def test_nothing_is_waited_for(name: str, path: LossPath) -> None:
     for dtype in (torch.float32, torch.float16):
         case = case_on_gpu(name, dtype)
         for keywords in ({}, {"workspace_bytes": 20_000}, {"temperature": 0.1}):
             assert not waits(case, path, **keywords)
 
 
-@pytest.mark.parametrize("path", [Path.CHUNKED, Path.TRITON])
-def test_nor_where_autograd_calls(path: Path) -> None:
+@pytest.mark.parametrize("path", [LossPath.CHUNKED, LossPath.TRITON])
+def test_nor_where_autograd_calls(path: LossPath) -> None:
     case = case_on_gpu("tensor temperature")
     leaves = [case.query_MD.requires_grad_(), case.doc_ND.requires_grad_()]
-    kernels = recorded() if path is Path.TRITON else nullcontext()
+    kernels = recorded() if path is LossPath.TRITON else nullcontext()
     with kernels, HostWaits() as found:
         loss = info_nce_loss(*leaves, case.candidates, **case.options, path=path)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -94,7 +94,7 @@ def test_a_caller_that_has_not_validated_waits_once(name: str) -> None:
 def test_candidates_remember_what_they_are_valid_for() -> None:
     case = make_case(SETS["own negatives"], SHAPE)
     candidates = case.candidates
-    case.run(Path.CHUNKED)
+    case.run(LossPath.CHUNKED)
     for same in (candidates, candidates.to(torch.device("cpu")), candidates.to(GPU)):
         same.validate(*SHAPE[:2])  # on the meta device, no value could be looked at
     with pytest.raises(ValueError, match=r"owner_N: got entries in -1\.\.\d+, wanted 0\.\.4"):

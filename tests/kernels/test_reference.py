@@ -21,7 +21,7 @@ from loss_cases import (
     option_sets,
     singles,
 )
-from lowmem_cft_kernels import Candidates, Direction, Negatives, Path, info_nce
+from lowmem_cft_kernels import Candidates, Direction, LossPath, Negatives, info_nce
 from lowmem_cft_kernels.masks import NO_TARGET, SHARED
 from lowmem_cft_kernels.reference import reference_loss
 
@@ -223,7 +223,7 @@ def mean(values: list[Any]) -> float:
 
 
 def assert_equals_loops(case: Case) -> dict[str, float]:
-    loops, got = Loops(case), case.run(Path.REFERENCE)
+    loops, got = Loops(case), case.run(LossPath.REFERENCE)
     assert float(got.loss) == pytest.approx(loops.loss(), rel=1e-12, abs=1e-13)
     wanted = loops.observed()
     for name, value in observed(got).items():
@@ -236,7 +236,7 @@ def assert_equals_loops(case: Case) -> dict[str, float]:
 def test_reference_equals_loops(name: str) -> None:
     case = make_case(SETS[name], (7, 11, 6))
     wanted = assert_equals_loops(case)
-    assert_substantial(case.run(Path.REFERENCE))
+    assert_substantial(case.run(LossPath.REFERENCE))
     hides = {"own negatives", "one key", "two keys", *_BY_SIMILARITY}
     assert bool(wanted["masked_share"]) == bool(SETS[name] & hides)
     assert wanted["masked_share"] < 1
@@ -327,7 +327,7 @@ def test_gradcheck(name: str) -> None:
 )
 def test_gradient_equals_differences_of_loops(name: str) -> None:
     case = make_case(SETS[name], (5, 7, 3))
-    result = case.run(Path.REFERENCE)
+    result = case.run(LossPath.REFERENCE)
     draw, step = torch.Generator().manual_seed(3), 1e-5
     v_query_MD, v_doc_ND = (
         torch.randn(x.shape, generator=draw, dtype=x.dtype) for x in (case.query_MD, case.doc_ND)
@@ -366,7 +366,7 @@ def test_a_bank_gets_no_gradient() -> None:
 
 def test_a_tie_counts_as_first() -> None:
     query_MD, doc_ND = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.5]])
-    for path in (Path.REFERENCE, Path.CHUNKED):
+    for path in (LossPath.REFERENCE, LossPath.CHUNKED):
         result = info_nce(
             query_MD, doc_ND, Candidates(target=torch.tensor([1, 0])), temperature=1.0, path=path
         )
@@ -409,7 +409,7 @@ def test_losses_by_hand() -> None:
     }
     for softmax, by_own_only in wanted.items():
         for own_only, total in zip((False, True), by_own_only, strict=True):
-            for path in (Path.REFERENCE, Path.CHUNKED):
+            for path in (LossPath.REFERENCE, LossPath.CHUNKED):
                 result = info_nce(
                     query_MD,
                     doc_ND,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from loss_cases import (
     option_sets,
     singles,
 )
-from lowmem_cft_kernels import InfoNCEResult, Path, Products, info_nce_loss, split_bytes, tiles
+from lowmem_cft_kernels import InfoNCEResult, LossPath, Products, info_nce_loss, split_bytes, tiles
 from lowmem_cft_kernels.split import split, split_products
 
 SETS = option_sets()
@@ -66,7 +66,7 @@ def test_products_are_close_to_those_of_float32(width: int) -> None:
     assert float(error_RC.norm()) < 0.01 * float((high_RC - wanted_RC).norm())
 
 
-def check_in_interpreter(cases: dict[str, Case], folder: File, **keywords: Any) -> None:
+def check_in_interpreter(cases: dict[str, Case], folder: Path, **keywords: Any) -> None:
     """Loss as that of float32; of gradients, at most twice what rounding d similarity costs.
 
     Thrice with one pass, where exponentials are rounded before: if two numbers make a row, the
@@ -81,7 +81,7 @@ def check_in_interpreter(cases: dict[str, Case], folder: File, **keywords: Any) 
     for kernel in ("gradient_kernel", "scale_kernel"):
         assert sum(one.launches[kernel] > 0 for one in done) > len(done) / 5
     for (name, case), one in zip(cases.items(), done, strict=True):
-        wanted = case.to(torch.float64).run(Path.REFERENCE)
+        wanted = case.to(torch.float64).run(LossPath.REFERENCE)
         found = errors(case, one.result, wanted)
         lost = errors(case, rounding(case), wanted)
         factor = 3 if one.launches["scale_kernel"] else 2
@@ -96,7 +96,7 @@ def check_in_interpreter(cases: dict[str, Case], folder: File, **keywords: Any) 
 
 
 @pytest.mark.parametrize("temperature", [0.2, 0.01])
-def test_every_option(temperature: float, tmp_path: File) -> None:
+def test_every_option(temperature: float, tmp_path: Path) -> None:
     """In the tiles that are shipped."""
     cases = {name: make_case(SETS[name], (37, 53, 40), torch.float32) for name in ALONE_AND_MANY}
     if temperature != 0.2:
@@ -104,20 +104,20 @@ def test_every_option(temperature: float, tmp_path: File) -> None:
     check_in_interpreter(cases, tmp_path)
 
 
-def test_many_tiles_and_rectangles_watched(tmp_path: File) -> None:
+def test_many_tiles_and_rectangles_watched(tmp_path: Path) -> None:
     names = ALONE_AND_MANY[::3]
     cases = {name: make_case(SETS[name], (20, 150, 72), torch.float32) for name in names}
     check_in_interpreter(cases, tmp_path, small_tiles=True, rows=16, watched=True)
 
 
-def test_low_halves_count_in_gradients(tmp_path: File) -> None:
+def test_low_halves_count_in_gradients(tmp_path: Path) -> None:
     """In two passes nothing is lost but by rounding d similarity; high halves lose 1.6 times it."""
     case = make_case(SETS["plain"], (32, 512, 40), torch.float32).having(temperature=1.0)
     shared_D = 2 * F.normalize(drawn(1, 40, 3), dim=1)
     case = replace(case, query_MD=case.query_MD + shared_D, doc_ND=case.doc_ND + shared_D)
     (done,) = interpret(tmp_path, [Job(case, {**SPLIT, "workspace_bytes": 1})])
     assert done.launches["gradient_kernel"]
-    wanted = case.to(torch.float64).run(Path.REFERENCE)
+    wanted = case.to(torch.float64).run(LossPath.REFERENCE)
     found, lost = errors(case, done.result, wanted), errors(case, rounding(case), wanted)
     for field in GRADIENTS:
         assert 0 < found[field] <= 1.1 * lost[field]
@@ -125,7 +125,7 @@ def test_low_halves_count_in_gradients(tmp_path: File) -> None:
 
 def test_other_paths_are_exact() -> None:
     case = make_case(SETS["symmetric + normalize"], (17, 29, 24), torch.float32)
-    for path in (Path.CHUNKED, Path.REFERENCE):
+    for path in (LossPath.CHUNKED, LossPath.REFERENCE):
         assert_same_bits(case.run(path, **SPLIT), case.run(path))
 
 
@@ -134,7 +134,7 @@ def test_through_autograd() -> None:
     query_MD = case.query_MD.clone().requires_grad_()
     loss = info_nce_loss(query_MD, case.doc_ND, case.candidates, temperature=0.2, **SPLIT)
     (d_query_MD,) = torch.autograd.grad(loss, query_MD)
-    assert torch.equal(d_query_MD, case.run(path=Path.CHUNKED).d_query_MD)
+    assert torch.equal(d_query_MD, case.run(path=LossPath.CHUNKED).d_query_MD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

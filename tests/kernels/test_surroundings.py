@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loss_cases import assert_same_bits, make_case, option_sets
-from lowmem_cft_kernels import Path, chunked
+from lowmem_cft_kernels import LossPath, chunked
 from lowmem_cft_kernels.surroundings import full_precision, why_triton_cannot_start
 
 SETS = option_sets()
@@ -18,10 +18,10 @@ CUDA: Any = torch.backends.cuda.matmul
 CPU: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("path", [Path.REFERENCE, Path.CHUNKED])
+@pytest.mark.parametrize("path", [LossPath.REFERENCE, LossPath.CHUNKED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["plain", "a dozen, gte"])
-def test_autocast_changes_no_bit(name: str, dtype: torch.dtype, path: Path) -> None:
+def test_autocast_changes_no_bit(name: str, dtype: torch.dtype, path: LossPath) -> None:
     case = make_case(SETS[name], (17, 29, 24), dtype)
     wanted = case.run(path)
     with torch.autocast("cpu", torch.bfloat16):
@@ -84,11 +84,11 @@ def test_float32_products_are_exact_meanwhile(
     whole = chunked.Chunked.run
     monkeypatch.setattr(chunked.Chunked, "run", run)
     case = make_case(SETS["plain"], (17, 29, 24), torch.float32)
-    wanted = case.run(Path.CHUNKED)
+    wanted = case.run(LossPath.CHUNKED)
     setting()
     before = _state()
     assert bool({"tf32", "bf16"} & set(before[1:])) is reduced
-    assert_same_bits(case.run(Path.CHUNKED), wanted)
+    assert_same_bits(case.run(LossPath.CHUNKED), wanted)
     assert not {"tf32", "bf16"} & set(seen[-1])
     assert _state() == before
     with pytest.raises(KeyError), full_precision("cpu"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Iterator
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -39,8 +39,8 @@ from lowmem_cft_kernels import (
     FalseNegatives,
     Hardness,
     InfoNCEResult,
+    LossPath,
     Negatives,
-    Path,
     Products,
     split_bytes,
 )
@@ -55,7 +55,7 @@ WIDE = (20, 150, 24)
 
 def by_reference(case: Case) -> InfoNCEResult:
     """In float64, of the inputs as they were rounded."""
-    return case.to(torch.float64).run(Path.REFERENCE)
+    return case.to(torch.float64).run(LossPath.REFERENCE)
 
 
 def assert_all_agree(
@@ -84,7 +84,7 @@ PARTS = 3
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_set_in_float32(part: int, tmp_path: File) -> None:
+def test_every_set_in_float32(part: int, tmp_path: Path) -> None:
     """In small tiles, one or several to a rectangle, and one or several rectangles to a block."""
     names = list(SETS)[part::PARTS]
     jobs = {
@@ -104,19 +104,19 @@ def test_every_set_in_float32(part: int, tmp_path: File) -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 4), (2, 3, 5), (53, 7, 8), MIDDLE, (16, 24, 2304)])
-def test_shapes_alone_and_many(shape: Shape, tmp_path: File) -> None:
+def test_shapes_alone_and_many(shape: Shape, tmp_path: Path) -> None:
     """In the tiles that are shipped."""
     agree_on(shape, ALONE_AND_MANY, tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(129, 257, 65), (8, 12, 2560), (3, 1500, 33)])
-def test_larger_shapes(shape: Shape, tmp_path: File) -> None:
+def test_larger_shapes(shape: Shape, tmp_path: Path) -> None:
     names = ["plain", "symmetric", "normalize", *ALONE_AND_MANY[-5:]]
     assert sum(name.startswith("a dozen") for name in names) == 5
     agree_on(shape, names, tmp_path)
 
 
-def agree_on(shape: Shape, names: list[str], folder: File) -> None:
+def agree_on(shape: Shape, names: list[str], folder: Path) -> None:
     cases = {name: make_case(SETS[name], shape, torch.float32) for name in names}
     jobs = {
         name: Job(case, {"workspace_bytes": 100_000 << 5 * (i % 2)})
@@ -125,7 +125,7 @@ def agree_on(shape: Shape, names: list[str], folder: File) -> None:
     assert_all_agree(jobs, interpret(folder, list(jobs.values())))
 
 
-def test_float16_loses_at_most_twice_what_eager_loses(tmp_path: File) -> None:
+def test_float16_loses_at_most_twice_what_eager_loses(tmp_path: Path) -> None:
     jobs = [
         Job(make_case(SETS[name], MIDDLE, torch.float16), {"workspace_bytes": WORKSPACES[i % 3]})
         for i, name in enumerate(ALONE_AND_MANY)
@@ -141,7 +141,7 @@ def test_float16_loses_at_most_twice_what_eager_loses(tmp_path: File) -> None:
 
 
 @pytest.mark.parametrize("scale", [1, 4], ids=["norm 1", "norm 4"])
-def test_low_temperature(scale: int, tmp_path: File) -> None:
+def test_low_temperature(scale: int, tmp_path: Path) -> None:
     jobs = {}
     for name in ALONE_AND_MANY:
         case = make_case(SETS[name], MIDDLE, torch.float32).having(temperature=0.005)
@@ -155,7 +155,7 @@ def test_low_temperature(scale: int, tmp_path: File) -> None:
     assert_all_agree(jobs, done, bound, saturated=scale > 1)
 
 
-def test_a_row_that_sees_its_positive_alone_has_no_gradient(tmp_path: File) -> None:
+def test_a_row_that_sees_its_positive_alone_has_no_gradient(tmp_path: Path) -> None:
     """Not even one of rounding: its share of its denominator is 1."""
     jobs = []
     for dtype in (torch.float32, torch.float16):
@@ -173,7 +173,7 @@ def test_a_row_that_sees_its_positive_alone_has_no_gradient(tmp_path: File) -> N
 # nothing else is read or written
 
 
-def test_bits_do_not_depend_on_the_run_nor_on_what_memory_held(tmp_path: File) -> None:
+def test_bits_do_not_depend_on_the_run_nor_on_what_memory_held(tmp_path: Path) -> None:
     """The second run is watched: addresses are arguments', memory holds NaN until written."""
     jobs = []
     for i, name in enumerate(ALONE_AND_MANY):
@@ -211,7 +211,7 @@ def surrounded(value: Any) -> Any:
     return value
 
 
-def test_inputs_and_gradients_amid_larger_buffers(tmp_path: File) -> None:
+def test_inputs_and_gradients_amid_larger_buffers(tmp_path: Path) -> None:
     jobs = {}
     for i, name in enumerate(ALONE_AND_MANY):
         case = make_case(SETS[name], MIDDLE, torch.float32)
@@ -234,7 +234,7 @@ def test_inputs_and_gradients_amid_larger_buffers(tmp_path: File) -> None:
             assert int(numbers.isnan().sum()) == numbers.numel() - gradient.numel()
 
 
-def test_the_watch_sees_what_lies_beyond(tmp_path: File) -> None:
+def test_the_watch_sees_what_lies_beyond(tmp_path: Path) -> None:
     job = Job(make_case(frozenset({"symmetric"}), MIDDLE, torch.float32), watched=True)
     interpret(tmp_path, [job])
     for read_or_written in ("row_ptr", "row_top_ptr"):
@@ -301,7 +301,7 @@ def live_bytes(case: Case, **keywords: Any) -> tuple[int, int]:
     """Most bytes of tensors alive at once, beside inputs and gradients; launches."""
     out = tuple(torch.empty(x.shape) for x in (case.query_MD, case.doc_ND))
     with recorded() as kernels, LiveBytes([*case.tensors(), *out]) as live:
-        case.run(Path.TRITON, out=out, **keywords)
+        case.run(LossPath.TRITON, out=out, **keywords)
     return live.peak, sum(kernel.count for kernel in kernels.values())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from loss_cases import Case
-from lowmem_cft_kernels import InfoNCEResult, Path
+from lowmem_cft_kernels import InfoNCEResult, LossPath
 from lowmem_cft_kernels.reference import reference_loss
 
 
@@ -52,7 +52,7 @@ def eagerly(case: Case) -> InfoNCEResult:
         d_doc_ND=gradients[1],
         d_temperature=gradients[2],
         observed=seen,
-        path=Path.REFERENCE,
+        path=LossPath.REFERENCE,
     )
 
 
@@ -64,7 +64,7 @@ def rounding(case: Case) -> InfoNCEResult:
         return product
 
     with _Products(multiply) as products:
-        result = case.to(torch.float64).run(Path.REFERENCE)
+        result = case.to(torch.float64).run(LossPath.REFERENCE)
     assert products.count == 3
     return result
 

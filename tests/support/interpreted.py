@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss_cases import Case
-from lowmem_cft_kernels import InfoNCEResult, Path
+from lowmem_cft_kernels import InfoNCEResult, LossPath
 from lowmem_cft_kernels.tiles import LOADS
 
 SMALL_TILES = {
@@ -63,7 +63,7 @@ class Done:
     addresses: int
 
 
-def interpret(folder: File, jobs: Sequence[Job], *, small_tiles: bool = False) -> list[Done]:
+def interpret(folder: Path, jobs: Sequence[Job], *, small_tiles: bool = False) -> list[Done]:
     """Of each job, in their order."""
     given, made = folder / "given.pt", folder / "made.pt"
     torch.save(list(jobs), given)
@@ -231,7 +231,7 @@ def _run(job: Job) -> Done:
         if addresses is not None:
             stack.enter_context(_checked_accesses(addresses))
             guarded = stack.enter_context(_Guarded())
-        result = job.case.run(Path.TRITON, **job.keywords)
+        result = job.case.run(LossPath.TRITON, **job.keywords)
     if guarded is not None:
         guarded.check()
     return Done(

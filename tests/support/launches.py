@@ -90,7 +90,7 @@ def _is_divisible(value: Any) -> bool:
 
 @contextmanager
 def recorded(capability: int = 80) -> Iterator[dict[str, Recorder]]:
-    """While entered, `Path.TRITON` takes tensors of the CPU for those of such a GPU."""
+    """While entered, `LossPath.TRITON` takes tensors of the CPU for those of such a GPU."""
     kernels = {name: Recorder(getattr(triton_info_nce, name)) for name in KERNELS}
     # by its name: the package's attribute of that name is the function
     public = importlib.import_module("lowmem_cft_kernels.info_nce")

@@ -33,8 +33,8 @@ from lowmem_cft_kernels import (
     Hardness,
     InfoNCEResult,
     LearnedTemperature,
+    LossPath,
     Negatives,
-    Path,
     Softmax,
     info_nce,
 )
@@ -121,7 +121,7 @@ class Case:
     candidates: Candidates
     options: dict[str, Any]
 
-    def run(self, path: Path | None = None, **more: Any) -> InfoNCEResult:
+    def run(self, path: LossPath | None = None, **more: Any) -> InfoNCEResult:
         """By that path; `more` goes over the case's own options."""
         return info_nce(
             self.query_MD, self.doc_ND, self.candidates, **{**self.options, **more}, path=path

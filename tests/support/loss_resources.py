@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ import triton
 from compiling import Resources, compile_for
 from launches import recorded
 from loss_cases import Settings, make_case
-from lowmem_cft_kernels import Path, Products
+from lowmem_cft_kernels import LossPath, Products
 
-WRITTEN = File(__file__).parents[1] / "kernels" / "resources.json"
+WRITTEN = Path(__file__).parents[1] / "kernels" / "resources.json"
 
 _MASKS: Settings = frozenset(
     {
@@ -71,7 +71,7 @@ def measure(target: Target) -> dict[str, Resources]:
     if dtype == "split":
         case = case.having(products=Products.SPLIT_BF16)
     with recorded(capability) as kernels:
-        case.run(Path.TRITON)
+        case.run(LossPath.TRITON)
     found = {}
     for kernel, recorder in kernels.items():
         # sums of rows come with a tally, those of columns do not
