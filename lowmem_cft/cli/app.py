@@ -6,6 +6,7 @@ to standard output. `--debug` shows the traceback behind a message.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -62,10 +63,31 @@ for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 
+_FLAGS = {"overrides": "--set", "sets": "--set-name", "stages": "--stage"}
+"""Arguments whose flags have other names."""
+
+
+def with_flags(message: str) -> str:
+    """An error of the library, which names arguments (`out`), with the flags that stand for them."""
+    options = {
+        parameter.name
+        for command in typer.main.get_group(app).commands.values()
+        for parameter in command.params
+    } | _FLAGS.keys()
+
+    def flag(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name not in options:
+            return found.group()
+        return _FLAGS.get(name, "--" + name.replace("_", "-"))
+
+    return re.sub(r"`(\w+)`", flag, message)
+
+
 def _report(error: BaseException, code: int) -> int:
     if _state["debug"]:
         raise error
-    text = str(error).strip() or type(error).__name__
+    text = with_flags(str(error).strip()) or type(error).__name__
     known = isinstance(error, (ValueError, RuntimeError, OSError))
     prefix = "error" if known else f"unexpected {type(error).__name__}"
     suffix = "" if known else " (run again with --debug before the command for the traceback)"

@@ -108,17 +108,19 @@ def _remove(report: Path | None) -> None:
 
 def _check_together(options: Options) -> None:
     if options.suite not in (None, "sts", "transfer"):
-        raise ValueError(f"--suite: got {options.suite!r}, wanted sts or transfer")
+        raise ValueError(f"`suite`: got {options.suite!r}, wanted sts or transfer")
     of_sts = {
-        "--protocol": options.protocol,
-        "--resamples": options.resamples,
-        "--mteb-out": options.mteb_out,
+        "protocol": options.protocol,
+        "resamples": options.resamples,
+        "mteb_out": options.mteb_out,
     }
-    of_transfer = {"--limit": options.limit, "--solver": options.solver}
+    of_transfer = {"limit": options.limit, "solver": options.solver}
     wrong, suite = (of_sts, "sts") if options.suite == "transfer" else (of_transfer, "transfer")
     for name, value in wrong.items():
         if value is not None:
-            raise ValueError(f"{name} belongs to --suite {suite}; leave it out, or take that suite")
+            raise ValueError(
+                f"`{name}` belongs to `suite` {suite}; leave it out, or take that suite"
+            )
 
 
 def _load(options: Options, say: Say, normalize: bool | None) -> Embed:
@@ -181,7 +183,7 @@ def _prepare_transfer(options: Options) -> Score:
     if options.solver is not None:
         found = [known[solver] for solver in known if solver == options.solver]
         if not found:
-            raise ValueError(f"--solver: got {options.solver!r}, wanted one of {', '.join(known)}")
+            raise ValueError(f"`solver`: got {options.solver!r}, wanted one of {', '.join(known)}")
         (settings,) = found
     tasks = transfer_data.load_tasks(
         sts_data.data_folder(), list(options.names or transfer_data.SPECS), limit=options.limit

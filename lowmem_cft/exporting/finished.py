@@ -21,7 +21,7 @@ def check_target(target: Path) -> None:
     """
     ours = not target.exists() or (target / RECORD).is_file()
     if not ours and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"out: {target} exists and is no export of ours; choose another folder")
+        raise ValueError(f"`out`: {target} exists and is no export of ours; choose another folder")
 
 
 def export_run(run: Path, target: Path, kind: Kind, device: torch.device, observer: Says) -> None:

@@ -64,7 +64,7 @@ def load_embedder(
         if recipe_name is not None or overrides:
             raise ValueError(
                 f"{name} is a sentence-transformers model and says itself how it embeds; "
-                "leave out --recipe and --set"
+                "leave out `recipe` and `overrides`"
             )
         return SentenceTransformerEmbedder(path, device, say, float32=float32, normalize=normalize)
     loaded = load_model(name, device, say, recipe_name=recipe_name, overrides=overrides)

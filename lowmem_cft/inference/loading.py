@@ -107,7 +107,7 @@ def _find(
     """The recipe a model embeds by, and the folder of its adapter if it has one."""
     path = Path(name).expanduser()
     if says_how_it_embeds(path) and (recipe_name is not None or overrides):
-        raise ValueError(f"{name} says itself how it embeds; leave out --recipe and --set")
+        raise ValueError(f"{name} says itself how it embeds; leave out `recipe` and `overrides`")
     if (path / RECORD).is_file():
         record = read_json(path / RECORD, GET_MODEL, "kind", "recipe")
         recipe = parse_recipe(record["recipe"], str(path / RECORD))

@@ -195,7 +195,7 @@ class PaperStages:
             return None
         return (
             f"{PUBLISHED_DATA} is not in {Path.cwd()}; download it from {PUBLISHED_DATA_URL}, or "
-            "name rows of your own with --set data.sources.0.path=FILE"
+            "name rows of your own with `overrides` data.sources.0.path=FILE"
         )
 
     def _data(self) -> Stage:

@@ -63,7 +63,7 @@ class Reproduction:
         everything = [stage.name for stage in self._maker.make(self._cut(1.0))]
         for name in selected or ():
             if name not in everything:
-                raise ValueError(f"--stage: got {name!r}, wanted one of {', '.join(everything)}")
+                raise ValueError(f"`stages`: got {name!r}, wanted one of {', '.join(everything)}")
 
     def _begun(self) -> dict[str, Any] | None:
         """What the folder was begun with; None while nothing was done that another could spoil."""
@@ -76,13 +76,13 @@ class Reproduction:
             asked = dict(before["request"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self._file}: cannot be read ({error!r}); choose another --out"
+                f"{self._file}: cannot be read ({error!r}); choose another `out`"
             ) from error
         for key, value in json.loads(json.dumps(asdict(self.request))).items():
             if key != "budget" and asked.get(key) != value:  # memory changes no result
                 raise ValueError(
                     f"{self.folder} was begun with {key} = {asked.get(key)!r}, now it is "
-                    f"{value!r}; choose another --out"
+                    f"{value!r}; choose another `out`"
                 )
         return before
 
@@ -131,7 +131,7 @@ class Reproduction:
         low, high = 0.0, 1.0
         if self._taken(low) > asked:
             raise ValueError(
-                f"--hours: got {asked:g}, but with one step of training it is still about "
+                f"`hours`: got {asked:g}, but with one step of training it is still about "
                 f"{self._taken(low):.2g} h on this device, most of it evaluation; give more hours"
             )
         for _ in range(_HALVINGS):

@@ -69,10 +69,10 @@ class Request:
             raise ValueError(f"paper: got {self.paper!r}, wanted one of {', '.join(PAPERS)}")
         if self.model not in models(self.paper):
             raise ValueError(
-                f"--model: got {self.model!r}; {self.paper} has {', '.join(models(self.paper))}"
+                f"`model`: got {self.model!r}; {self.paper} has {', '.join(models(self.paper))}"
             )
         if self.hours is not None and not self.hours > 0:
-            raise ValueError(f"--hours: got {self.hours:g}, wanted more than 0")
+            raise ValueError(f"`hours`: got {self.hours:g}, wanted more than 0")
 
     @property
     def is_cft(self) -> bool:

@@ -167,7 +167,7 @@ def _check(stage: Stage, records: Records) -> None:
         changed = "; ".join(_differences(record["inputs"], now)[:3])
         raise ValueError(
             f"{records.path(stage.name)}: done with other inputs ({changed}); do it anew with "
-            f"--redo {stage.name}, or choose another --out"
+            f"`redo` {stage.name}, or choose another `out`"
         )
 
 
@@ -192,7 +192,7 @@ def run_stages(
     names = [stage.name for stage in stages]
     for name in redo:
         if name not in names:
-            raise ValueError(f"--redo: got {name!r}, wanted one of {', '.join(names)}")
+            raise ValueError(f"`redo`: got {name!r}, wanted one of {', '.join(names)}")
     check_unchanged(stages, records, redo)
     for place, stage in enumerate(stages, 1):
         title = f"[{place}/{len(stages)}] {stage.name}: {stage.what}"
@@ -205,7 +205,7 @@ def run_stages(
             missing = [name for name in stage.needs if records.get(name) is None]
             raise ValueError(
                 f"stage {stage.name} needs {', '.join(missing)}: do it first, or add "
-                f"--stage {missing[0]}"
+                f"`stages` {missing[0]}"
             )
         observer.say(title)
         if stage.name in redo:

@@ -33,7 +33,7 @@ def plan_limit(recipe: Recipe, memory_option: str | None, device: str | None) ->
     if recipe.memory.limit != "auto":
         return device or here.type, parse_bytes(recipe.memory.limit)
     if device not in (None, here.type):
-        raise ValueError(f"--memory: wanted a limit, since this machine has no {device} device")
+        raise ValueError(f"`memory`: wanted a limit, since this machine has no {device} device")
     return here.type, free_limit(here)
 
 

@@ -110,8 +110,8 @@ def apply_override(values: dict[str, Any], assignment: str) -> None:
     path, sign, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not sign or not all(keys):
-        raise RecipeError(f"--set {assignment}: wanted SECTION.KEY=VALUE, as train.steps=100")
-    value = _parse_yaml(text, f"--set {assignment}")
+        raise RecipeError(f"`overrides` {assignment}: wanted SECTION.KEY=VALUE, as train.steps=100")
+    value = _parse_yaml(text, f"`overrides` {assignment}")
     here: Any = values
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -121,7 +121,7 @@ def apply_override(values: dict[str, Any], assignment: str) -> None:
             slot = key
         else:
             got = ".".join(keys[:depth])
-            raise RecipeError(f"--set {assignment}: {got} has no {key!r} to set")
+            raise RecipeError(f"`overrides` {assignment}: {got} has no {key!r} to set")
         if last:
             here[slot] = value
         elif isinstance(here, list):

@@ -72,7 +72,7 @@ def load_state(run: RunFolder) -> TrainingState:
     from safetensors.torch import load_file
 
     folder = run.checkpoint
-    anew = "start anew with --overwrite"
+    anew = "start anew with `overwrite`"
     keys = ("step", "progress", "plan")
     record = read_json(folder / "state.json", anew, "sha256", *keys)
     for name, wanted in record["sha256"].items():

@@ -37,13 +37,13 @@ def open_run(recipe: recipes.Recipe, *, resume: bool, overwrite: bool) -> RunFol
         return run
     if run.path.exists() and not overwrite:
         raise ValueError(
-            f"{run.path} exists: go on with --resume, replace it with --overwrite, or choose "
-            "another name with --set output.name=NAME"
+            f"{run.path} exists: go on with `resume`, replace it with `overwrite`, or choose "
+            "another name with `overrides` output.name=NAME"
         )
     try:
         if run.path.exists():
             if not run.recipe.is_file() and any(run.path.iterdir()):
-                raise ValueError(f"{run.path} is no run of ours, so --overwrite does not touch it")
+                raise ValueError(f"{run.path} is no run of ours, so `overwrite` does not touch it")
             shutil.rmtree(run.replaced, ignore_errors=True)
             run.path.rename(run.replaced)
         run.path.mkdir(parents=True)
@@ -51,7 +51,7 @@ def open_run(recipe: recipes.Recipe, *, resume: bool, overwrite: bool) -> RunFol
     except OSError as error:
         raise ValueError(
             f"cannot write to {run.path} ({error.strerror}); choose another place with "
-            "--set output.folder=FOLDER"
+            "`overrides` output.folder=FOLDER"
         ) from error
     return run
 
@@ -62,7 +62,7 @@ def _check_resumable(run: RunFolder, recipe: recipes.Recipe) -> None:
         before.rename(run.checkpoint)  # killed between the two renames of a save
     if not run.checkpoint.is_dir():
         raise ValueError(
-            f"{run.path} holds no checkpoint to resume: start it anew (with --overwrite if it exists)"
+            f"{run.path} holds no checkpoint to resume: start it anew (with `overwrite` if it exists)"
         )
     old = load_recipe(str(run.recipe))
     for section in type(recipe).model_fields:
@@ -71,6 +71,6 @@ def _check_resumable(run: RunFolder, recipe: recipes.Recipe) -> None:
         before, after = getattr(old, section).model_dump(), getattr(recipe, section).model_dump()
         changed = [key for key in before if before[key] != after[key]]
         raise ValueError(
-            f"--resume: {section}.{changed[0]} was {before[changed[0]]!r} when {run.path} began and "
+            f"`resume`: {section}.{changed[0]} was {before[changed[0]]!r} when {run.path} began and "
             f"is {after[changed[0]]!r} now; resume with the same values, or start a new run"
         )

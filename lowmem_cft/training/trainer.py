@@ -393,7 +393,7 @@ class Trainer:
                     self.save()
                     raise Interrupted(
                         f"stopped after step {self.step_index} of {self.num_steps}; all is saved in "
-                        f"{self.folder.checkpoint}; go on with the same command and --resume"
+                        f"{self.folder.checkpoint}; go on with the same command and `resume`"
                     )
                 if done or (section.save_every and self.step_index % section.save_every == 0):
                     self.save()

@@ -307,7 +307,7 @@ def test_a_stopped_evaluation_goes_on(
 
 def test_another_request_needs_another_folder(ask: Ask) -> None:
     ask(stages=["data"]).run(Heard())
-    with pytest.raises(ValueError, match=r"begun with transfer_rows = None, now it is 30.*--out"):
+    with pytest.raises(ValueError, match=r"begun with transfer_rows = None, now it is 30.*`out`"):
         ask(stages=["data"], transfer_rows=30)
 
 
@@ -443,7 +443,7 @@ def test_anew_means_from_the_beginning(ask: Ask) -> None:
     assert all(late > early for early, late in zip(before, after, strict=True))
     assert not any("going on after" in text or " are in " in text for text in heard.said)
     assert (run.folder / "runs" / "train.old").is_dir()
-    with pytest.raises(ValueError, match=r"--redo: got 'trian', wanted one of data, train"):
+    with pytest.raises(ValueError, match=r"`redo`: got 'trian', wanted one of data, train"):
         ask(stages=stages).run(Heard(), redo=["trian"])
 
 
@@ -451,7 +451,7 @@ def test_data_that_changed_are_noticed(ask: Ask, tmp_path: Path) -> None:
     ask(stages=["data"]).run(Heard())
     rows = tmp_path / "data" / "rows.jsonl"
     rows.write_text(rows.read_text(encoding="utf-8").replace("cat", "dog"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"data\.json: done with other inputs.*--redo data"):
+    with pytest.raises(ValueError, match=r"data\.json: done with other inputs.*`redo` data"):
         ask(stages=["data"]).run(Heard())
 
 

@@ -99,7 +99,7 @@ def test_other_inputs_are_refused_before_any_work(bench: Bench) -> None:
     bench.run()
     bench.inputs |= {"second": {"c": 7}, "third": {}}
     listed = [bench.stage("third"), bench.stage("first"), bench.stage("second", ("first",))]
-    with pytest.raises(ValueError, match=r"c was 2, is 7.*--redo second"):
+    with pytest.raises(ValueError, match=r"c was 2, is 7.*`redo` second"):
         run_stages(listed, bench.records, Heard())
     assert bench.done == ["first", "second"]
     bench.run(redo=("second",))
@@ -118,7 +118,7 @@ def test_anew_forgets_what_was_there(bench: Bench) -> None:
     assert forgotten == []
     run_stages([first], bench.records, Heard(), redo=["first"])
     assert forgotten == [True]
-    with pytest.raises(ValueError, match=r"--redo: got 'frist', wanted one of first"):
+    with pytest.raises(ValueError, match=r"`redo`: got 'frist', wanted one of first"):
         run_stages([first], bench.records, Heard(), redo=["frist"])
 
 
@@ -161,7 +161,7 @@ def test_a_change_reaches_what_needs_it(bench: Bench) -> None:
 
 
 def test_what_is_needed_is_named(bench: Bench) -> None:
-    with pytest.raises(ValueError, match=r"stage second needs first: .*--stage first"):
+    with pytest.raises(ValueError, match=r"stage second needs first: .*`stages` first"):
         run_stages([bench.stage("second", ("first",))], bench.records, Heard())
     assert bench.done == []
 

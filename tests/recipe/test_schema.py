@@ -443,7 +443,7 @@ def test_override_leaves_the_other_length_to_the_user() -> None:
 @pytest.mark.parametrize("assignment", ["train.steps", "=3", ".steps=3", "train.=3", "a..b=3", ""])
 def test_override_of_no_form(assignment: str) -> None:
     message = refusal("demo", assignment)
-    assert message == f"--set {assignment}: wanted SECTION.KEY=VALUE, as train.steps=100"
+    assert message == f"`overrides` {assignment}: wanted SECTION.KEY=VALUE, as train.steps=100"
 
 
 @pytest.mark.parametrize(
@@ -460,11 +460,11 @@ def test_override_of_no_form(assignment: str) -> None:
     ],
 )
 def test_override_that_leads_nowhere(assignment: str, at: str, key: str) -> None:
-    assert refusal("cft-phi-2", assignment) == f"--set {assignment}: {at} has no {key!r} to set"
+    assert refusal("cft-phi-2", assignment) == f"`overrides` {assignment}: {at} has no {key!r} to set"
 
 
 def test_override_that_is_not_yaml() -> None:
-    assert "--set eval.sets=[STS12: not readable as YAML" in refusal("demo", "eval.sets=[STS12")
+    assert "`overrides` eval.sets=[STS12: not readable as YAML" in refusal("demo", "eval.sets=[STS12")
 
 
 def test_override_is_checked_like_a_file() -> None:

@@ -82,7 +82,7 @@ def test_resumed_run_is_the_same_bit_for_bit(
 
     # The signal arrives while step 3 is reported: it is the last one before the stop, and its
     # checkpoint is one that save_every would not have written.
-    with pytest.raises(interrupt.Interrupted, match=r"after step [34] of 5.*--resume"):
+    with pytest.raises(interrupt.Interrupted, match=r"after step [34] of 5.*`resume`"):
         start(made, Silent(stop), overwrite=True).train()
     rest = Silent()
     resumed = start(made, rest, resume=True)
@@ -259,7 +259,7 @@ def test_resume_refuses_another_recipe(make_recipe: MakeRecipe) -> None:
 def test_existing_run_is_refused(make_recipe: MakeRecipe) -> None:
     made = make_recipe(train={"steps": 1})
     start(made).train()
-    with pytest.raises(ValueError, match=r"exists: go on with --resume, replace .*--overwrite"):
+    with pytest.raises(ValueError, match=r"exists: go on with `resume`, replace .*`overwrite`"):
         start(made)
 
 
@@ -303,14 +303,14 @@ def test_damaged_checkpoint_is_noticed(make_recipe: MakeRecipe) -> None:
     trainer.save()
     file = trainer.folder.checkpoint / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged .* --overwrite"):
+    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged .* `overwrite`"):
         start(make_recipe(), resume=True)
     file.unlink()
     with pytest.raises(ValueError, match=r"optimizer\.pt is damaged"):
         start(make_recipe(), resume=True)
     for text in ("{", "[]", '{"step": 1}'):
         (trainer.folder.checkpoint / "state.json").write_text(text)
-        with pytest.raises(ValueError, match=r"state\.json: .*; start anew with --overwrite"):
+        with pytest.raises(ValueError, match=r"state\.json: .*; start anew with `overwrite`"):
             start(make_recipe(), resume=True)
     trainer.folder.recipe.write_text("model: [")
     with pytest.raises(ValueError, match=r"recipe\.yaml: not readable as YAML"):

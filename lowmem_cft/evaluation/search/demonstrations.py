@@ -39,7 +39,7 @@ class Demonstration:
 def check_template(template: str) -> None:
     """Raise ValueError where a template has not exactly one slot."""
     if template.count(TEXT_SLOT) != 1:
-        raise ValueError(f"--template: got {template!r}, wanted {TEXT_SLOT} in it exactly once")
+        raise ValueError(f"`template`: got {template!r}, wanted {TEXT_SLOT} in it exactly once")
 
 
 def read_demonstrations(path: Path) -> list[Demonstration]:
@@ -49,7 +49,7 @@ def read_demonstrations(path: Path) -> list[Demonstration]:
         DataError: there is no such file, a row is unusable or stands twice, or there is none.
     """
     if not path.is_file():
-        raise DataError(f"--demonstrations: no such file: {path}")
+        raise DataError(f"`demonstrations`: no such file: {path}")
     found: dict[Demonstration, int] = {}
     for table in tables(str(path), "train", offline=True):
         for number, cells in table.rows(_columns(table)):

@@ -70,7 +70,7 @@ class TrialFile:
         self.path = folder / "trials.jsonl"
         self.trials: dict[Demonstration | None, Trial] = {}
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out: {folder} is a file; choose another")
+            raise ValueError(f"`out`: {folder} is a file; choose another")
         folder.mkdir(parents=True, exist_ok=True)
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
@@ -97,11 +97,11 @@ class TrialFile:
             if before.get(key) != search.get(key):
                 raise ValueError(
                     f"{self.path} is of another search: {key} was {before.get(key)!r} and is now "
-                    f"{search.get(key)!r}; choose another --out"
+                    f"{search.get(key)!r}; choose another `out`"
                 )
 
     def _damaged(self, reason: str) -> ValueError:
-        return ValueError(f"{self.path} is no file of a search ({reason}); choose another --out")
+        return ValueError(f"{self.path} is no file of a search ({reason}); choose another `out`")
 
     def add(self, trial: Trial) -> None:
         self._append(asdict(trial))

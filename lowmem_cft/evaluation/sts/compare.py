@@ -82,7 +82,7 @@ def _check_comparable(a: Scores, b: Scores) -> None:
     if a.label != b.label:
         raise ValueError(
             f"different protocols: {a.path} has {a.label!r}, {b.path} has {b.label!r}; score both "
-            "models with the same --protocol and --clean-up"
+            "models with the same `protocol` and `clean_up`"
         )
     if sorted(a.names) != sorted(b.names):
         only = sorted(set(a.names) ^ set(b.names))

@@ -51,8 +51,8 @@ def check_expressible(protocol: Protocol | None, cleaned_up: bool) -> None:
     """Raises ValueError where the scores would not be those of mteb's tasks."""
     if protocol is None or protocol.name != "mteb" or cleaned_up:
         raise ValueError(
-            "--mteb-out: its files stand for mteb's tasks, so it needs --protocol mteb and no "
-            "--clean-up"
+            "`mteb_out`: its files stand for mteb's tasks, so it needs `protocol` mteb and no "
+            "`clean_up`"
         )
 
 
@@ -61,7 +61,7 @@ def check_own_text(sets: Sequence[LoadedSet | SetScore]) -> None:
     other = [one.name for one in sets if not one.own_text]
     if other:
         raise ValueError(
-            f"--mteb-out: {', '.join(other)}: the text at hand is not that of mteb's task; leave "
+            f"`mteb_out`: {', '.join(other)}: the text at hand is not that of mteb's task; leave "
             f"{'it' if len(other) == 1 else 'them'} out with -s (name the other sets)"
         )
 

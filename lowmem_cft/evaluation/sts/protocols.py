@@ -203,7 +203,7 @@ def protocol_named(name: str) -> Protocol:
     for known, protocol in PROTOCOLS.items():
         if name == known:
             return protocol
-    raise ValueError(f"--protocol: got {name!r}, wanted one of {', '.join(PROTOCOLS)}")
+    raise ValueError(f"`protocol`: got {name!r}, wanted one of {', '.join(PROTOCOLS)}")
 
 
 def is_saved(folder: Path) -> bool:

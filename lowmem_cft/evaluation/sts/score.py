@@ -59,7 +59,7 @@ def score_pairs(embed: Embed, loaded: LoadedSet) -> ScoredSet:
     if num_bad := num_not_finite(emb_XD):
         raise ValueError(
             f"{loaded.name}: {num_bad} of {len(texts)} embeddings are not finite; use a wider "
-            "model.dtype, or `eval --float32`"
+            "model.dtype, or `float32` in `eval`"
         )
     cosine_P = paired_cosine(emb_XD[: len(pairs)], emb_XD[len(pairs) :])
     gold_P = np.array([pair.score for pair in pairs], dtype=np.float64)

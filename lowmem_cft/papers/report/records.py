@@ -253,7 +253,7 @@ class Records:
         if found is not None and not isinstance(found, kind):
             raise ValueError(
                 f"{self.folder / 'stages' / name}.json: got kind {self.stages[name].kind!r}, "
-                f"wanted a result of {kind.__name__.lower()}; do it anew with --redo {name}"
+                f"wanted a result of {kind.__name__.lower()}; do it anew with `redo` {name}"
             )
         return found
 

@@ -52,7 +52,7 @@ def test_other_templates(template: str, wanted: str) -> None:
 
 @pytest.mark.parametrize("template", ["", "no slot", "{text} and {text}", "{texts}"])
 def test_a_template_has_one_slot(template: str) -> None:
-    with pytest.raises(ValueError, match=r"--template: got .* wanted \{text\} in it exactly once"):
+    with pytest.raises(ValueError, match=r"`template`: got .* wanted \{text\} in it exactly once"):
         check_template(template)
 
 
@@ -160,7 +160,7 @@ def test_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 1: .*line breaks cannot stand in a template"):
         read_demonstrations(path)
     for wrong in (tmp_path / "gone.tsv", tmp_path):
-        with pytest.raises(DataError, match="--demonstrations: no such file"):
+        with pytest.raises(DataError, match="`demonstrations`: no such file"):
             read_demonstrations(wrong)
     (tmp_path / "a.txt").write_text("A.\n")
     with pytest.raises(DataError, match="unknown kind of file"):

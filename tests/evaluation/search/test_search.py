@@ -315,7 +315,7 @@ def test_another_search_is_refused(tmp_path: Path, other: Any, message: str) -> 
     search(tmp_path, Embedding())
     before = (tmp_path / "trials.jsonl").read_bytes()
     embedding = Embedding()
-    with pytest.raises(ValueError, match=f"is of another search: {message}.*another --out"):
+    with pytest.raises(ValueError, match=f"is of another search: {message}.*another `out`"):
         search(tmp_path, embedding, **other)
     assert not embedding.templates
     assert (tmp_path / "trials.jsonl").read_bytes() == before
@@ -337,14 +337,14 @@ def test_another_search_is_refused(tmp_path: Path, other: Any, message: str) -> 
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "trials.jsonl"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"trials.jsonl is no file of a search.*another --out"):
+    with pytest.raises(ValueError, match=r"trials.jsonl is no file of a search.*another `out`"):
         search(tmp_path, Embedding())
     assert path.read_bytes() == content
 
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(ValueError, match=r"--out: .*out is a file"):
+    with pytest.raises(ValueError, match=r"`out`: .*out is a file"):
         search(tmp_path / "out", Embedding())
 
 
@@ -417,7 +417,9 @@ def test_the_scaling_of_an_adapter_is_part_of_a_model(tiny_folder: Path) -> None
 @pytest.mark.parametrize("given", [{"recipe_name": "demo"}, {"overrides": ["text.max_tokens=9"]}])
 def test_a_recipe_beside_a_folders_own_is_refused(tmp_path: Path, file: str, given: Any) -> None:
     (tmp_path / file).write_text("{}")
-    with pytest.raises(ValueError, match="says itself how it embeds; leave out --recipe and --set"):
+    with pytest.raises(
+        ValueError, match="says itself how it embeds; leave out `recipe` and `overrides`"
+    ):
         load_model(str(tmp_path), torch.device("cpu"), print, **given)
 
 

@@ -229,7 +229,7 @@ def test_only_mteb_scores_become_mteb_results(tmp_path: Path, what: str) -> None
     one = small_report(["STS12"]).sets
     cleaned_up = what == "clean-up"
     found = eval_report.report("m", one, protocol=protocol, cleaned_up=cleaned_up, num_resamples=2)
-    with pytest.raises(ValueError, match="--mteb-out"):
+    with pytest.raises(ValueError, match="`mteb_out`"):
         task_result.write_task_results(found, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
@@ -238,7 +238,7 @@ def test_only_mtebs_texts_become_mteb_results(tmp_path: Path) -> None:
     one, other = small_report(["STS12", "BIOSSES"]).sets
     other = replace(other, score=replace(other.score, own_text=False))
     found = eval_report.report("m", [one, other], protocol=MTEB, num_resamples=2)
-    with pytest.raises(ValueError, match="--mteb-out: BIOSSES: the text at hand"):
+    with pytest.raises(ValueError, match="`mteb_out`: BIOSSES: the text at hand"):
         task_result.write_task_results(found, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
@@ -289,7 +289,7 @@ def test_minilm_has_its_known_scores(data_folder: Path, tmp_path: Path, names: l
 
 def test_a_plain_model_takes_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(json.dumps([]))
-    with pytest.raises(ValueError, match="leave out --recipe and --set"):
+    with pytest.raises(ValueError, match="leave out `recipe` and `overrides`"):
         embedder.load_embedder(
             str(tmp_path), torch.device("cpu"), lambda text: None, overrides=["text.max_tokens=3"]
         )
