@@ -20,6 +20,7 @@ CARD = """\
 peak memory 0.61 GiB. python 3.11.7, torch 2.13.0.
 """
 SAID = """\
+<checkout>/lowmem_cft/data/triplets.jsonl: 450 rows, 0 skipped
 plan: chunks of 512 tokens; about 0.64 of 6.00 GiB, 1.10 times the cost of the plain step
 step 3/6  loss 2.5081  accuracy 12%  rank 9.1  101.3 rows/s
 """
@@ -108,7 +109,7 @@ def test_every_change_is_found(folders: tuple[Path, Path]) -> None:
     ]
 
 
-def test_time_memory_and_versions_are_passed_over(folders: tuple[Path, Path]) -> None:
+def test_time_memory_paths_and_versions_are_passed_over(folders: tuple[Path, Path]) -> None:
     _, b = folders
     for file, old, new in (
         ("tiny/metrics.json", "12.5", "99.5"),
@@ -118,6 +119,7 @@ def test_time_memory_and_versions_are_passed_over(folders: tuple[Path, Path]) ->
         ("tiny/README.md", "12 s on", "9 s on"),
         ("tiny/README.md", "33.1 rows", "40 rows"),
         ("tiny/README.md", "0.61 GiB. python 3.11.7", "1.5 GiB. python 3.12.1"),
+        ("tiny/train.txt", "lowmem_cft/data/triplets", "lowmem_cft/rows/shipped/triplets"),
         ("tiny/train.txt", "6.00 GiB", "5.12 GiB"),
         ("tiny/train.txt", "101.3 rows/s", "9.9 rows/s"),
         ("tiny/report.md", "03:05 UTC", "03:06 UTC"),

@@ -53,6 +53,7 @@ MEASURED_MEMORY = (
 """Where `peak_bytes` is measured; in a plan it is predicted, and compared."""
 
 IGNORED_TEXT = (
+    r"(?<=<checkout>/)[\w./-]+/(?=[\w.-])",  # path: where in a checkout a file of the package lies
     r"(?<= )[\d.,]+(?= rows/s)",  # time: a line of progress
     r"(?<= )[\d.,]+(?= rows per second)",  # time: the model card
     r"^[\d.,]+(?= s on CPU)",  # time: the model card
@@ -89,6 +90,7 @@ class Program:
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",  # peft and sentence-transformers write sets in their order
             "COLUMNS": "200",  # a longer number must not break a line elsewhere
             "NO_COLOR": "1",
         }
