@@ -15,7 +15,7 @@ from places import ROOT
 TESTS = ROOT / "tests"
 SOURCES = {"kernels": ROOT / "kernels" / "lowmem_cft_kernels", "bench": ROOT / "bench"}
 
-WHOLE_PROJECT = {"test_imports", "test_layout", "test_packaging", "test_readme"}
+WHOLE_PROJECT = {"test_imports", "test_layout", "test_old_files", "test_packaging", "test_readme"}
 
 TESTED_ELSEWHERE: dict[str, str] = {
     "cli/doctor": "cli/test_app.py",

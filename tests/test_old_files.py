@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from conftest import ROOT
+from places import ROOT
 
 OLD = ROOT / "tests" / "fixtures" / "old"
 STS_REPORT = "eval-sts-demo-pairs-65769de99f01.json"
@@ -33,13 +33,13 @@ Run = Callable[..., str]
 
 
 def _app() -> Any:
-    from lowmem_cft.cli import app
+    from lowmem_cft.cli.app import app
 
     return app
 
 
 def _write_report(folder: Path) -> list[Path]:
-    from lowmem_cft.reproduce_report import write_report
+    from lowmem_cft.papers.report.write import write_report
 
     return write_report(folder)
 
@@ -236,4 +236,4 @@ def test_an_old_reproduction_is_known_by_its_request(run: Run) -> None:
     assert len(done) == 4
     assert all("done" in line for line in done)
     said = run(*REQUEST, "--transfer-rows", "30", "--dry-run", refused=True)
-    assert "paper was begun with transfer_rows = None, now it is 30; choose another --out" in said
+    assert "paper was begun with transfer_rows = None, now it is 30; choose another `out`" in said

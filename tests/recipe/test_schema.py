@@ -460,11 +460,15 @@ def test_override_of_no_form(assignment: str) -> None:
     ],
 )
 def test_override_that_leads_nowhere(assignment: str, at: str, key: str) -> None:
-    assert refusal("cft-phi-2", assignment) == f"`overrides` {assignment}: {at} has no {key!r} to set"
+    assert (
+        refusal("cft-phi-2", assignment) == f"`overrides` {assignment}: {at} has no {key!r} to set"
+    )
 
 
 def test_override_that_is_not_yaml() -> None:
-    assert "`overrides` eval.sets=[STS12: not readable as YAML" in refusal("demo", "eval.sets=[STS12")
+    assert "`overrides` eval.sets=[STS12: not readable as YAML" in refusal(
+        "demo", "eval.sets=[STS12"
+    )
 
 
 def test_override_is_checked_like_a_file() -> None:

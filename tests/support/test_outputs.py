@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT
+from places import ROOT
 
 SCRIPT = ROOT / "tests" / "support" / "outputs.py"
 
