@@ -30,8 +30,6 @@ from lowmem_cft.training.pipeline import run_recipe
 from lowmem_cft.training.records import Metrics, read_metrics
 from lowmem_cft.training.trainer import Observer
 
-__all__ = ["Run", "evaluate", "export", "load", "load_recipe", "plan", "train"]
-
 
 @dataclass(frozen=True)
 class Run:

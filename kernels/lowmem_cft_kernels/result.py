@@ -110,8 +110,3 @@ class InfoNCEResult:
     d_temperature: Tensor
     observed: Observed
     path: LossPath
-
-    @property
-    def accuracy(self) -> Tensor:
-        """`observed.accuracy`."""
-        return self.observed.accuracy

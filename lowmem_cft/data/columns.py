@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["DataError", "Header", "require", "scored_columns", "training_columns"]
-
 _POSITIVE = r"positives?|pos|positive_passages"
 _NEGATIVE = r"negatives?(_\d+)?|neg(_\d+)?|negative_passages|hard_neg(_\d+)?"
 _CONVENTIONS = (

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from lowmem_cft.data.batches import NO_TEXT, RowTable
-from lowmem_cft.data.rows import DataError, ReadReport, TrainRow, read_training_rows
+from lowmem_cft.data.columns import DataError
+from lowmem_cft.data.rows import ReadReport, TrainRow, read_training_rows
 from lowmem_cft.data.tokens import (
     TextFormat,
     Tokenizer,

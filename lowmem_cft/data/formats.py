@@ -24,8 +24,6 @@ from typing import Any, Literal
 
 from lowmem_cft.data.columns import DataError, Header
 
-__all__ = ["BadRow", "Table", "shown", "tables"]
-
 _SUFFIXES = (".jsonl", ".json-lines", ".csv", ".tsv", ".parquet")
 _READABLE = f"{', '.join(_SUFFIXES)}, each also as .gz"
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")

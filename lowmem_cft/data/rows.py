@@ -17,15 +17,6 @@ from typing import Any, Literal, TypeVar
 from lowmem_cft.data.columns import DataError, require, scored_columns, training_columns
 from lowmem_cft.data.formats import BadRow, Table, shown, tables
 
-__all__ = [
-    "DataError",
-    "ReadReport",
-    "ScoredPair",
-    "TrainRow",
-    "read_scored_pairs",
-    "read_training_rows",
-]
-
 T = TypeVar("T")
 
 

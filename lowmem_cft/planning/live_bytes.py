@@ -56,7 +56,3 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _free(self, size: int) -> None:
         self.now -= size
-
-    def restart_peak(self) -> None:
-        """Forget the peak so far."""
-        self.peak = self.now

@@ -13,7 +13,7 @@ import torch
 
 from lowmem_cft.data import corpus
 from lowmem_cft.data.batches import NO_TEXT
-from lowmem_cft.data.rows import DataError
+from lowmem_cft.data.columns import DataError
 from lowmem_cft.data.tokens import document_format, overhead, query_format, tokenize
 from lowmem_cft.machine import choose_dtype
 from lowmem_cft.model.backbone import load_tokenizer

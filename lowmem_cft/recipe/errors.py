@@ -32,9 +32,6 @@ def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
 
-_RENAMED = {"loss.symmetric": "loss.softmaxes: symmetric (true) or one_way (false)"}
-
-
 def _explain(error: Any) -> str:
     unknown = error["type"] == "extra_forbidden"
     # pydantic puts the tried branch of a union into the path: 'list[str]', 'constrained-int'
@@ -49,8 +46,6 @@ def _explain(error: Any) -> str:
     if unknown:
         section = _section_at(location[:-1])
         allowed = list(section.model_fields) if section else []
-        if path in _RENAMED:
-            return f"{path}: unknown key; it is now {_RENAMED[path]}"
         close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"{path}: unknown key{hint}; allowed: {', '.join(allowed)}"

@@ -13,13 +13,8 @@ from typing import Any
 
 import pytest
 
-from lowmem_cft.data.rows import (
-    DataError,
-    ScoredPair,
-    TrainRow,
-    read_scored_pairs,
-    read_training_rows,
-)
+from lowmem_cft.data.columns import DataError
+from lowmem_cft.data.rows import ScoredPair, TrainRow, read_scored_pairs, read_training_rows
 from places import ROOT
 
 HEADER = ["anchor", "positive", "negative", "source"]

@@ -204,7 +204,7 @@ def test_all_negatives_are_hidden(name: str, path: LossPath) -> None:
     if not SETS[name] & {"several positives", "symmetric", "queries only", "gte"}:
         assert_near_zero(result)
     assert torch.isfinite(result.d_query_MD).all()
-    assert float(result.accuracy) == 1
+    assert float(result.observed.accuracy) == 1
     assert float(result.observed.masked_share) == 1
     assert result.observed.mean_negative.isnan()
 

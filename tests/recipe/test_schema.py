@@ -591,15 +591,6 @@ def test_wrong_value(override: str, line: str, write: Write) -> None:
     assert any(one.startswith(f"{path}: {line}") for one in lines), lines
 
 
-@pytest.mark.parametrize("value", ["true", "false"])
-def test_a_renamed_key_names_its_successor(value: str, write: Write) -> None:
-    path = write(MINIMAL + f"loss: {{symmetric: {value}}}\n")
-    assert refusal(path) == (
-        f"{path}: loss.symmetric: unknown key; it is now loss.softmaxes: symmetric (true) or "
-        "one_way (false)"
-    )
-
-
 @pytest.mark.parametrize("temperature", [0.004, 0.005, 1.0, 2.0])
 def test_a_learned_temperature_begins_between_its_bounds(temperature: float, write: Write) -> None:
     path, override = write(), f"loss.temperature={temperature}"

@@ -55,12 +55,3 @@ def spearman(cosine_P: Floats, gold_P: Floats) -> float:
 def pearson(cosine_P: Floats, gold_P: Floats) -> float:
     """Pearson correlation (-1 to 1); errors as in `_defined`."""
     return float(pearsonr(cosine_P, gold_P).statistic) if _defined(cosine_P, gold_P) else 0.0
-
-
-def cosine_spearman(emb1_PD: Vectors, emb2_PD: Vectors, gold_P: Floats) -> float:
-    """Spearman correlation (-1 to 1) of row-wise cosine similarity with the gold scores.
-
-    Raises:
-        ValueError: as in `_defined`.
-    """
-    return spearman(paired_cosine(emb1_PD, emb2_PD), gold_P)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import pearsonr, rankdata, spearmanr
 
-from lowmem_cft.evaluation.sts.correlation import cosine_spearman, paired_cosine, pearson, spearman
+from lowmem_cft.evaluation.sts.correlation import Floats, paired_cosine, pearson, spearman
 from lowmem_cft.evaluation.sts.protocols import (
     PROTOCOLS,
     SETS,
@@ -19,9 +19,13 @@ from lowmem_cft.evaluation.sts.protocols import (
     protocol_named,
     sets_in,
 )
+from lowmem_cft.inference.embed import Vectors
 
-Vectors = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
+
+
+def cosine_spearman(emb1_PD: Vectors, emb2_PD: Vectors, gold_P: Floats) -> float:
+    return spearman(paired_cosine(emb1_PD, emb2_PD), gold_P)
 
 
 def make_pairs(num_pairs: int, seed: int, ties: bool) -> tuple[Vectors, Vectors, Scores]:
