@@ -44,6 +44,8 @@ GTE: tuple[Softmax, ...] = (
 """All comparisons in one denominator; the positive is in it twice (arXiv 2308.03281, sec. 3.2)."""
 QWEN3: tuple[Softmax, ...] = (_softmax("query_to_doc", "query_to_query", "doc_to_doc"),)
 """As GTE without documents picking queries (arXiv 2506.05176, eq. 1, without its margin)."""
+SOFTMAXES = {"one_way": ONE_WAY, "symmetric": SYMMETRIC, "gte": GTE, "qwen3": QWEN3}
+"""These by name."""
 
 
 def check_softmaxes(softmaxes: Sequence[Softmax]) -> None:

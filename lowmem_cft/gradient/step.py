@@ -19,10 +19,7 @@ from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import LossSection
 from lowmem_cft_kernels import (
-    GTE,
-    ONE_WAY,
-    QWEN3,
-    SYMMETRIC,
+    SOFTMAXES,
     FalseNegatives,
     Hardness,
     LearnedTemperature,
@@ -32,8 +29,6 @@ from lowmem_cft_kernels import (
     Products,
     info_nce,
 )
-
-_SOFTMAXES = {"one_way": ONE_WAY, "symmetric": SYMMETRIC, "gte": GTE, "qwen3": QWEN3}
 
 
 @dataclass(frozen=True)
@@ -177,7 +172,7 @@ def loss_options(section: LossSection) -> dict[str, Any]:
     if strength:
         hardness = Hardness(strength=strength, on=Negatives(section.hardness_on))
     return {
-        "softmaxes": _SOFTMAXES[section.softmaxes],
+        "softmaxes": SOFTMAXES[section.softmaxes],
         "false_negatives": false_negatives,
         "hardness": hardness,
     }

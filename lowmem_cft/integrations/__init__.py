@@ -1,0 +1,4 @@
+"""Our loss inside other libraries' trainers; each module needs its library.
+
+sentence_transformers  losses for SentenceTransformerTrainer
+"""
