@@ -256,7 +256,7 @@ class CachedInfoNCELoss(CachedLossMixin, InfoNCELoss):  # type: ignore[misc]
     ) -> Tensor:
         """As `InfoNCELoss.forward`."""
         columns, keys_CM = self._read(sentence_features)
-        loss: Tensor = self.forward_cached(columns, keys_CM)
+        loss: Tensor = self.forward_cached(columns, keys_CM)  # type: ignore[operator]
         return loss
 
     def calculate_loss(
@@ -279,7 +279,7 @@ class CachedInfoNCELoss(CachedLossMixin, InfoNCELoss):  # type: ignore[misc]
         out = d_emb_SD[:num_rows], d_emb_SD[num_rows:]
         result = info_nce(emb[0], doc_ND, candidates, **self._options, out=out)
         leaves = [leaf for mini_batches in reps for leaf in mini_batches]
-        pieces = d_emb_SD.split([len(leaf) for leaf in leaves])
+        pieces = torch.split(d_emb_SD, [len(leaf) for leaf in leaves])
         for leaf, piece in zip(leaves, pieces, strict=True):
             assert leaf.grad is None
             leaf.grad_dtype = dtype  # float16 has no room for gradients before the loss is scaled
