@@ -52,6 +52,9 @@ from lowmem_cft.integrations.sentence_transformers import (
 MODULE = "lowmem_cft.integrations.sentence_transformers"
 ROWS = 12
 EXACT = 1e-10
+_LIBRARY = tuple(map(int, importlib.metadata.version("sentence-transformers").split(".")[:2]))
+REPLAYED = EXACT if _LIBRARY >= (6, 2) else 1e-6
+"""Before 6.2 their second pass rounds the embeddings' gradients to float32."""
 NAMES = ("anchor", "positive", "negative", "negative_2")
 ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PAIRS = [
@@ -192,7 +195,7 @@ def test_mini_batches_change_nothing(model: SentenceTransformer, sizes: dict[str
     ):
         wanted_value, wanted = run(whole, batch)
         assert relative_error(value, wanted_value) < EXACT
-        assert_same(found, wanted, EXACT)
+        assert_same(found, wanted, REPLAYED)
 
 
 @pytest.mark.parametrize("kind", [InfoNCELoss, CachedInfoNCELoss])
@@ -271,7 +274,7 @@ def test_duplicates_as_our_trainer_has_them(
         assert relative_error(got, wanted.detach()) < EXACT
     model.zero_grad()
     formula(model, batch, **options).backward()
-    assert_same(found, gradients(model), EXACT)
+    assert_same(found, gradients(model), REPLAYED)
 
 
 def test_a_prompt_is_part_of_a_text(model: SentenceTransformer) -> None:
@@ -503,6 +506,12 @@ def test_wrong_columns(model: SentenceTransformer, kind: Any) -> None:
         message = f"mask_duplicates: got a column of {what}.* use mask_duplicates=False"
         with pytest.raises(ValueError, match=message):
             loss([column, column], None)
+
+
+@pytest.mark.parametrize("kind", [InfoNCELoss, CachedInfoNCELoss])
+def test_a_path_that_cannot_says_so(model: SentenceTransformer, kind: Any) -> None:
+    with pytest.raises(ValueError, match="products: got split-bf16"):
+        run(kind(model, products="split-bf16"), texts(2))
 
 
 def test_static_embeddings(model: SentenceTransformer) -> None:

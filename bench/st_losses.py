@@ -1,0 +1,235 @@
+"""Our losses for sentence-transformers beside the two that they stand in for: time and memory.
+
+    python bench/st_losses.py            # minutes
+    python bench/st_losses.py --quick    # does it run; its figures mean nothing
+    python bench/st_losses.py --rows 4096 --layers 1 --softmaxes gte
+
+All sides embed the same rows of random token ids with one small Llama in float32, and go through
+their `forward` and back to its weights; sides take turns in going first, in every round. Theirs are
+MultipleNegativesRankingLoss and CachedMultipleNegativesRankingLoss with the same meaning and
+mini-batches. How much of a step the loss is depends on rows, layers and tokens: few tokens and
+layers show the loss, many the encoder, which both sides share. On a CPU the machine must be idle;
+freed memory is kept, for all sides. Standard output is one line of JSON:
+
+speedup, speedup_cached    their median time by ours, above 1 we are faster
+memory_ratio, memory_ratio_cached    peak_bytes, ours by theirs, below 1 is less
+rows                       one for each side. ms: median of one forward and backward, ms_rounds: all
+                           of them. peak_bytes: beyond the weights, their gradients and the inputs,
+                           in a call that is not timed; allocated on CUDA, tensors that operations
+                           return on a CPU
+difference                 of loss and gradient between ours and theirs, relative to the greatest
+                           entry. Above 1e-3 standard error says so and the exit code is 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loss import digits, release, timed
+from lowmem_cft.machine import keep_freed_memory
+from lowmem_cft.planning.live_bytes import LiveBytes
+from measure import machine, median, print_line, synchronize, versions
+
+MAX_DIFFERENCE = 1e-3
+DIRECTIONS = {
+    "one_way": ("query_to_doc",),
+    "symmetric": ("query_to_doc", "doc_to_query"),
+    "gte": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+}
+"""Theirs; `symmetric` has a softmax for each, the others one for all."""
+
+_VOCABULARY = 1000
+_QUICK = {"rows": 64, "tokens": 4, "layers": 1, "width": 64, "rounds": 2, "mini_batch": 16}
+
+
+class Embedder(nn.Module):
+    """A Llama and the mean of its hidden states, called as a SentenceTransformer is."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        super().__init__()
+        torch.manual_seed(0)
+        heads = width // 32
+        self.llama = LlamaModel(
+            LlamaConfig(
+                vocab_size=_VOCABULARY,
+                hidden_size=width,
+                intermediate_size=4 * width,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+            )
+        )
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        hidden_BTH = self.llama(**features, use_cache=False).last_hidden_state
+        return {"sentence_embedding": hidden_BTH.mean(dim=1)}
+
+
+def make_columns(options: argparse.Namespace, device: torch.device) -> list[dict[str, Tensor]]:
+    """Random texts; those of a row share half of their tokens, so that positives are closer."""
+    draw = torch.Generator().manual_seed(0)
+
+    def ids() -> Tensor:
+        return torch.randint(_VOCABULARY, (options.rows, options.tokens), generator=draw)
+
+    shared, columns = ids(), []
+    for _ in range(2 + options.negatives):
+        column = ids()
+        column[:, : options.tokens // 2] = shared[:, : options.tokens // 2]
+        columns.append({"input_ids": column, "attention_mask": torch.ones_like(column)})
+    return [{name: x.to(device) for name, x in column.items()} for column in columns]
+
+
+def make_sides(options: argparse.Namespace, model: nn.Module) -> dict[str, nn.Module]:
+    """Ours and theirs, without and with cached gradients."""
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+        MultipleNegativesRankingLoss,
+    )
+
+    from lowmem_cft.integrations.sentence_transformers import CachedInfoNCELoss, InfoNCELoss
+
+    mode = options.softmaxes
+    ours: dict[str, Any] = {"temperature": options.temperature, "softmaxes": mode}
+    theirs: dict[str, Any] = {
+        "scale": 1 / options.temperature,
+        "directions": DIRECTIONS[mode],
+        "partition_mode": "per_direction" if mode == "symmetric" else "joint",
+    }
+    size = {"mini_batch_size": options.mini_batch}
+    return {
+        "ours": InfoNCELoss(model, **ours),
+        "st": MultipleNegativesRankingLoss(model, **theirs),
+        "ours_cached": CachedInfoNCELoss(model, **ours, **size),
+        "st_cached": CachedMultipleNegativesRankingLoss(model, **theirs, **size),
+    }
+
+
+def step(loss: nn.Module, columns: Sequence[dict[str, Tensor]]) -> Tensor:
+    """One forward and backward, from no gradients; modules get features of their own."""
+    loss.zero_grad()
+    value: Tensor = loss([dict(column) for column in columns], None)
+    torch.autograd.backward(value)
+    return value.detach()
+
+
+def peak_bytes(work: Callable[[], object], model: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Peak of one call beyond the weights, their gradients and the inputs."""
+    weights = list(model.parameters())
+    device = weights[0].device
+    model.zero_grad()
+    if device.type == "cuda":
+        release(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with LiveBytes(known=[*weights, *model.buffers(), *inputs]) as live:
+            work()
+        peak = live.peak
+    return max(0, peak - sum(weight.nbytes for weight in weights))
+
+
+def difference(found: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Greatest of ours from theirs, in loss and gradient."""
+    return max(
+        float((ours - theirs).abs().max() / theirs.abs().max())
+        for ours, theirs in zip(*found, strict=True)
+    )
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """All sides; the values of the JSON line."""
+    model = nn.Sequential(Embedder(options.layers, options.width)).to(device)
+    columns = make_columns(options, device)
+    sides = make_sides(options, model)
+    results, peaks = {}, {}
+    for name, loss in sides.items():  # the first call warms up
+        value = step(loss, columns)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results[name] = value, gradient
+        inputs = [x for column in columns for x in column.values()]
+        peaks[name] = peak_bytes(lambda loss=loss: step(loss, columns), model, inputs)  # type: ignore[misc]
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(options.rounds):
+        turn = index % len(sides)
+        for name in [*sides][turn:] + [*sides][:turn]:
+            times[name].append(timed(lambda name=name: step(sides[name], columns), device))  # type: ignore[misc]
+            print(f"round {index + 1}: {name}: {times[name][-1]:.1f} ms", file=sys.stderr)
+    ms = {name: median(values) for name, values in times.items()}
+    return {
+        "benchmark": "st_losses",
+        "speedup": digits(ms["st"] / ms["ours"]),
+        "speedup_cached": digits(ms["st_cached"] / ms["ours_cached"]),
+        "memory_ratio": digits(peaks["ours"] / peaks["st"]),
+        "memory_ratio_cached": digits(peaks["ours_cached"] / peaks["st_cached"]),
+        "difference": digits(
+            max(
+                difference((results["ours"], results["st"])),
+                difference((results["ours_cached"], results["st_cached"])),
+            )
+        ),
+        "rows": [
+            {
+                "side": name,
+                "ms": digits(ms[name]),
+                "ms_rounds": [digits(value) for value in times[name]],
+                "peak_bytes": peaks[name],
+                "loss": float(results[name][0]),
+            }
+            for name in sides
+        ],
+        "settings": {name: value for name, value in vars(options).items() if name != "quick"},
+        "machine": machine(device),
+        "versions": versions(("lowmem-cft", "torch", "transformers", "sentence-transformers")),
+    }
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--rows", type=int, default=1024, help="of the batch (default: %(default)s)")
+    add("--negatives", type=int, default=1, help="of each row (default: %(default)s)")
+    add("--tokens", type=int, default=8, help="of each text (default: %(default)s)")
+    add("--layers", type=int, default=2, help="of the model (default: %(default)s)")
+    add("--width", type=int, default=384, help="of the model (default: %(default)s)")
+    add("--mini-batch", type=int, default=32, help="texts; 32 is their default")
+    add("--softmaxes", choices=sorted(DIRECTIONS), default="one_way")
+    add("--temperature", type=float, default=0.05)
+    add("--rounds", type=int, default=5)
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--quick", action="store_true", help="tiny: to see that it runs")
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**_QUICK)
+    options = parser.parse_args(argv)
+    for name in ("rows", "tokens", "layers", "rounds", "mini_batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: wanted at least 1")
+    if options.width < 32 or options.width % 32:
+        parser.error(f"--width: got {options.width}, wanted a multiple of 32")
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(argv)
+    keep_freed_memory()
+    found = measure(options, torch.device(options.device))
+    print_line(found)
+    if not found["difference"] <= MAX_DIFFERENCE:
+        print(f"!!! NOT THE SAME WORK: {found['difference']} apart", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""The benchmark of the losses for sentence-transformers on a tiny model: its last line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from places import BENCH
+
+pytest.importorskip("sentence_transformers", minversion="6.0")
+SIDES = ["ours", "st", "ours_cached", "st_cached"]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import st_losses
+
+    monkeypatch.setattr(st_losses, "keep_freed_memory", lambda: None)  # would last for all tests
+    yield st_losses
+    for name in ("st_losses", "loss", "loss_sides", "loss_report", "measure"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("softmaxes", ["one_way", "symmetric", "gte"])
+def test_last_line(bench: Any, capfd: pytest.CaptureFixture[str], softmaxes: str) -> None:
+    assert bench.main(["--quick", "--device", "cpu", "--softmaxes", softmaxes]) == 0
+    out, err = capfd.readouterr()
+    (line,) = out.splitlines()
+    found = json.loads(line)
+    rows = {row["side"]: row for row in found["rows"]}
+    assert list(rows) == SIDES
+    assert all(len(row["ms_rounds"]) == 2 and row["ms"] > 0 for row in rows.values())
+    assert 0 < found["difference"] < 1e-3
+    for ratio, kind in (("", ""), ("_cached", "_cached")):
+        ours, theirs = rows[f"ours{kind}"], rows[f"st{kind}"]
+        speedup = theirs["ms"] / ours["ms"]
+        assert found[f"speedup{ratio}"] == pytest.approx(speedup, rel=2e-3)
+        memory = ours["peak_bytes"] / theirs["peak_bytes"]
+        assert found[f"memory_ratio{ratio}"] == pytest.approx(memory, rel=2e-3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert rows["ours_cached"]["peak_bytes"] < rows["ours"]["peak_bytes"]
+    assert err.index("round 1: ours:") < err.index("round 1: st:")
+    assert err.index("round 2: st:") < err.index("round 2: ours:")
+
+
+def test_other_work_is_caught(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bench.DIRECTIONS, "gte", ("query_to_doc",))
+    assert bench.main(["--quick", "--device", "cpu", "--softmaxes", "gte"]) == 1
+    assert "NOT THE SAME WORK" in capsys.readouterr().err
+
+
+def test_width_of_no_heads(bench: Any) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--width", "16"])
