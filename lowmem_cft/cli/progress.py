@@ -22,7 +22,7 @@ _LINES = 20
 
 
 class Screen:
-    """Observer of a training run (see `train.Observer`): a bar on a terminal, lines elsewhere."""
+    """Observer of a training run (see `trainer.Observer`): a bar on a terminal, lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -191,7 +191,7 @@ def gradcache_step(
     """Loss and exact gradient of one logical batch; gradients are added to `.grad`.
 
     Args:
-        encode, loss, cut: see `Encode`, `Loss` and `oom.Cut`.
+        encode, loss, cut: see `Encode`, `Loss` and `data.chunks.Cut`.
         slots: which rows of the loss each text of the pool stands in.
         parameters: the ones that are trained.
         plan: how to compute it. `checkpoint_every` is the model's business, not used here.

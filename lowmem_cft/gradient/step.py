@@ -82,7 +82,7 @@ class ContrastiveStep:
         pad_id: the tokenizer's padding token.
         loss: the recipe's.
         parameters: the adapter's.
-        chunk_cost: see `tokens.chunk_by_tokens`.
+        chunk_cost: see `data.chunks.chunk_by_tokens`.
         temperature: in place of the recipe's, and trained.
     """
 
