@@ -9,7 +9,9 @@ their `forward` and back to its weights; sides take turns in going first, in eve
 MultipleNegativesRankingLoss and CachedMultipleNegativesRankingLoss with the same meaning and
 mini-batches. How much of a step the loss is depends on rows, layers and tokens: few tokens and
 layers show the loss, many the encoder, which both sides share. On a CPU the machine must be idle;
-freed memory is kept, for all sides. Standard output is one line of JSON:
+freed memory is kept, for all sides. Ours looks for equal texts, of which there are none, and takes a
+workspace of 60 MiB where it is of use, or --workspace-mib; theirs holds logits of a mini-batch, or all.
+Standard output is one line of JSON:
 
 speedup, speedup_cached    their median time by ours, above 1 we are faster
 memory_ratio, memory_ratio_cached    peak_bytes, ours by theirs, below 1 is less
@@ -44,7 +46,7 @@ DIRECTIONS = {
 }
 """Theirs; `symmetric` has a softmax for each, the others one for all."""
 
-_VOCABULARY = 1000
+_VOCABULARY = 8192
 _QUICK = {"rows": 64, "tokens": 4, "layers": 1, "width": 64, "rounds": 2, "mini_batch": 16}
 
 
@@ -74,7 +76,7 @@ class Embedder(nn.Module):
 
 
 def make_columns(options: argparse.Namespace, device: torch.device) -> list[dict[str, Tensor]]:
-    """Random texts; those of a row share half of their tokens, so that positives are closer."""
+    """Random texts, no two equal; a row's share half of their tokens, so that positives are closer."""
     draw = torch.Generator().manual_seed(0)
 
     def ids() -> Tensor:
@@ -98,7 +100,11 @@ def make_sides(options: argparse.Namespace, model: nn.Module) -> dict[str, nn.Mo
     from lowmem_cft.integrations.sentence_transformers import CachedInfoNCELoss, InfoNCELoss
 
     mode = options.softmaxes
-    ours: dict[str, Any] = {"temperature": options.temperature, "softmaxes": mode}
+    ours: dict[str, Any] = {
+        "temperature": options.temperature,
+        "softmaxes": mode,
+        "workspace_bytes": options.workspace_mib and options.workspace_mib * 2**20,
+    }
     theirs: dict[str, Any] = {
         "scale": 1 / options.temperature,
         "directions": DIRECTIONS[mode],
@@ -206,15 +212,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--mini-batch", type=int, default=32, help="texts; 32 is their default")
     add("--softmaxes", choices=sorted(DIRECTIONS), default="one_way")
     add("--temperature", type=float, default=0.05)
+    add("--workspace-mib", type=int, help="of our loss (default: its own)")
     add("--rounds", type=int, default=5)
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="tiny: to see that it runs")
     if parser.parse_args(argv).quick:
         parser.set_defaults(**_QUICK)
     options = parser.parse_args(argv)
-    for name in ("rows", "tokens", "layers", "rounds", "mini_batch"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: wanted at least 1")
+    least = {"rows": 2, "negatives": 0, "tokens": 4, "layers": 1, "mini_batch": 1, "rounds": 1}
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            given = getattr(options, name)
+            parser.error(f"--{name.replace('_', '-')}: got {given}, wanted at least {value}")
     if options.width < 32 or options.width % 32:
         parser.error(f"--width: got {options.width}, wanted a multiple of 32")
     return options

@@ -1,4 +1,4 @@
-"""InfoNCE for sentence-transformers' own trainer, without the matrix of similarities.
+"""InfoNCE for sentence-transformers' own trainer, in a bounded workspace whatever the batch.
 
 `InfoNCELoss` stands where MultipleNegativesRankingLoss does, and `CachedInfoNCELoss` where
 CachedMultipleNegativesRankingLoss does:
@@ -63,7 +63,7 @@ Value = TypeVar("Value")
 
 
 class InfoNCELoss(nn.Module):
-    """In place of MultipleNegativesRankingLoss: the same value and gradient, without M x N numbers.
+    """In place of MultipleNegativesRankingLoss: the same value and gradient, no M x N matrix.
 
     `lowmem_cft_kernels.info_nce` computes it, with Triton on a GPU and in blocks on a CPU; the
     embeddings are theirs to compute. In a distributed run each process has the loss of its own batch.
@@ -88,7 +88,7 @@ class InfoNCELoss(nn.Module):
             document without. The ids are read by the host, which waits for the device once a step.
         products: how a GPU multiplies float32 embeddings; "split-bf16" takes tensor cores.
         workspace_bytes: what the loss may hold besides embeddings and gradients, 60 MiB if None; on
-            a large GPU more is faster. The result does not depend on it.
+            a large GPU more is faster. It changes the result by rounding only.
 
     Raises:
         ValueError: an option is none of these.

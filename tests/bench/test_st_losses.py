@@ -56,6 +56,13 @@ def test_other_work_is_caught(
     assert "NOT THE SAME WORK" in capsys.readouterr().err
 
 
-def test_width_of_no_heads(bench: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [("width", "16", "a multiple of 32"), ("tokens", "3", "at least 4")],
+)
+def test_wrong_sizes(
+    bench: Any, capsys: pytest.CaptureFixture[str], name: str, value: str, wanted: str
+) -> None:
     with pytest.raises(SystemExit):
-        bench.main(["--width", "16"])
+        bench.main([f"--{name}", value])
+    assert f"--{name}: got {value}, wanted {wanted}" in capsys.readouterr().err
