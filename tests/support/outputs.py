@@ -70,6 +70,9 @@ IGNORED_TEXT = (
 )
 """What is cut out of every line of text before two are compared."""
 
+PROGRESS_BAR = r"\d+%\|.*\[.*\]"
+"""Lines that are left out: how many a library's bar prints goes by time."""
+
 Part = Callable[["Program"], None]
 
 
@@ -492,7 +495,7 @@ def _compare_json(name: str, text_a: str, text_b: str) -> list[str]:
 def _lines(text: str) -> list[str]:
     for pattern in IGNORED_TEXT:
         text = re.sub(pattern, "...", text, flags=re.MULTILINE)
-    return text.splitlines()
+    return [line for line in text.splitlines() if not re.search(PROGRESS_BAR, line)]
 
 
 def _compare_text(name: str, text_a: str, text_b: str) -> list[str]:

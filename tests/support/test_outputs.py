@@ -162,3 +162,14 @@ def test_this_checkout_can_be_run(tmp_path: Path) -> None:
     said = (tmp_path / "out" / "recipes" / "names.txt").read_text(encoding="utf-8")
     assert said.startswith("$ lowmem-cft recipes\nexit code 0\n--- standard output\n")
     assert "\ndemo\n" in said
+
+
+def test_a_librarys_progress_bar_is_left_out(tmp_path: Path) -> None:
+    from outputs import compare
+
+    for name, shown in (("a", "50%|##  | 1/2 [00:02<00:02, 1.2it/s]\n"), ("b", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "said.txt").write_text(f"loading\n{shown}loaded\n")
+    assert compare(tmp_path / "a", tmp_path / "b") == []
+    (tmp_path / "b" / "said.txt").write_text("loading\n")
+    assert compare(tmp_path / "a", tmp_path / "b") == ["said.txt: -loaded"]
