@@ -70,8 +70,15 @@ IGNORED_TEXT = (
 )
 """What is cut out of every line of text before two are compared."""
 
-PROGRESS_BAR = r"\d+%\|.*\[.*\]"
-"""Lines that are left out: how many a library's bar prints goes by time."""
+IGNORED_LINES = (
+    r"\d(it/s|s/it)\]\s*$",  # time: a library's bar of progress
+    r"^fetching .* once\)$",  # cache: the small model is fetched where it is not yet
+    r"^converting .* \(once\)$",  # cache: and made a checkpoint
+    r"^\d+ distinct texts, (tokenised once|read from the cache)$",  # cache
+    r"^\s*$",  # around bars of progress
+)
+"""Lines of text that are passed over. Plans and the demo are made with the user's cache, where the
+small model lies."""
 
 Part = Callable[["Program"], None]
 
@@ -295,7 +302,8 @@ def make_demo(program: Program) -> None:
 def make_tiny(program: Program) -> None:
     """A tiny model trained, evaluated, exported, searched, taken through a paper's stages."""
     cache = program.work / "cache"
-    program.environment["LOWMEM_CFT_CACHE"] = str(cache)
+    environment = program.environment
+    program.environment = {**environment, "LOWMEM_CFT_CACHE": str(cache)}
     save_tiny_model(program.work / "tiny")
     write_tiny_data(program.work)
     run = "runs/tiny"
@@ -321,6 +329,7 @@ def make_tiny(program: Program) -> None:
         if entry.name != "runs":
             program.keep(f"tiny/work/{entry.name}", entry)
     program.keep("tiny/run", program.work / run)
+    program.environment = environment
 
 
 def _sets(out: str) -> list[str]:
@@ -495,7 +504,8 @@ def _compare_json(name: str, text_a: str, text_b: str) -> list[str]:
 def _lines(text: str) -> list[str]:
     for pattern in IGNORED_TEXT:
         text = re.sub(pattern, "...", text, flags=re.MULTILINE)
-    return [line for line in text.splitlines() if not re.search(PROGRESS_BAR, line)]
+    dropped = re.compile("|".join(IGNORED_LINES))
+    return [line for line in text.splitlines() if not dropped.search(line)]
 
 
 def _compare_text(name: str, text_a: str, text_b: str) -> list[str]:
