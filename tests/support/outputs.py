@@ -71,7 +71,7 @@ IGNORED_TEXT = (
 """What is cut out of every line of text before two are compared."""
 
 IGNORED_LINES = (
-    r"\d(it/s|s/it)\]\s*$",  # time: a library's bar of progress
+    r"[\d?](it/s|s/it)\]\s*$",  # time: a library's bar of progress
     r"^fetching .* once\)$",  # cache: the small model is fetched where it is not yet
     r"^converting .* \(once\)$",  # cache: and made a checkpoint
     r"^\d+ distinct texts, (tokenised once|read from the cache)$",  # cache
@@ -144,7 +144,9 @@ class Program:
 
     def normal(self, text: str) -> str:
         """The text with names in place of paths."""
-        named = {self.work.resolve(): "<work>", self.work: "<work>", self.checkout: "<checkout>"}
+        cache = self.environment.get("LOWMEM_CFT_CACHE") or Path.home() / ".cache" / "lowmem-cft"
+        named = {Path(cache): "<cache>"}
+        named |= {self.work.resolve(): "<work>", self.work: "<work>", self.checkout: "<checkout>"}
         if data := os.environ.get("LOWMEM_CFT_DATA"):
             named[Path(data)] = "<data>"
         for path, name in named.items():

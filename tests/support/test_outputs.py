@@ -131,6 +131,7 @@ def test_time_memory_paths_and_versions_are_passed_over(folders: tuple[Path, Pat
     with (b / "tiny/train.txt").open("a", encoding="utf-8") as file:
         file.write("converting small.gguf to safetensors (once)\n\n")
         file.write("Converting:  34%|###  | 93/272 [00:01<00:01, 93.25it/s]\n")
+        file.write("Converting:   0%|     | 0/272 [00:00<?, ?it/s]\n")
         file.write("1353 distinct texts, tokenised once\n")
     assert _compare(folders)[0] == 0
 
