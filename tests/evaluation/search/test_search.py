@@ -286,7 +286,7 @@ def test_no_damage_of_the_header_ends_a_search_otherwise(tmp_path: Path) -> None
 def test_cosines_are_on_the_disk_before_they_have_their_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    partial, plain = tmp_path / "plain.partial", tmp_path / "plain.npy"
+    partial, plain = tmp_path / "plain.npy.partial", tmp_path / "plain.npy"
     sizes = []
 
     def fsync(number: int) -> None:
