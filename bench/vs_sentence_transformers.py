@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from lowmem_cft.data.rows import TrainRow
     from lowmem_cft.model.encoder import Encoder
     from lowmem_cft.recipe.schema import Recipe
-    from lowmem_cft.training.records import StepLine
 
 MAX_DIFFERENCE = 0.02
 """Relative difference of the first losses up to which both sides are said to do the same."""
@@ -231,27 +230,15 @@ def described(recipe: Recipe, encoder: Encoder) -> dict[str, Any]:
 # -- our side ------------------------------------------------------------------------------------
 
 
-class Quiet:
-    """An observer that only passes on what is said."""
-
-    def say(self, text: str) -> None:
-        say(f"ours: {text}")
-
-    def begin(self, num_steps: int, done: int) -> None: ...
-
-    def step(self, line: StepLine) -> None: ...
-
-    def scored(self, step: int, scores: list[Any]) -> None: ...
-
-
 def run_ours(options: argparse.Namespace, folder: Path) -> SideResult:
     """Our trainer's own steps, without its evaluation, checkpoint and export."""
+    from lowmem_cft.progress import Quiet
     from lowmem_cft.training import runs as run
     from lowmem_cft.training.trainer import Trainer
 
     recipe = build_recipe(options, folder)
     opened = run.open_run(recipe, resume=False, overwrite=False)
-    trainer = Trainer(recipe, opened, Quiet(), offline=True)
+    trainer = Trainer(recipe, opened, Quiet(lambda text: say(f"ours: {text}")), offline=True)
 
     def train() -> tuple[list[float], list[float]]:
         seconds, losses = [], []

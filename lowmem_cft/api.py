@@ -151,19 +151,25 @@ def evaluate(
         protocol: mteb or senteval, for STS.
         sets: names of STS sets, files of pairs, or transfer tasks, in the place of all.
         clean_up: the text clean-up of PromptEOL's protocol.
+        float32, recipe, overrides: as in `load`, for a model that is named.
         resamples, limit, solver: as the options of `lowmem-cft eval`.
 
     Raises:
         ValueError: options that do not go together; data missing or wrong; no such model.
     """
-    named = not hasattr(model, "embed")
+    embedder = None if isinstance(model, (str, PathLike)) else model
+    if embedder is not None and (recipe is not None or overrides or float32):
+        raise ValueError(
+            "`recipe`, `overrides` and `float32` say how a model is loaded, and this one is: give "
+            "them to load(), or evaluate its name"
+        )
     options = suites.Options(
-        str(model) if named else "model",
+        str(model) if embedder is None else "a loaded model",
         suite,
         protocol,
         sets,
         clean_up=clean_up,
-        float32=float32,
+        float32=float32 if embedder is None else embedder.float32,
         resamples=resamples,
         limit=limit,
         solver=solver,
@@ -171,7 +177,7 @@ def evaluate(
         overrides=overrides,
         offline=offline,
         device=_device(device),
-        embedder=None if named else model,  # type: ignore[arg-type]
+        embedder=embedder,
     )
     return suites.prepare(options)(progress, lambda report: None)
 

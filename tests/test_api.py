@@ -75,6 +75,12 @@ def test_a_run_from_recipe_to_vectors(make_recipe: MakeRecipe, tmp_path: Path) -
     by_name = lc.evaluate(run.folder, sets=make_recipe().eval.sets)
     assert isinstance(by_name, Report)
     assert report.sets[0].score == by_name.sets[0].score
+    in_float32 = lc.evaluate(lc.load(run.folder, float32=True), sets=make_recipe().eval.sets)
+    assert isinstance(in_float32, Report)
+    assert (report.float32, in_float32.float32) == (False, True)
+    for given in ({"float32": True}, {"recipe": "demo"}, {"overrides": ["text.max_tokens=3"]}):
+        with pytest.raises(ValueError, match=r"give them to load\(\)"):
+            lc.evaluate(model, sets=make_recipe().eval.sets, **given)
     assert report.sets[0].score.spearman == pytest.approx(run.metrics.after[0].spearman, abs=1e-6)
 
 

@@ -27,7 +27,13 @@ def is_plain_sentence_transformer(folder: Path) -> bool:
 
 
 class Embeds(Protocol):
-    """Embeds texts, whichever library has loaded the model."""
+    """Embeds texts, whichever library has loaded the model.
+
+    `float32`: computes in float32 from the weights as stored.
+    """
+
+    @property
+    def float32(self) -> bool: ...
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """float32 (texts, D), row i for text i.
