@@ -1,5 +1,4 @@
-"""Where things that can be made again are kept, how a folder is written whole or not at all, and
-how a JSON file that may be damaged is read."""
+"""A file or folder is written whole or not at all; JSON, checksums, names, the cache folder."""
 
 from __future__ import annotations
 

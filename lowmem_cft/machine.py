@@ -1,4 +1,4 @@
-"""The device that work is done on."""
+"""This machine: which device, which dtypes, how much memory is free or was used, which versions."""
 
 from __future__ import annotations
 

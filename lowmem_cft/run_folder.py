@@ -1,4 +1,14 @@
-"""Where things lie in a run's folder."""
+"""Where things lie in a run's folder.
+
+recipe.yaml    the resolved recipe
+log.jsonl      one line a step
+checkpoint/    adapter, optimizer, schedule, step: all that going on needs
+best/          the best-scoring adapter, where the recipe keeps it
+adapter/       the final adapter
+metrics.json   scores before and after, speed, peak memory
+model/         the exported model, which SentenceTransformer(path) loads
+eval-*.json    reports of `eval`, named by what was scored and how
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes as people write them: 12GiB and the bytes that it stands for."""
+"""Amounts of memory as people write them, such as 12GiB, and their bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress of a command on the screen."""
+"""Progress and notes, on standard error, so that results on standard output stay clean."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a person sees: progress, tables, one-line notes. Standard error, so that results on
-standard output stay clean."""
+"""Results as tables."""
 
 from __future__ import annotations
 

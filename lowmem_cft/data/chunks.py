@@ -1,4 +1,4 @@
-"""A padded chunk of token ids: what the token stage hands to the encoder.
+"""Texts are cut into chunks by token budget, and a chunk is padded for the encoder.
 
 Shape suffixes: B texts of the chunk, T padded tokens.
 """

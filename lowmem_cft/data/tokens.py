@@ -1,4 +1,4 @@
-"""Texts -> tokens, once, before training: templates, truncation, the disk cache, chunks, padding.
+"""Texts -> tokens, once, before training: templates, truncation, the disk cache.
 
 A template is tokenised together with its text, as the papers do it, so that merges across the
 seam are the model's own. Truncation counts the text's own tokens and never reaches the template's

@@ -1,4 +1,4 @@
-"""A name on the command line -> what embeds texts, whichever library loads the model.
+"""A model's name -> what embeds texts, whichever library loads the model.
 
 A folder that sentence-transformers wrote, and that is no export of ours, is embedded by
 sentence-transformers; everything else by our own encoder.

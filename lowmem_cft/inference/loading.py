@@ -1,4 +1,4 @@
-"""A name on the command line -> an encoder: a run, an exported model, or a plain base model."""
+"""A run, an exported model or a base model, by its name -> an encoder that embeds texts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The frozen backbone, 4-bit or not, and the adapter on it.
+"""The frozen backbone, 4-bit or not, and its tokenizer.
 
 The base model is loaded without its LM head, its own dropout is off, its embedding table and norms
-keep their dtype (nothing is upcast), and only the adapter's float32 weights are trained.
+keep their dtype: nothing is upcast.
 """
 
 from __future__ import annotations

@@ -1,14 +1,4 @@
-"""A run's folder: what lies where in it, and writing so that nothing already written is lost.
-
-recipe.yaml    the resolved recipe
-log.jsonl      one line a step
-checkpoint/    adapter, optimizer, schedule, step: all that going on needs
-best/          the best-scoring adapter, where the recipe keeps it
-adapter/       the final adapter
-metrics.json   scores before and after, speed, peak memory
-model/         the exported model, which SentenceTransformer(path) loads
-eval-*.json    reports of `eval`, named by what was scored and how
-"""
+"""A run's folder is made, continued or replaced, and nothing already written is lost."""
 
 from __future__ import annotations
 
