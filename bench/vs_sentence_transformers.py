@@ -234,26 +234,29 @@ def run_ours(options: argparse.Namespace, folder: Path) -> SideResult:
     """Our trainer's own steps, without its evaluation, checkpoint and export."""
     from lowmem_cft.progress import Quiet
     from lowmem_cft.training import runs as run
+    from lowmem_cft.training.job import assemble
     from lowmem_cft.training.trainer import Trainer
 
     recipe = build_recipe(options, folder)
     opened = run.open_run(recipe, resume=False, overwrite=False)
-    trainer = Trainer(recipe, opened, Quiet(lambda text: say(f"ours: {text}")), offline=True)
+    observer = Quiet(lambda text: say(f"ours: {text}"))
+    job = assemble(recipe, observer, offline=True)
+    trainer = Trainer(job, opened, observer)
 
     def train() -> tuple[list[float], list[float]]:
         seconds, losses = [], []
-        for _ in range(trainer.num_steps):
-            synchronize(trainer.device)
+        for _ in range(job.num_steps):
+            synchronize(job.device)
             started = time.perf_counter()
             line = trainer.step()
-            synchronize(trainer.device)
+            synchronize(job.device)
             seconds.append(time.perf_counter() - started)
             losses.append(line.loss)
             say(f"ours: step {line.step}: loss {line.loss:.4f}, {seconds[-1]:.2f} s")
         return seconds, losses
 
     plan = trainer.plan.describe()
-    return measured(train, trainer.encoder, trainer.backbone.tokenizer, recipe, plan)
+    return measured(train, job.encoder, job.backbone.tokenizer, recipe, plan)
 
 
 # -- sentence-transformers' side -------------------------------------------------------------

@@ -42,13 +42,20 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def library_versions() -> dict[str, str]:
     """Versions of what computes a run's numbers."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("lowmem-cft", "torch", "transformers", "peft", "bitsandbytes", "numpy"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
+
+
+def device_name(device: torch.device) -> str:
+    """The graphics card's name; of a CPU the number of threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

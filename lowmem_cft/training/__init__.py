@@ -1,9 +1,11 @@
 """The loop, its checkpoints, and a run as one call.
 
-trainer     one run: assembling, stepping, saving, finishing
+job         a recipe put together: data, plan, model, optimizer
+trainer     the steps of a job, saved on the way, and its end
+scoring     the run's own scores, and the best adapter
 optimizer   AdamW and learning rates
 runs        a run's folder: made, continued, replaced
-records     what a run writes of itself: log lines and metrics
+records     what a run writes of itself: log lines, progress, metrics
 checkpoint  all that going on needs
 interrupt   stopping at the end of a step
 card        the model card

@@ -16,6 +16,8 @@ from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs
 from lowmem_cft.training.card import model_card
+from lowmem_cft.training.checkpoint import load_state
+from lowmem_cft.training.job import TrainingJob, assemble
 from lowmem_cft.training.records import ExportRecord, Metrics
 from lowmem_cft.training.trainer import Observer, Trainer
 
@@ -58,34 +60,49 @@ def run_recipe(
         recipe = with_rows(recipe, rows)
     folder = runs.open_run(recipe, resume=resume, overwrite=overwrite)
     try:
-        trainer = Trainer(
-            recipe, folder, observer, rows=rows, resume=resume, device=device, offline=offline
+        state = load_state(folder) if resume else None
+        job = assemble(
+            recipe,
+            observer,
+            rows=rows,
+            device=device,
+            offline=offline,
+            last_plan=None if state is None else state.plan,
         )
+        trainer = Trainer(job, folder, observer, state)
         folder.begun()
         metrics = trainer.train()
     except BaseException:
         folder.withdraw()
         raise
     if recipe.output.export != "none":
-        kind: Kind = recipe.output.export
-        observer.say(f"exporting to {folder.model}")
-        export_model(trainer.encoder, trainer.backbone, recipe, folder.model, kind)
-        outcome = checked(
-            folder.model,
-            kind,
-            trainer.encoder,
-            trainer.backbone.tokenizer,
-            recipe,
-            observer,
-            check_texts(trainer.eval_sets),
-        )
-        checks = {} if outcome is None else vars(outcome)
-        record = ExportRecord(kind=kind, checked=outcome is not None, **checks)
+        record = _export(job, recipe.output.export, folder, observer)
         metrics = metrics.model_copy(update={"export": record})
         metrics.write(folder)
-    hub_base = not Path(trainer.backbone.name).exists()
-    card = model_card(recipe, metrics, folder.model, hub_base=hub_base)
+    _write_card(job, folder, metrics)
+    return folder, metrics
+
+
+def _export(job: TrainingJob, kind: Kind, folder: RunFolder, observer: Observer) -> ExportRecord:
+    """Write the trained model as sentence-transformers loads it, and check it."""
+    observer.say(f"exporting to {folder.model}")
+    export_model(job.encoder, job.backbone, job.recipe, folder.model, kind)
+    check = checked(
+        folder.model,
+        kind,
+        job.encoder,
+        job.backbone.tokenizer,
+        job.recipe,
+        observer,
+        check_texts(job.eval_sets),
+    )
+    outcome = {} if check is None else vars(check)
+    return ExportRecord(kind=kind, checked=check is not None, **outcome)
+
+
+def _write_card(job: TrainingJob, folder: RunFolder, metrics: Metrics) -> None:
+    hub_base = not Path(job.backbone.name).exists()
+    card = model_card(job.recipe, metrics, folder.model, hub_base=hub_base)
     (folder.path / "README.md").write_text(card, encoding="utf-8")
     if folder.model.is_dir():
         (folder.model / "README.md").write_text(card, encoding="utf-8")
-    return folder, metrics

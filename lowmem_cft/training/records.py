@@ -1,6 +1,6 @@
-"""What a run writes of itself: a line of its log, and its metrics.
+"""What a run writes of itself: a line of its log, its progress, and its metrics.
 
-Both are written here and read here. What was not set is not written, and what an older run did not
+All are written here and read here. What was not set is not written, and what an older run did not
 write is None.
 """
 
@@ -22,6 +22,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     def to_json(self) -> dict[str, Any]:
+        """The values that were set, as JSON."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -56,8 +57,31 @@ class StepLine(_Record):
     spearman: float | None = None
 
 
+class Progress(BaseModel):
+    """What a run has done so far, which a resumed one adds to.
+
+    `seconds` are those spent in steps. `tokens` are real ones, `padded_tokens` what they became in
+    chunks. `before` are the base model's scores.
+    """
+
+    seconds: float = 0.0
+    texts: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    best_score: float | None = None
+    best_step: int | None = None
+    before: list[SetScore] = []
+
+    def add(self, seconds: float, texts: int, tokens: int, padded_tokens: int) -> None:
+        """Add a step."""
+        self.seconds += seconds
+        self.texts += texts
+        self.tokens += tokens
+        self.padded_tokens += padded_tokens
+
+
 class ExportRecord(_Record):
-    """The export at the end of a run, and how it was checked (see `export.check.ExportCheck`)."""
+    """The export at the end of a run, and how it was checked (see `exporting.check.ExportCheck`)."""
 
     kind: str
     checked: bool
@@ -92,6 +116,7 @@ class Metrics(_Record):
     export: ExportRecord | None = None
 
     def write(self, run: RunFolder) -> None:
+        """Write metrics.json."""
         write_json(run.metrics, self.to_json())
 
 
@@ -105,12 +130,13 @@ def read_metrics(run: RunFolder) -> Metrics:
 
 
 def append_line(run: RunFolder, line: StepLine) -> None:
+    """Add a line to the log."""
     with run.log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line.to_json()) + "\n")
 
 
 def read_lines(run: RunFolder) -> list[StepLine]:
-    """The log; what a killed run left of a line is left out."""
+    """The lines of the log; one that a killed run left half written is passed over."""
     if not run.log.is_file():
         return []
     lines = []
@@ -126,7 +152,7 @@ def read_lines(run: RunFolder) -> list[StepLine]:
 def truncate_log(run: RunFolder, step: int) -> None:
     """Drop the lines after `step`: a resumed run writes them again."""
     kept = [line for line in read_lines(run) if line.step <= step]
-    with whole_file(run.log) as partial:
-        partial.write_text(
+    with whole_file(run.log) as unfinished:
+        unfinished.write_text(
             "".join(json.dumps(line.to_json()) + "\n" for line in kept), encoding="utf-8"
         )

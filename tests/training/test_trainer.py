@@ -24,6 +24,7 @@ from lowmem_cft.training import interrupt, pipeline
 from lowmem_cft.training import runs as run
 from lowmem_cft.training import trainer as train
 from lowmem_cft.training.checkpoint import load_state
+from lowmem_cft.training.job import assemble
 from lowmem_cft.training.records import StepLine, read_lines
 from lowmem_cft_kernels import GTE, FalseNegatives, LearnedTemperature, info_nce
 from lowmem_cft_kernels.reference import reference_loss
@@ -36,8 +37,10 @@ def start(made: recipe.Recipe, observer: Silent | None = None, **options: bool) 
     folder = run.open_run(
         made, resume=options.get("resume", False), overwrite=options.get("overwrite", False)
     )
-    resume = options.get("resume", False)
-    return train.Trainer(made, folder, observer or Silent(), resume=resume)
+    observer = observer or Silent()
+    state = load_state(folder) if options.get("resume", False) else None
+    job = assemble(made, observer, last_plan=None if state is None else state.plan)
+    return train.Trainer(job, folder, observer, state)
 
 
 def strip_times(lines: list[StepLine]) -> list[dict[str, Any]]:
@@ -94,9 +97,9 @@ def test_resumed_run_is_the_same_bit_for_bit(
     assert strip_times(read_lines(resumed.folder)) == strip_times(whole.lines)
     assert float(wanted[next(k for k in wanted if "lora_B" in k)].abs().max()) > 0
     if learned:
-        assert trainer.temperature is not None
-        assert resumed.temperature is not None
-        assert torch.equal(resumed.temperature.raw, trainer.temperature.raw)
+        assert trainer.job.temperature is not None
+        assert resumed.job.temperature is not None
+        assert torch.equal(resumed.job.temperature.raw, trainer.job.temperature.raw)
         seen = [line.temperature for line in whole.lines]
         assert seen[0] == seen[1], "the first update has a learning rate of 0"
         assert len(set(seen[1:])) == 4
@@ -142,26 +145,26 @@ def test_a_learned_temperature_goes_down_its_gradient(
     given = spy_on_the_loss(monkeypatch)
     section = {"optimizer": optimizer, "warmup_steps": 0, "weight_decay": 0.9, "steps": 100}
     trainer = start(make_recipe(train=section, loss={"learn_temperature": True}))
-    assert trainer.temperature is not None
+    assert trainer.job.temperature is not None
     wanted = LearnedTemperature(0.05, 0.005, 1.0)
-    assert torch.equal(trainer.temperature.raw.cpu(), wanted.raw)
+    assert torch.equal(trainer.job.temperature.raw.cpu(), wanted.raw)
     trainer.step()
     reference_loss(*given[0], temperature=wanted())[0].backward()
     assert wanted.raw.grad is not None
     assert abs(float(wanted.raw.grad)) > 1e-3
-    moved = trainer.temperature.raw.detach().cpu() - wanted.raw.detach()
+    moved = trainer.job.temperature.raw.detach().cpu() - wanted.raw.detach()
     assert float(moved) == pytest.approx(-0.01 * float(wanted.raw.grad.sign()), rel=1e-3)
 
 
 def test_a_temperature_is_trained_without_decay_or_not_at_all(make_recipe: MakeRecipe) -> None:
     learned = make_recipe(train={"weight_decay": 0.3}, loss={"learn_temperature": True})
     trainer = start(learned)
-    assert trainer.temperature is not None
-    adapter, temperature = trainer.optimizer.param_groups
+    assert trainer.job.temperature is not None
+    adapter, temperature = trainer.job.optimizer.param_groups
     assert (adapter["weight_decay"], temperature["weight_decay"]) == (0.3, 0.0)
     assert adapter["lr"] == temperature["lr"]
-    assert [id(p) for p in temperature["params"]] == [id(trainer.temperature.raw)]
-    assert [id(p) for p in adapter["params"]] == [id(p) for p in trainer.parameters]
+    assert [id(p) for p in temperature["params"]] == [id(trainer.job.temperature.raw)]
+    assert [id(p) for p in adapter["params"]] == [id(p) for p in trainer.job.parameters]
 
     plain = start(make_recipe(train={"weight_decay": 0.3}), overwrite=True)
     assert plain.temperature is None
@@ -290,7 +293,7 @@ def test_failed_save_keeps_the_last_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RuntimeError, match=r"No space left.*the checkpoint before it is kept"):
+    with pytest.raises(RuntimeError, match=r"No space left.*the last checkpoint is kept"):
         trainer.save()
     monkeypatch.undo()
     assert load_state(trainer.folder).step == 1
@@ -396,7 +399,7 @@ def test_not_a_number_stops_with_the_checkpoint_kept(make_recipe: MakeRecipe) ->
     trainer = start(make_recipe())
     trainer.step()
     trainer.save()
-    for parameter in trainer.parameters:
+    for parameter in trainer.job.parameters:
         parameter.data.fill_(torch.nan)
     with pytest.raises(RuntimeError, match=r"loss of step 2 is nan; lower train.learning_rate"):
         trainer.step()
@@ -530,7 +533,7 @@ def test_memory_that_runs_out_costs_a_line_in_the_log_and_no_result(
     wanted = load_file(whole.folder.adapter / "adapter_model.safetensors")
     observer = Silent()
     trainer = start(made, observer, overwrite=True)
-    encode = type(trainer.encoder).__call__
+    encode = type(trainer.job.encoder).__call__
     failed = []
 
     def once_without_memory(self: Any, *inputs: Any, **options: Any) -> Any:
@@ -539,7 +542,7 @@ def test_memory_that_runs_out_costs_a_line_in_the_log_and_no_result(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(self, *inputs, **options)
 
-    monkeypatch.setattr(type(trainer.encoder), "__call__", once_without_memory)
+    monkeypatch.setattr(type(trainer.job.encoder), "__call__", once_without_memory)
     trainer.train()
     assert failed
     budgets = [line.backward_tokens for line in observer.lines]
