@@ -37,7 +37,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "evaluation/sts/mteb_results": "evaluation/sts/test_score.py",
     "evaluation/sts/report": "cli/test_evaluate.py",
     "evaluation/suites": "cli/test_evaluate.py",
-    "training/card": "training/test_trainer.py",
     "exporting/check": "training/test_trainer.py",
     "exporting/finished": "test_api.py",
     "exporting/layout": "training/test_trainer.py",
@@ -77,12 +76,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "recipe/errors": "recipe/test_schema.py",
     "recipe/load": "recipe/test_schema.py",
     "run_folder": "training/test_trainer.py",
-    "training/checkpoint": "training/test_trainer.py",
     "training/demo": "cli/test_app.py",
-    "training/interrupt": "training/test_trainer.py",
-    "training/optimizer": "training/test_trainer.py",
-    "training/pipeline": "training/test_trainer.py",
-    "training/runs": "training/test_trainer.py",
     "units": "recipe/test_schema.py",
 }
 """Module -> the test file that tests it through the module that it serves."""

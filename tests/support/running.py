@@ -14,7 +14,11 @@ from lowmem_cft.cli import app as cli
 from lowmem_cft.evaluation.sts import score as evaluate
 from lowmem_cft.recipe import schema as recipe
 from lowmem_cft.recipe.load import merge, parse_recipe, to_yaml
+from lowmem_cft.training.checkpoint import load_state
+from lowmem_cft.training.job import assemble
 from lowmem_cft.training.records import StepLine
+from lowmem_cft.training.runs import open_run
+from lowmem_cft.training.trainer import Trainer
 from tiny import WORDS
 
 
@@ -38,6 +42,21 @@ class Silent:
 
     def scored(self, step: int, scores: list[evaluate.SetScore]) -> None:
         self.said.append(f"scored {step}")
+
+
+def start(
+    made: recipe.Recipe,
+    observer: Silent | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Trainer:
+    """A trainer on the recipe's run folder, at its first step or after its checkpoint."""
+    observer = observer or Silent()
+    folder = open_run(made, resume=resume, overwrite=overwrite)
+    state = load_state(folder) if resume else None
+    job = assemble(made, observer, last_plan=None if state is None else state.plan)
+    return Trainer(job, folder, observer, state)
 
 
 def sentences(seed: int, count: int) -> list[str]:

@@ -7,37 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_cft.evaluation.sts.score import SetScore
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training.records import (
     ExportRecord,
-    Metrics,
     StepLine,
     append_line,
     read_lines,
     read_metrics,
     truncate_log,
 )
-
-SCORE = SetScore("a", 0.5, 3, None, "a.tsv", 0.4, "sha256:1", False)
-
-
-def made_metrics() -> Metrics:
-    return Metrics(
-        before=[SCORE],
-        after=[SCORE],
-        protocol="cosine",
-        steps=2,
-        rows=8,
-        train_seconds=1.5,
-        rows_per_s=None,
-        tokens_per_s=3.0,
-        plan=StepPlan(backward_tokens=64, forward_tokens=128),
-        peak_bytes=1,
-        device="CPU",
-        versions={"python": "3.11"},
-    )
+from made_runs import made_metrics
 
 
 def test_what_was_not_set_is_not_written(tmp_path: Path) -> None:

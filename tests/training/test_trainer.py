@@ -13,55 +13,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowmem_cft.evaluation.sts import score as evaluate
 from lowmem_cft.exporting.check import MIN_COSINE
 from lowmem_cft.gradient import step
 from lowmem_cft.inference.embed import embed_texts
 from lowmem_cft.inference.loading import load_model
-from lowmem_cft.recipe import schema as recipe
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.training import interrupt, pipeline
-from lowmem_cft.training import runs as run
-from lowmem_cft.training import trainer as train
 from lowmem_cft.training.checkpoint import load_state
-from lowmem_cft.training.job import assemble
 from lowmem_cft.training.records import StepLine, read_lines
 from lowmem_cft_kernels import GTE, FalseNegatives, LearnedTemperature, info_nce
 from lowmem_cft_kernels.reference import reference_loss
-from running import MakeRecipe, Silent, sentences
+from running import MakeRecipe, Silent, sentences, start
 
 CPU = torch.device("cpu")
-
-
-def start(made: recipe.Recipe, observer: Silent | None = None, **options: bool) -> train.Trainer:
-    folder = run.open_run(
-        made, resume=options.get("resume", False), overwrite=options.get("overwrite", False)
-    )
-    observer = observer or Silent()
-    state = load_state(folder) if options.get("resume", False) else None
-    job = assemble(made, observer, last_plan=None if state is None else state.plan)
-    return train.Trainer(job, folder, observer, state)
 
 
 def strip_times(lines: list[StepLine]) -> list[dict[str, Any]]:
     timed = ("_per_s", "step_ms", "peak_bytes")
     return [{k: v for k, v in line.to_json().items() if not k.endswith(timed)} for line in lines]
-
-
-def test_loss_falls_and_all_files_are_there(make_recipe: MakeRecipe) -> None:
-    observer = Silent()
-    made = make_recipe(train={"steps": 30}, lora={"dropout": 0.0})
-    folder, metrics = pipeline.run_recipe(made, observer)
-    assert observer.lines[-1].loss < 0.5 * observer.lines[0].loss
-    assert [line.step for line in read_lines(folder)] == list(range(1, 31))
-    assert metrics.export.checked is True
-    assert metrics.export.min_cosine >= MIN_COSINE["adapter"]
-    assert metrics.to_json() == json.loads(folder.metrics.read_text())
-    for path in ("recipe.yaml", "README.md", "adapter/adapter_model.safetensors"):
-        assert (folder.path / path).is_file(), path
-    for path in ("modules.json", "README.md", "tokenizer.json", "lowmem_cft.json"):
-        assert (folder.model / path).is_file(), path
-    assert load_recipe(str(folder.recipe)) == made
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned temperature"])
@@ -156,24 +125,6 @@ def test_a_learned_temperature_goes_down_its_gradient(
     assert float(moved) == pytest.approx(-0.01 * float(wanted.raw.grad.sign()), rel=1e-3)
 
 
-def test_a_temperature_is_trained_without_decay_or_not_at_all(make_recipe: MakeRecipe) -> None:
-    learned = make_recipe(train={"weight_decay": 0.3}, loss={"learn_temperature": True})
-    trainer = start(learned)
-    assert trainer.job.temperature is not None
-    adapter, temperature = trainer.job.optimizer.param_groups
-    assert (adapter["weight_decay"], temperature["weight_decay"]) == (0.3, 0.0)
-    assert adapter["lr"] == temperature["lr"]
-    assert [id(p) for p in temperature["params"]] == [id(trainer.job.temperature.raw)]
-    assert [id(p) for p in adapter["params"]] == [id(p) for p in trainer.job.parameters]
-
-    plain = start(make_recipe(train={"weight_decay": 0.3}), overwrite=True)
-    assert plain.temperature is None
-    assert len(plain.optimizer.param_groups) == 1
-    assert "temperature" not in plain.step()
-    plain.save()
-    assert load_state(plain.folder).temperature == {}
-
-
 OBSERVED = ("accuracy", "mean_rank", "masked_share", "mean_positive", "mean_negative")
 
 
@@ -252,86 +203,6 @@ def test_chunks_do_not_change_the_run(make_recipe: MakeRecipe) -> None:
         assert torch.allclose(adapters[1][key], wanted, atol=2e-4), key
 
 
-def test_resume_refuses_another_recipe(make_recipe: MakeRecipe) -> None:
-    start(make_recipe(train={"steps": 2})).train()
-    with pytest.raises(ValueError, match=r"train.learning_rate was 0.01 .* is 0.5 now"):
-        start(make_recipe(train={"steps": 2, "learning_rate": 0.5}), resume=True)
-    start(make_recipe(train={"steps": 2}, memory={"token_budget": 32}), resume=True)
-
-
-def test_existing_run_is_refused(make_recipe: MakeRecipe) -> None:
-    made = make_recipe(train={"steps": 1})
-    start(made).train()
-    with pytest.raises(ValueError, match=r"exists: go on with `resume`, replace .*`overwrite`"):
-        start(made)
-
-
-def test_overwrite_spares_a_folder_that_is_no_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    made = make_recipe()
-    precious = tmp_path / "runs" / "tiny" / "thesis.tex"
-    precious.parent.mkdir(parents=True)
-    precious.write_text("years of work")
-    with pytest.raises(ValueError, match="no run of ours"):
-        start(made, overwrite=True)
-    assert precious.read_text() == "years of work"
-
-
-def test_nothing_to_resume(make_recipe: MakeRecipe) -> None:
-    with pytest.raises(ValueError, match="no checkpoint to resume"):
-        start(make_recipe(), resume=True)
-
-
-def test_failed_save_keeps_the_last_checkpoint(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = start(make_recipe())
-    trainer.step()
-    trainer.save()
-    trainer.step()
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RuntimeError, match=r"No space left.*the last checkpoint is kept"):
-        trainer.save()
-    monkeypatch.undo()
-    assert load_state(trainer.folder).step == 1
-    assert not list(trainer.folder.path.glob("*.partial"))
-
-
-def test_damaged_checkpoint_is_noticed(make_recipe: MakeRecipe) -> None:
-    trainer = start(make_recipe())
-    trainer.step()
-    trainer.save()
-    file = trainer.folder.checkpoint / "optimizer.pt"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged .* `overwrite`"):
-        start(make_recipe(), resume=True)
-    file.unlink()
-    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged"):
-        start(make_recipe(), resume=True)
-    for text in ("{", "[]", '{"step": 1}'):
-        (trainer.folder.checkpoint / "state.json").write_text(text)
-        with pytest.raises(ValueError, match=r"state\.json: .*; start anew with `overwrite`"):
-            start(make_recipe(), resume=True)
-    trainer.folder.recipe.write_text("model: [")
-    with pytest.raises(ValueError, match=r"recipe\.yaml: not readable as YAML"):
-        start(make_recipe(), resume=True)
-
-
-def test_best_adapter_is_kept(make_recipe: MakeRecipe) -> None:
-    made = make_recipe(
-        train={"steps": 8, "learning_rate": 0.1}, eval={"every": 2, "keep_best": True}
-    )
-    folder, metrics = pipeline.run_recipe(made, Silent())
-    scored = {line.step: line.spearman for line in read_lines(folder) if line.spearman is not None}
-    assert list(scored) == [2, 4, 6, 8]
-    assert len(set(scored.values())) > 1
-    assert metrics.best_step == max(scored, key=lambda step: scored[step])
-    assert metrics.after[0].spearman == pytest.approx(max(scored.values()), abs=1e-12)
-
-
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_exports_embed_alike_however_loaded(
@@ -381,20 +252,6 @@ def test_templates_that_prompts_cannot_say(make_recipe: MakeRecipe) -> None:
         pipeline.run_recipe(make_recipe(text=text), Silent())
 
 
-def test_mistakes_leave_no_folder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    for sections in (
-        {"data": {"sources": [{"path": str(tmp_path / "missing.jsonl")}]}},
-        {"train": {"logical_batch": 41}},
-        {"model": {"id": "./nowhere"}},
-        {"lora": {"targets": ["no_such_layer"]}},
-        {"train": {"optimizer": "paged_adamw_8bit"}},
-        {"eval": {"sets": ["STS99"]}},
-    ):
-        with pytest.raises(ValueError, match=r"\w"):
-            pipeline.run_recipe(make_recipe(**sections), Silent())
-        assert not (tmp_path / "runs" / "tiny").exists(), sections
-
-
 def test_not_a_number_stops_with_the_checkpoint_kept(make_recipe: MakeRecipe) -> None:
     trainer = start(make_recipe())
     trainer.step()
@@ -404,39 +261,6 @@ def test_not_a_number_stops_with_the_checkpoint_kept(make_recipe: MakeRecipe) ->
     with pytest.raises(RuntimeError, match=r"loss of step 2 is nan; lower train.learning_rate"):
         trainer.step()
     assert load_state(trainer.folder).step == 1
-
-
-def test_a_score_that_cannot_be_computed_loses_no_step(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = make_recipe(train={"steps": 4}, eval={"every": 2})
-    trainer, real = start(made), evaluate.embed_texts
-
-    def overflows(*args: Any, **kwargs: Any) -> Any:
-        return real(*args, **kwargs) * (np.nan if trainer.step_index == 2 else 1)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(evaluate, "embed_texts", overflows)
-        with pytest.raises(ValueError, match="embeddings are not finite"):
-            trainer.train()
-    assert [line.step for line in read_lines(trainer.folder)] == [1, 2]
-    resumed = start(made, resume=True)
-    assert resumed.step_index == 2
-    resumed.train()
-    assert [line.step for line in read_lines(trainer.folder)] == [1, 2, 3, 4]
-
-
-def test_overwrite_with_a_mistake_keeps_the_old_run(
-    make_recipe: MakeRecipe, tmp_path: Path
-) -> None:
-    folder, _ = pipeline.run_recipe(make_recipe(train={"steps": 1}), Silent())
-    before = folder.metrics.read_text()
-    wrong = make_recipe(data={"sources": [{"path": str(tmp_path / "gone.jsonl")}]})
-    with pytest.raises(ValueError, match=r"gone.jsonl"):
-        pipeline.run_recipe(wrong, Silent(), overwrite=True)
-    assert folder.metrics.read_text() == before
-    pipeline.run_recipe(make_recipe(train={"steps": 1}), Silent(), overwrite=True)
-    assert [entry.name for entry in folder.path.parent.iterdir()] == ["tiny"]
 
 
 def test_failing_step_saves_what_was_reached(
@@ -474,31 +298,6 @@ def test_half_a_log_line_does_not_stop_a_resume(make_recipe: MakeRecipe) -> None
         file.write('{"step": 3, "lo')
     resumed = start(made, resume=True)
     assert [line.step for line in read_lines(resumed.folder)] == [1, 2]
-
-
-def test_resume_may_evaluate_other_sets(make_recipe: MakeRecipe) -> None:
-    """Scores from before training are of the base, also for a set that is added later."""
-    none = make_recipe(train={"steps": 3}, eval={"sets": []})
-    pipeline.run_recipe(none, Silent())
-    wanted, _ = pipeline.run_recipe(
-        make_recipe(train={"steps": 3}, output={"name": "other"}), Silent()
-    )
-    _, metrics = pipeline.run_recipe(make_recipe(train={"steps": 3}), Silent(), resume=True)
-    other = json.loads(wanted.metrics.read_text())
-    assert metrics.to_json()["before"] == other["before"]
-    assert metrics.to_json()["after"] == other["after"]
-    assert metrics.before != metrics.after
-
-
-def test_long_texts_do_not_fail_the_check_of_a_template_with_a_tail(
-    make_recipe: MakeRecipe,
-) -> None:
-    made = make_recipe(
-        text={"template": "the man is {text} in two", "append_eos": False, "max_tokens": 5},
-        embedding={"pooling": "last"},
-    )
-    _, metrics = pipeline.run_recipe(made, Silent())
-    assert metrics.export.checked is True
 
 
 def test_mistakes_of_the_layout_are_found_before_training(make_recipe: MakeRecipe) -> None:
@@ -551,21 +350,3 @@ def test_memory_that_runs_out_costs_a_line_in_the_log_and_no_result(
     got = load_file(trainer.folder.adapter / "adapter_model.safetensors")
     for key, value in wanted.items():
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-6)
-
-
-def test_a_text_that_never_fits_stops_before_weights_are_loaded(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train, "load_backbone", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(ValueError, match=r"texts of up to \d+ tokens.*what helps"):
-        start(make_recipe(memory={"limit": "750MiB"}))
-
-
-def test_padding_and_plan_are_in_log_and_report(make_recipe: MakeRecipe) -> None:
-    observer = Silent()
-    _, metrics = pipeline.run_recipe(make_recipe(train={"steps": 2}), observer)
-    assert metrics.plan.backward_tokens == 64
-    assert metrics.plan.kept_tokens is None, "a tiny model's graphs fit"
-    shares = [line.padding_share for line in observer.lines]
-    assert min(shares) <= metrics.padding_share <= max(shares)
-    assert 0 <= max(shares) < 0.5
