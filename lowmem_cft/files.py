@@ -33,7 +33,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or the place is not writable; nothing half-written remains.
     """
-    # one of our own: another process may be making the same folder
+    # named after this process: another one may be making the same folder
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
@@ -76,13 +76,13 @@ def read_json(path: Path, way_out: str, *keys: str) -> dict[str, Any]:
 
 
 _LONGEST = 60
-"""Letters of a list of names in a file's name."""
+"""Most letters that a list of names takes in a file's name."""
 
 
 def short_name(names: Sequence[str]) -> str:
-    """A part of a file's name that tells lists of names apart.
+    """A part of a file's name that no other list of names gives.
 
-    It is the names themselves, where they are short and of plain letters; else a checksum is in it.
+    It is the names themselves where they are short and of plain letters, else it holds a checksum.
     """
     joined = "-".join(names)
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", joined)
@@ -93,7 +93,7 @@ def short_name(names: Sequence[str]) -> str:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Written beside and renamed, so that a reader never sees half of it."""
+    """Write JSON whole, so that a reader never sees half of it."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

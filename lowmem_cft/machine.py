@@ -18,14 +18,17 @@ AMPERE = (8, 0)
 
 
 def compute_capability(device_type: str) -> tuple[int, int] | None:
-    """That of this machine's CUDA device, `AMPERE` where it has none; None for another device."""
+    """(major, minor) of this machine's CUDA device, or of `AMPERE` where it has none.
+
+    None for another kind of device, which has no such number.
+    """
     if device_type != "cuda":
         return None
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else AMPERE
 
 
 def is_gpu(device: torch.device) -> bool:
-    """A device that works off a queue."""
+    """Whether the device works off a queue, as a CUDA device does."""
     return device.type == "cuda"
 
 
@@ -100,10 +103,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what tensors free, for the next ones. On Linux; elsewhere nothing happens.
+    """Have glibc keep the memory of freed tensors for the next ones. Off Linux it does nothing.
 
-    Otherwise every large tensor comes from the system and goes back to it, and its pages are
-    zeroed again each time.
+    Otherwise every large tensor's memory comes from the system and goes back to it, and its pages
+    are zeroed each time.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -118,10 +121,10 @@ def keep_freed_memory() -> None:
 def grow_cuda_blocks(device: torch.device) -> None:
     """Have CUDA's allocator enlarge its blocks, which chunks of unequal sizes would fragment.
 
-    Call it before anything is allocated there. What a user says in torch's own environment
-    variables stays. Off Linux torch has no such blocks, and nothing happens.
+    Call it before anything is allocated there. What a user has set in torch's own environment
+    variables stays. Off Linux torch has no such blocks, and this does nothing.
 
-    In blocks of fixed sizes a step of MiniCPM-2B reserved 17 % more than it allocated, and had to
+    With blocks of fixed sizes a step of MiniCPM-2B reserved 17 % more than it allocated, and had to
     give all of them back and allocate anew (docs/log.md).
     """
     if device.type != "cuda" or not sys.platform.startswith("linux"):
@@ -132,7 +135,7 @@ def grow_cuda_blocks(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: allocated on a CUDA device, resident in this process otherwise."""
+    """The most bytes held so far: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 Say = Callable[[str], None]
-"""Takes one line for people."""
+"""Shows the user one line of text."""
 
 
 class Says(Protocol):
-    """Passes a line on to the user."""
+    """Shows the user one line of text."""
 
     def say(self, text: str) -> None: ...
 
@@ -33,13 +33,13 @@ class Quiet:
         self._say(text)
 
     def begin(self, num_steps: int, done: int, what: str = "") -> None:
-        """Nothing."""
+        """Show nothing."""
 
     def advance(self, count: int) -> None:
-        """Nothing."""
+        """Show nothing."""
 
     def step(self, line: Any) -> None:
-        """Nothing."""
+        """Show nothing."""
 
     def scored(self, step: int, scores: Any) -> None:
-        """Nothing."""
+        """Show nothing."""

@@ -1,7 +1,7 @@
 """Where things lie in a run's folder.
 
 recipe.yaml    the resolved recipe
-log.jsonl      one line a step
+log.jsonl      a line for each step
 checkpoint/    adapter, optimizer, schedule, step: all that going on needs
 best/          the best-scoring adapter, where the recipe keeps it
 adapter/       the final adapter
@@ -57,11 +57,11 @@ class RunFolder:
         return self.path.with_name(f"{self.path.name}.replaced")
 
     def begun(self) -> None:
-        """The new run can do its work: the one it replaces goes."""
+        """Remove the run that this one replaces: the new one can do its work."""
         shutil.rmtree(self.replaced, ignore_errors=True)
 
     def withdraw(self) -> None:
-        """Take the folder back if it holds nothing but the recipe, and put the old run back."""
+        """Remove the folder if it holds nothing but the recipe, and put the replaced run back."""
         if [entry.name for entry in self.path.iterdir()] == [self.recipe.name]:
             shutil.rmtree(self.path)
             if self.replaced.is_dir():

@@ -16,9 +16,9 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: it is none of them.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
+    amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if amount is None or float(amount[1]) == 0:
         raise ValueError(f"got {text!r}, wanted an amount of memory such as 12GiB or 800MiB")
-    prefix = found[2].upper()
+    prefix = amount[2].upper()
     power = _UNITS[prefix] if prefix else 0
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    return int(float(amount[1]) * (1024 if amount[3] else 1000) ** power)

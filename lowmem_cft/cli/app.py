@@ -75,10 +75,10 @@ def with_flags(message: str) -> str:
         for parameter in command.params
     } | _FLAGS.keys()
 
-    def flag(found: re.Match[str]) -> str:
-        name = found.group(1)
+    def flag(quoted: re.Match[str]) -> str:
+        name = quoted.group(1)
         if name not in options:
-            return found.group()
+            return quoted.group()
         return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
     return re.sub(r"`(\w+)`", flag, message)

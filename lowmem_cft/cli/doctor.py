@@ -68,10 +68,10 @@ def _loss_path() -> Finding:
 
     emb_SD = torch.empty((256 + 512, 1024), device=choose_device())
     path = choose_path(emb_SD[:256], emb_SD[256:]).value
-    found = f"by the {path} path (256 triplets of 1024 dimensions)"
+    outcome = f"by the {path} path (256 triplets of 1024 dimensions)"
     if not emb_SD.is_cuda or (reason := why_not_triton(emb_SD)) is None:
-        return Finding("ok", "loss", found)
-    return Finding("note", "loss", f"{found}, slower than triton's: {reason}", TRITON_NEEDS)
+        return Finding("ok", "loss", outcome)
+    return Finding("note", "loss", f"{outcome}, slower than triton's: {reason}", TRITON_NEEDS)
 
 
 def _nf4() -> Finding:
@@ -95,9 +95,9 @@ def _nf4() -> Finding:
 
 def _places() -> list[Finding]:
     cache = cache_folder()
-    found = cache if cache.exists() else next(p for p in cache.parents if p.exists())
-    free = shutil.disk_usage(found).free / 2**30
-    writable = os.access(found, os.W_OK)
+    folder = cache if cache.exists() else next(p for p in cache.parents if p.exists())
+    free = shutil.disk_usage(folder).free / 2**30
+    writable = os.access(folder, os.W_OK)
     level: Level = "ok" if writable and free > 2 else "missing"
     remedy = "" if level == "ok" else "set LOWMEM_CFT_CACHE to a folder with 2 GiB free"
     findings = [Finding(level, "cache", f"{cache}, {free:.0f} GiB free", remedy)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -69,15 +70,15 @@ def plan(
 
     with make_screen() as screen:
         device_type, limit = plan_limit(resolved, memory, device)
-        found = plan_recipe(resolved, device_type, limit)
-        for note in found.notes:
+        recipe_plan = plan_recipe(resolved, device_type, limit)
+        for note in recipe_plan.notes:
             screen.say(note)
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        typer.echo(json.dumps(recipe_plan.to_json()))
         return
-    for table in plan_tables(found):
+    for table in plan_tables(recipe_plan):
         print_table(table)
-    typer.echo(found.prediction.plan.describe())
+    typer.echo(recipe_plan.prediction.plan.describe())
 
 
 def demo(overrides: Overrides = None, offline: Offline = False) -> None:
@@ -89,7 +90,7 @@ def demo(overrides: Overrides = None, offline: Offline = False) -> None:
     with make_screen() as screen:
         metrics, summary = run_demo(screen, offline=offline, overrides=overrides or [])
     print_table(before_after_table(metrics.before, metrics.after))
-    typer.echo(json.dumps(summary))
+    typer.echo(json.dumps(asdict(summary)))
 
 
 def export(

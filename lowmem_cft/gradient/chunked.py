@@ -1,4 +1,4 @@
-"""The chunked gradient for a loop, a model and a loss of one's own."""
+"""The chunked gradient for a user's own loop, model and loss."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def chunked_gradient(
     >>> model, inputs = torch.nn.Linear(4, 2), torch.randn(6, 4)
     >>> def pairs_apart(emb_ND):  # rows 0 and 3, 1 and 4, 2 and 5 belong together
     ...     return (emb_ND[:3] - emb_ND[3:]).square().sum()
-    >>> found = chunked_gradient(
+    >>> step = chunked_gradient(
     ...     lambda place_B: model(inputs[place_B]),
     ...     pairs_apart,
     ...     lengths=[1] * 6,
@@ -137,8 +137,8 @@ class _Replayed:
             )
         self._states[key] = self._state()
         emb_BD = self._encode(place_B)
-        later = zip(self._state(), self._states[key], strict=True)
-        self._draws |= not all(torch.equal(now, before) for now, before in later)
+        states = zip(self._states[key], self._state(), strict=True)
+        self._draws |= not all(torch.equal(earlier, later) for earlier, later in states)
         return emb_BD
 
     def _state(self) -> list[Tensor]:

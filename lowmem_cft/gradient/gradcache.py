@@ -9,7 +9,7 @@ computed.
 
 Where memory runs out, the chunk in work is given up whole, the budget of its phase is halved, and
 the same step goes on with smaller chunks. A chunk adds all of its gradient or none, so the result
-does not know.
+stays exact.
 
 `encode` and `loss` are arguments: this module knows neither the model nor which loss it serves.
 """
@@ -58,20 +58,20 @@ class _Step(Generic[Report]):
         self.plan = plan
         self.cache = EmbeddingCache(slots, plan.embedding_dtype, offload=plan.offload_embeddings)
         self.graphs: list[tuple[Chunk, Tensor]] = []
-        self.again: list[Chunk] = []  # to be encoded again in phase 2
+        self.dropped: list[Chunk] = []  # without a graph: phase 2 encodes them again
 
     # -- phase 1 --------------------------------------------------------------------------------
 
     def choose_kept(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """The chunks whose graphs the plan keeps; the others will be encoded again."""
-        kept, tokens = [], 0
+        chosen, tokens = [], 0
         for chunk in chunks:
             if self.plan.keeps(tokens + chunk.tokens):
-                kept.append(chunk)
+                chosen.append(chunk)
                 tokens += chunk.tokens
             else:
-                self.again.append(chunk)
-        return kept
+                self.dropped.append(chunk)
+        return chosen
 
     def embed(self, chunks: Sequence[Chunk]) -> None:
         """Embed without a graph, in the larger chunks that this allows."""
@@ -90,7 +90,7 @@ class _Step(Generic[Report]):
             if not try_in_memory(partial(self._keep, chunk)):
                 self._halve_kept()
                 self.embed(chunks[i:])
-                self.again += chunks[i:]
+                self.dropped += chunks[i:]
                 return
 
     def _keep(self, chunk: Chunk) -> None:
@@ -102,18 +102,19 @@ class _Step(Generic[Report]):
         """Let go of half the kept graphs, and keep no more from now on."""
         budget = sum(chunk.tokens for chunk, _ in self.graphs) // 2
         self.plan = replace(self.plan, kept_tokens=budget)
-        still, held = [], 0
+        remaining, tokens = [], 0
         for chunk, emb_BD in self.graphs:
-            if held + chunk.tokens <= budget:
-                still.append((chunk, emb_BD))
-                held += chunk.tokens
+            if tokens + chunk.tokens <= budget:
+                remaining.append((chunk, emb_BD))
+                tokens += chunk.tokens
             else:
-                self.again.append(chunk)
-        self.graphs = still
+                self.dropped.append(chunk)
+        self.graphs = remaining
 
     # -- the loss -------------------------------------------------------------------------------
 
     def differentiate(self) -> Report:
+        """Compute the loss and its gradient at the embeddings, in less workspace if need be."""
         reports: list[Report] = []
 
         def work() -> None:
@@ -143,7 +144,7 @@ class _Step(Generic[Report]):
             if not try_in_memory(self._backpropagate_kept):
                 self._halve_kept()
         budget = work_off(
-            _places(self.again),
+            _places(self.dropped),
             self.plan.backward_tokens,
             self.cut,
             self._encode_and_backpropagate,
@@ -153,17 +154,17 @@ class _Step(Generic[Report]):
 
     def _backpropagate_kept(self) -> None:
         chunk, emb_BD = self.graphs.pop()
-        self.again.append(chunk)  # where this fails half-way, the graph is spent
+        self.dropped.append(chunk)  # where this fails half-way, the graph is spent
         self._add_gradient(chunk, emb_BD)
-        self.again.pop()
+        self.dropped.pop()
 
     def _encode_and_backpropagate(self, chunk: Chunk) -> None:
         self._add_gradient(chunk, self.encode(chunk.place_B))
 
     def _add_gradient(self, chunk: Chunk, emb_BD: Tensor) -> None:
         d_emb_BD = self.cache.gradient(chunk.place_B).to(emb_BD.dtype).mul_(self.scale)
-        found = torch.autograd.grad(emb_BD, self.parameters, d_emb_BD, allow_unused=True)
-        pairs = [(p, g) for p, g in zip(self.parameters, found, strict=True) if g is not None]
+        gradients = torch.autograd.grad(emb_BD, self.parameters, d_emb_BD, allow_unused=True)
+        pairs = [(p, g) for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
         new = [(p, g.contiguous()) for p, g in pairs if p.grad is None]
         sums = [(p.grad, g) for p, g in pairs if p.grad is not None]
         # From here on nothing is allocated: the chunk's share goes in whole or not at all.
@@ -174,6 +175,7 @@ class _Step(Generic[Report]):
 
 
 def _places(chunks: Sequence[Chunk]) -> Tensor:
+    """int64, the places of all texts in the chunks."""
     none = torch.empty(0, dtype=torch.int64)
     return torch.cat([none, *(chunk.place_B for chunk in chunks)])
 
@@ -205,9 +207,9 @@ def gradcache_step(
             incomplete.
     """
     step = _Step(encode, loss, cut, slots, parameters, plan, gradient_scale)
-    kept = step.choose_kept(cut(torch.arange(slots.num_texts), plan.backward_tokens))
-    step.embed(step.again)
-    step.embed_keeping(kept)
+    with_graph = step.choose_kept(cut(torch.arange(slots.num_texts), plan.backward_tokens))
+    step.embed(step.dropped)
+    step.embed_keeping(with_graph)
     report = step.differentiate()
     step.backpropagate()
     return report, step.plan

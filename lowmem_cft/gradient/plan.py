@@ -8,6 +8,8 @@ from typing import Any
 from lowmem_cft.machine import AMPERE
 
 WORKSPACE_BYTES = 32 * 2**20
+"""What the loss may hold besides inputs and gradients, where no plan says otherwise."""
+
 MIN_WORKSPACE_BYTES = 2**20
 """Below this the loss is not split further: what is short then is not its workspace."""
 
@@ -67,18 +69,18 @@ class StepPlan:
         return self.kept_tokens is None or tokens <= self.kept_tokens
 
     def describe(self) -> str:
-        """One line for people."""
-        kept = {None: "all graphs kept", 0: "no graph kept"}.get(
+        """The plan in one line of English."""
+        graphs = {None: "all graphs kept", 0: "no graph kept"}.get(
             self.kept_tokens, f"graphs of {self.kept_tokens} tokens kept"
         )
         layers = {0: "", 1: ", all layers checkpointed"}.get(
             self.checkpoint_every, f", every {self.checkpoint_every}th layer checkpointed"
         )
-        where = ", embeddings in host memory" if self.offload_embeddings else ""
-        where += f", embeddings in {self.embedding_dtype}" if self.embedding_dtype != "fp32" else ""
+        cache = ", embeddings in host memory" if self.offload_embeddings else ""
+        cache += f", embeddings in {self.embedding_dtype}" if self.embedding_dtype != "fp32" else ""
         return (
             f"chunks of {self.backward_tokens} tokens with a graph and {self.forward_tokens} "
-            f"without, {kept}{layers}{where}"
+            f"without, {graphs}{layers}{cache}"
         )
 
     def to_json(self) -> dict[str, Any]:

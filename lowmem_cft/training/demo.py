@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lowmem_cft.evaluation.sts.protocols import sets_in
@@ -38,7 +39,7 @@ def _hub_answers() -> bool:
 
 
 def choose_data(offline: bool) -> tuple[str, list[str]]:
-    """Which data to take: a name to report, and the overrides that say so to the recipe."""
+    """The data to take: their name for the report, and the overrides that name them in the recipe."""
     folder = data_folder()
     has_set = folder is not None and _EVAL_SET in sets_in(folder)
     if folder is not None and has_set and (folder / _LOCAL_TRIPLETS).is_file():
@@ -57,25 +58,32 @@ def _overrides(source: dict[str, Any], eval_set: str) -> list[str]:
     return [f"data.sources={listed}", f"eval.sets=[{eval_set!r}]"]
 
 
+@dataclass(frozen=True)
+class DemoSummary:
+    """The demo in one JSON object: Spearman correlations, the time of it all, and what it used."""
+
+    before: float
+    after: float
+    seconds: float
+    peak_bytes: int
+    data: str
+    model: str
+
+
 def run_demo(
     observer: Observer, *, offline: bool, overrides: Sequence[str] = ()
-) -> tuple[Metrics, dict[str, Any]]:
-    """Run the demo recipe anew.
-
-    Returns:
-        The run's metrics, and the summary that the last line of output is.
-    """
+) -> tuple[Metrics, DemoSummary]:
+    """Run the demo recipe from its first step, replacing the last demo's run."""
     started = time.perf_counter()
     name, data = choose_data(offline)
     observer.say(f"data: {name}")
     recipe = load_recipe("demo", [*data, *overrides])
     _, metrics = run_recipe(recipe, observer, overwrite=True, offline=offline)
-    summary = {
-        "before": metrics.before[0].spearman,
-        "after": metrics.after[0].spearman,
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_bytes": metrics.peak_bytes,
-        "data": name,
-        "model": recipe.model.id,
-    }
-    return metrics, summary
+    return metrics, DemoSummary(
+        before=metrics.before[0].spearman,
+        after=metrics.after[0].spearman,
+        seconds=round(time.perf_counter() - started, 1),
+        peak_bytes=metrics.peak_bytes,
+        data=name,
+        model=recipe.model.id,
+    )

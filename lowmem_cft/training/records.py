@@ -151,8 +151,8 @@ def read_lines(run: RunFolder) -> list[StepLine]:
 
 def truncate_log(run: RunFolder, step: int) -> None:
     """Drop the lines after `step`: a resumed run writes them again."""
-    kept = [line for line in read_lines(run) if line.step <= step]
+    lines = [line for line in read_lines(run) if line.step <= step]
     with whole_file(run.log) as unfinished:
         unfinished.write_text(
-            "".join(json.dumps(line.to_json()) + "\n" for line in kept), encoding="utf-8"
+            "".join(json.dumps(line.to_json()) + "\n" for line in lines), encoding="utf-8"
         )

@@ -5,22 +5,22 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lowmem_cft.recipe import schema as recipes
 from lowmem_cft.recipe.load import load_recipe, to_yaml
+from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 
 MAY_CHANGE = ("memory", "eval", "output")
 """Sections that a resumed run may change: they do not define what is trained."""
 
 
-def open_run(recipe: recipes.Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
+def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     """Make, continue or replace the run's folder.
 
     Raises:
         ValueError: it exists and neither `resume` nor `overwrite` is given; nothing to resume; the
             recipe to resume with differs in what defines the run; or the folder is not writable.
     """
-    assert recipe.output.name is not None, "recipes.load names the run"
+    assert recipe.output.name is not None, "load_recipe names the run"
     run = RunFolder(Path(recipe.output.folder) / recipe.output.name)
     if resume:
         _check_resumable(run, recipe)
@@ -46,10 +46,10 @@ def open_run(recipe: recipes.Recipe, *, resume: bool, overwrite: bool) -> RunFol
     return run
 
 
-def _check_resumable(run: RunFolder, recipe: recipes.Recipe) -> None:
-    before = run.checkpoint.with_name("checkpoint.old")
-    if before.is_dir() and not run.checkpoint.is_dir():
-        before.rename(run.checkpoint)  # killed between the two renames of a save
+def _check_resumable(run: RunFolder, recipe: Recipe) -> None:
+    replaced = run.checkpoint.with_name("checkpoint.old")
+    if replaced.is_dir() and not run.checkpoint.is_dir():
+        replaced.rename(run.checkpoint)  # killed between the two renames of a save
     if not run.checkpoint.is_dir():
         raise ValueError(
             f"{run.path} holds no checkpoint to resume: start it anew (with `overwrite` if it exists)"
@@ -58,9 +58,9 @@ def _check_resumable(run: RunFolder, recipe: recipes.Recipe) -> None:
     for section in type(recipe).model_fields:
         if section in MAY_CHANGE or getattr(old, section) == getattr(recipe, section):
             continue
-        before, after = getattr(old, section).model_dump(), getattr(recipe, section).model_dump()
-        changed = [key for key in before if before[key] != after[key]]
+        then, now = getattr(old, section).model_dump(), getattr(recipe, section).model_dump()
+        key = next(key for key in then if then[key] != now[key])
         raise ValueError(
-            f"`resume`: {section}.{changed[0]} was {before[changed[0]]!r} when {run.path} began and "
-            f"is {after[changed[0]]!r} now; resume with the same values, or start a new run"
+            f"`resume`: {section}.{key} was {then[key]!r} when {run.path} began and is "
+            f"{now[key]!r} now; resume with the same values, or start a new run"
         )
