@@ -64,6 +64,7 @@ def train(
     progress: Observer | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    new_rate: bool = False,
     device: str | None = None,
     offline: bool = False,
 ) -> Run:
@@ -74,7 +75,8 @@ def train(
         rows: trained on in the place of the recipe's data sources. A run of them is resumed with
             the same ones.
         progress: is told what happens, step by step.
-        resume: go on from the run's checkpoint.
+        resume: go on from the run's checkpoint, to another number of steps if the recipe says so.
+        new_rate: a resumed run may go on at a higher learning rate than it would have had.
         overwrite: replace the run of that name.
         device: such as cuda:0; the GPU where there is one.
         offline: look for nothing on the hub.
@@ -90,6 +92,7 @@ def train(
         rows=rows,
         resume=resume,
         overwrite=overwrite,
+        new_rate=new_rate,
         device=_device(device),
         offline=offline,
     )

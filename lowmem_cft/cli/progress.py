@@ -59,8 +59,11 @@ class Screen:
         self._bar.advance(self._task, count)
 
     def step(self, line: StepLine) -> None:
-        note = f"loss {line.loss:.4f}  accuracy {line.accuracy:.0%}"
-        note += f"  rank {line.mean_rank:.1f}"
+        note = f"loss {line.loss:.4f}"
+        if line.accuracy is not None:
+            note += f"  accuracy {line.accuracy:.0%}  rank {line.mean_rank:.1f}"
+        if line.masked_share:
+            note += f"  hidden {line.masked_share:.0%}"
         if line.temperature is not None:
             note += f"  temperature {line.temperature:.4f}"
         note += f"  {line.rows_per_s:.1f} rows/s"

@@ -21,6 +21,9 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run.")] = False,
+    new_rate: Annotated[
+        bool, typer.Option("--new-rate", help="With --resume: the learning rate may rise.")
+    ] = False,
     offline: Offline = False,
 ) -> None:
     """Fine-tune a model, evaluate it before and after, export it."""
@@ -38,9 +41,15 @@ def train(
 
     with make_screen() as screen:
         folder, metrics = run_recipe(
-            resolved, screen, resume=resume, overwrite=overwrite, offline=offline
+            resolved,
+            screen,
+            resume=resume,
+            overwrite=overwrite,
+            new_rate=new_rate,
+            offline=offline,
         )
-    print_table(before_after_table(metrics.before, metrics.after))
+    if metrics.after:
+        print_table(before_after_table(metrics.before, metrics.after))
     typer.echo(f"run: {folder.path}")
 
 

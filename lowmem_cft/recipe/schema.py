@@ -124,6 +124,9 @@ class LossSection(_Section):
     positives themselves (arXiv 2407.15831); below 0 spares those a little more similar."""
     false_negative_relative: bool = False
     """The margin is a share of the positive's similarity."""
+    on_no_negatives: Literal["stop", "warn"] = "stop"
+    """What happens after three steps in a row in which masks hid every negative: nothing is
+    learned then. A step where they hide 95 % is warned of in any case."""
     hardness: NonNegative = 0.0
     """Weight similar negatives up: this times its similarity is added to a negative's logit, as a
     constant (arXiv 2503.04812). 0 is off."""
@@ -170,6 +173,8 @@ class TrainSection(_Section):
     result is the same; with it, copies encoded once share a mask. auto: once where the same."""
     save_every: Count | None = None
     """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    save_minutes: Positive | None = 10.0
+    """Minutes between checkpoints, whatever `save_every` is."""
 
     @model_validator(mode="after")
     def _length(self) -> TrainSection:

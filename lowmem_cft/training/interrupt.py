@@ -8,12 +8,31 @@ from contextlib import contextmanager
 
 
 class Interrupted(RuntimeError):
-    """Ctrl-C: the step in work was finished and all is saved."""
+    """Ctrl-C: the message says what is kept, and how to go on."""
 
 
 @contextmanager
-def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or SIGTERM) is noted and asked for; the second one stops at once."""
+def interrupts_say(kept: Callable[[], str]) -> Iterator[None]:
+    """Turn a Ctrl-C in the block into `Interrupted`, with what is kept as its message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(kept()) from None
+
+
+@contextmanager
+def finish_step_on_interrupt(announce: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Let the step in work finish on the first Ctrl-C, SIGTERM or SIGHUP; stop at once on the second.
+
+    Args:
+        announce: called on the first one, to tell the user what happens.
+
+    Yields:
+        A function that says whether there was one.
+
+    Raises:
+        KeyboardInterrupt: the second one.
+    """
     noted = False
 
     def note(number: int, frame: object) -> None:
@@ -21,6 +40,7 @@ def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
         if noted:
             raise KeyboardInterrupt
         noted = True
+        announce()
 
     try:
         numbers = [signal.SIGINT, signal.SIGTERM]

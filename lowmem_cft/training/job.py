@@ -57,13 +57,24 @@ class TrainingJob:
     temperature: LearnedTemperature | None
     compute: ContrastiveStep
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
 
     @property
     def trained(self) -> list[nn.Parameter]:
         """All that the optimizer trains."""
         return [*self.parameters, *_parameters_of(self.temperature)]
+
+    def visible_share(self, texts: StepTexts) -> float:
+        """Share of the other documents of a step that an anchor sees where nothing is masked.
+
+        It is 1 but where hard negatives are seen by their own row only.
+        """
+        num_rows, num_documents = texts.num_queries, len(texts.place_S) - texts.num_queries
+        if self.recipe.loss.hard_negatives != "own":
+            return 1.0
+        negatives_per_row = (num_documents - num_rows) / num_rows
+        return (num_rows - 1 + negatives_per_row) / (num_documents - 1)
 
     def texts_of(self, step_index: int) -> StepTexts:
         """The texts of a step, counted from 0."""

@@ -56,12 +56,34 @@ def make_optimizer(
 
 def make_scheduler(
     optimizer: torch.optim.Optimizer, section: TrainSection, num_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Warm-up, then the recipe's schedule to zero over the rest of the steps."""
     from transformers import get_scheduler
 
     name = "constant_with_warmup" if section.schedule == "constant" else section.schedule
-    scheduler: torch.optim.lr_scheduler.LRScheduler = get_scheduler(
+    scheduler: torch.optim.lr_scheduler.LambdaLR = get_scheduler(
         name, optimizer, num_warmup_steps=section.warmup_steps, num_training_steps=num_steps
     )
     return scheduler
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    base_rates: Sequence[float],
+) -> None:
+    """Give the optimizer the schedule's rates at the step that the scheduler has reached.
+
+    Args:
+        base_rates: each group's rate where the schedule's factor is 1; they replace the
+            scheduler's.
+    """
+    scheduler.base_lrs = list(base_rates)
+    scheduler._last_lr = [
+        base_rate * factor(scheduler.last_epoch)
+        for base_rate, factor in zip(base_rates, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, base_rate, rate in zip(
+        optimizer.param_groups, base_rates, scheduler._last_lr, strict=True
+    ):
+        group["initial_lr"], group["lr"] = base_rate, rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs
 from lowmem_cft.training.card import model_card
 from lowmem_cft.training.checkpoint import load_state
+from lowmem_cft.training.interrupt import interrupts_say
 from lowmem_cft.training.job import TrainingJob, assemble
 from lowmem_cft.training.records import ExportRecord, Metrics
 from lowmem_cft.training.trainer import Observer, Trainer
@@ -36,6 +38,7 @@ def run_recipe(
     rows: Sequence[TrainRow] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    new_rate: bool = False,
     device: torch.device | None = None,
     offline: bool = False,
 ) -> tuple[RunFolder, Metrics]:
@@ -44,6 +47,7 @@ def run_recipe(
     Args:
         rows: trained on in the place of the recipe's sources; the run's recipe names them by their
             checksum.
+        new_rate: a resumed run may go on at a higher learning rate than it would have had.
         device: the GPU where there is one, if not given.
 
     Returns:
@@ -51,36 +55,49 @@ def run_recipe(
 
     Raises:
         ValueError: the user's mistake: recipe, data, model or folder.
-        interrupt.Interrupted: Ctrl-C; resumable.
+        interrupt.Interrupted: Ctrl-C; the message says what is kept.
         RuntimeError: the machine's limits, or an export that does not embed as trained.
     """
+    if new_rate and not resume:
+        raise ValueError("`new_rate` goes with `resume`: a new run has the recipe's learning rate")
     if recipe.output.export != "none":
         check_expressible(recipe)
     if rows is not None:
         recipe = with_rows(recipe, rows)
-    folder = runs.open_run(recipe, resume=resume, overwrite=overwrite)
-    try:
-        state = load_state(folder) if resume else None
-        job = assemble(
-            recipe,
-            observer,
-            rows=rows,
-            device=device,
-            offline=offline,
-            last_plan=None if state is None else state.plan,
-        )
-        trainer = Trainer(job, folder, observer, state)
-        folder.begun()
-        metrics = trainer.train()
-    except BaseException:
-        folder.withdraw()
-        raise
-    if recipe.output.export != "none":
-        record = _export(job, recipe.output.export, folder, observer)
-        metrics = metrics.model_copy(update={"export": record})
-        metrics.write(folder)
-    _write_card(job, folder, metrics)
+    folder = runs.open_run(recipe, resume=resume, overwrite=overwrite, new_rate=new_rate)
+    with interrupts_say(partial(_what_is_kept, folder)):
+        try:
+            state = load_state(folder) if resume else None
+            job = assemble(
+                recipe,
+                observer,
+                rows=rows,
+                device=device,
+                offline=offline,
+                last_plan=None if state is None else state.plan,
+            )
+            trainer = Trainer(job, folder, observer, state, new_rate=new_rate)
+            runs.keep_recipe(folder, recipe)
+            folder.begun()
+            metrics = trainer.train()
+        except BaseException:
+            folder.withdraw()
+            raise
+        if recipe.output.export != "none":
+            record = _export(job, recipe.output.export, folder, observer)
+            metrics = metrics.model_copy(update={"export": record})
+            metrics.write(folder)
+        _write_card(job, folder, metrics)
     return folder, metrics
+
+
+def _what_is_kept(folder: RunFolder) -> str:
+    if not folder.checkpoint.is_dir():
+        return "stopped; no step was saved yet, so there is nothing to go on from"
+    return (
+        f"stopped; {folder.checkpoint} keeps step {load_state(folder).step}; go on from it with the "
+        "same command and `resume`"
+    )
 
 
 def _export(job: TrainingJob, kind: Kind, folder: RunFolder, observer: Observer) -> ExportRecord:

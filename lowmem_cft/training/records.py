@@ -61,7 +61,8 @@ class Progress(BaseModel):
     """What a run has done so far, which a resumed one adds to.
 
     `seconds` are those spent in steps. `tokens` are real ones, `padded_tokens` what they became in
-    chunks. `before` are the base model's scores.
+    chunks. `before` are the base model's scores. `steps_without_negatives` are the last ones in a
+    row.
     """
 
     seconds: float = 0.0
@@ -71,6 +72,7 @@ class Progress(BaseModel):
     best_score: float | None = None
     best_step: int | None = None
     before: list[SetScore] = []
+    steps_without_negatives: int = 0
 
     def add(self, seconds: float, texts: int, tokens: int, padded_tokens: int) -> None:
         """Add a step."""

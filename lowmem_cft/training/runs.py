@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from lowmem_cft.files import whole_file
 from lowmem_cft.recipe.load import load_recipe, to_yaml
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 
-MAY_CHANGE = ("memory", "eval", "output")
-"""Sections that a resumed run may change: they do not define what is trained."""
+MAY_CHANGE = (
+    "memory.",
+    "eval.",
+    "output.",
+    "train.steps",
+    "train.epochs",
+    "train.save_",
+    "loss.on_no_negatives",
+)
+"""Beginnings of the keys that a resumed run may change: none of them defines what a step does."""
+
+RATE_KEYS = ("train.learning_rate", "train.schedule", "train.warmup_steps")
+"""What it may change besides where it is allowed another learning rate."""
 
 
-def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
+def open_run(recipe: Recipe, *, resume: bool, overwrite: bool, new_rate: bool = False) -> RunFolder:
     """Make, continue or replace the run's folder.
+
+    Args:
+        new_rate: a run that is continued may have another learning rate.
 
     Raises:
         ValueError: it exists and neither `resume` nor `overwrite` is given; nothing to resume; the
@@ -23,7 +40,7 @@ def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     assert recipe.output.name is not None, "load_recipe names the run"
     run = RunFolder(Path(recipe.output.folder) / recipe.output.name)
     if resume:
-        _check_resumable(run, recipe)
+        _check_resumable(run, recipe, new_rate=new_rate)
         return run
     if run.path.exists() and not overwrite:
         raise ValueError(
@@ -46,7 +63,13 @@ def open_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunFolder:
     return run
 
 
-def _check_resumable(run: RunFolder, recipe: Recipe) -> None:
+def keep_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Have the folder of a continued run say with which recipe it goes on."""
+    with whole_file(run.recipe) as unfinished:
+        unfinished.write_text(to_yaml(recipe), encoding="utf-8")
+
+
+def _check_resumable(run: RunFolder, recipe: Recipe, *, new_rate: bool) -> None:
     replaced = run.checkpoint.with_name("checkpoint.old")
     if replaced.is_dir() and not run.checkpoint.is_dir():
         replaced.rename(run.checkpoint)  # killed between the two renames of a save
@@ -54,13 +77,40 @@ def _check_resumable(run: RunFolder, recipe: Recipe) -> None:
         raise ValueError(
             f"{run.path} holds no checkpoint to resume: start it anew (with `overwrite` if it exists)"
         )
-    old = load_recipe(str(run.recipe))
-    for section in type(recipe).model_fields:
-        if section in MAY_CHANGE or getattr(old, section) == getattr(recipe, section):
-            continue
-        then, now = getattr(old, section).model_dump(), getattr(recipe, section).model_dump()
-        key = next(key for key in then if then[key] != now[key])
-        raise ValueError(
-            f"`resume`: {section}.{key} was {then[key]!r} when {run.path} began and is "
-            f"{now[key]!r} now; resume with the same values, or start a new run"
-        )
+    then, now = _values(load_recipe(str(run.recipe))), _values(recipe)
+    may_change = MAY_CHANGE + (RATE_KEYS if new_rate else ())
+    changed = [
+        key
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key) and not key.startswith(may_change)
+    ]
+    if not changed:
+        return
+    listed = "; ".join(
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r} now" for key in changed
+    )
+    rate = " (another learning rate: `new_rate`)" if set(changed) <= set(RATE_KEYS) else ""
+    raise ValueError(
+        f"`resume`: {run.path} began with another recipe: {listed}; resume with the same values"
+        f"{rate}, or start a new run"
+    )
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's values by dotted key, elements of lists by their number."""
+    values: dict[str, Any] = {}
+
+    def add(key: str, value: Any) -> None:
+        items: Iterable[tuple[Any, Any]]
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, (list, tuple)):
+            items = enumerate(value)
+        else:
+            values[key] = value
+            return
+        for name, item in items:
+            add(f"{key}.{name}" if key else str(name), item)
+
+    add("", recipe.model_dump())
+    return values

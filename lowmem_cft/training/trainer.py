@@ -28,8 +28,10 @@ from lowmem_cft.training.checkpoint import (
     load_adapter_state,
     save_state,
 )
+from lowmem_cft.training.health import NegativesWatch
 from lowmem_cft.training.interrupt import Interrupted, finish_step_on_interrupt
 from lowmem_cft.training.job import TrainingJob
+from lowmem_cft.training.optimizer import set_rates
 from lowmem_cft.training.records import Metrics, Progress, StepLine, append_line, truncate_log
 from lowmem_cft.training.scoring import Scoring
 from lowmem_cft_kernels import LossPath
@@ -53,6 +55,10 @@ class Trainer:
         folder: the run's folder, open.
         observer: told of progress.
         state: the checkpoint to go on from.
+        new_rate: the learning rate may be higher than the one that the checkpoint would go on with.
+
+    Raises:
+        ValueError: the checkpoint is beyond the job's last step, or its learning rate would rise.
     """
 
     def __init__(
@@ -61,16 +67,22 @@ class Trainer:
         folder: RunFolder,
         observer: Observer,
         state: TrainingState | None = None,
+        *,
+        new_rate: bool = False,
     ) -> None:
         self.job, self.folder, self.observer = job, folder, observer
         self.plan = job.plan
         self.step_index = 0
         self.progress = Progress() if state is None else state.progress
         self.scoring = Scoring(job, folder, observer, self.progress)
+        self.negatives = NegativesWatch(job.recipe.loss, observer, self.progress)
         self._loss_path: LossPath | None = None
         self._updating = False
+        self._saved_at = time.monotonic()
+        self._step_seconds = 0.0
+        self._visible_share = 1.0
         if state is not None:
-            self._restore(state)
+            self._restore(state, new_rate=new_rate)
 
     # -- the loop -----------------------------------------------------------------------------
 
@@ -79,18 +91,22 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C; the state is saved.
-            RuntimeError: the loss is not finite, memory ran out, or saving failed.
+            RuntimeError: the loss is not finite, no negatives are left, memory ran out, or saving
+                failed.
         """
-        num_steps, save_every = self.job.num_steps, self.job.recipe.train.save_every
+        num_steps = self.job.num_steps
         self.scoring.score_base()
         self.observer.begin(num_steps, self.step_index)
-        with finish_step_on_interrupt() as interrupted:
+        with finish_step_on_interrupt(self._announce_stop) as interrupted:
             while self.step_index < num_steps:
                 line = self._step_or_save()
                 if self.scoring.is_due(self.step_index):
                     line = self._score_or_save(line)
                 append_line(self.folder, line)
                 self.observer.step(line)
+                if reason := self.negatives.reason_to_stop(line, self._visible_share):
+                    self.save()
+                    raise RuntimeError(reason)
                 done = self.step_index == num_steps
                 if interrupted() and not done:
                     self.save()
@@ -98,7 +114,7 @@ class Trainer:
                         f"stopped after step {self.step_index} of {num_steps}; all is saved in "
                         f"{self.folder.checkpoint}; go on with the same command and `resume`"
                     )
-                if done or (save_every and self.step_index % save_every == 0):
+                if done or self._save_is_due():
                     self.save()
         return self._finish()
 
@@ -112,6 +128,20 @@ class Trainer:
             if reached and self.step_index == reached and not self._updating:
                 self.save()
             raise
+
+    def _save_is_due(self) -> bool:
+        section = self.job.recipe.train
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return (section.save_every is not None and self.step_index % section.save_every == 0) or (
+            section.save_minutes is not None and minutes >= section.save_minutes
+        )
+
+    def _announce_stop(self) -> None:
+        about = f", about {self._step_seconds:.0f} s" if self._step_seconds >= 1 else ""
+        self.observer.say(
+            f"finishing step {self.step_index + 1}{about}, then saving it; Ctrl-C again to stop now, "
+            "which loses it"
+        )
 
     def _score_or_save(self, line: StepLine) -> StepLine:
         """The line with the first set's score; if there is none, the step is saved first."""
@@ -146,6 +176,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.step_index += 1
         self.progress.add(seconds, report.texts, report.tokens, report.padded_tokens)
+        self._step_seconds = seconds
         return StepLine(
             step=self.step_index,
             loss=loss,
@@ -167,6 +198,7 @@ class Trainer:
         """Add the next batch's gradient to `.grad`; the observer is told how it is computed."""
         job = self.job
         texts = job.texts_of(self.step_index)
+        self._visible_share = job.visible_share(texts)
         with job.encoder.training_mode(self.step_index):
             report = job.compute(texts, self.plan, gradient_scale=job.scaler.get_scale())
         if report.plan != self.plan:
@@ -208,18 +240,43 @@ class Trainer:
             temperature={} if job.temperature is None else job.temperature.state_dict(),
         )
         save_state(self.folder, state)
+        self._saved_at = time.monotonic()
 
-    def _restore(self, state: TrainingState) -> None:
+    def _restore(self, state: TrainingState, *, new_rate: bool) -> None:
         job = self.job
+        if state.step > job.num_steps:
+            raise ValueError(
+                f"`resume`: the run has done {state.step} steps, and the recipe wants "
+                f"{job.num_steps}; give train.steps={state.step} or more"
+            )
         load_adapter_state(job.encoder.model, state.adapter)
-        job.optimizer.load_state_dict(state.optimizer)
-        job.scheduler.load_state_dict(state.scheduler)
+        self._restore_rates(state, new_rate=new_rate)
         job.scaler.load_state_dict(state.scaler)
         if job.temperature is not None:
             job.temperature.load_state_dict(state.temperature)
         self.step_index = state.step
         truncate_log(self.folder, state.step)
         self.observer.say(f"going on after step {state.step}")
+
+    def _restore_rates(self, state: TrainingState, *, new_rate: bool) -> None:
+        """Restore the optimizer, and follow this recipe's schedule from the step reached."""
+        job = self.job
+        base_rates = [float(rate) for rate in job.scheduler.base_lrs]
+        job.optimizer.load_state_dict(state.optimizer)
+        job.scheduler.load_state_dict(state.scheduler)
+        last = float(job.optimizer.param_groups[0]["lr"])
+        set_rates(job.optimizer, job.scheduler, base_rates)
+        rate = float(job.optimizer.param_groups[0]["lr"])
+        if rate > last and not new_rate:
+            raise ValueError(
+                f"`resume`: the learning rate of step {state.step + 1} would rise from {last:g} to "
+                f"{rate:g} with {job.num_steps} steps in all; allow it with `new_rate`, which takes "
+                "another train.learning_rate and train.schedule as well"
+            )
+        if rate != last and state.step < job.num_steps:
+            self.observer.say(
+                f"learning rate of step {state.step + 1}: {rate:g}, where {last:g} was planned"
+            )
 
     # -- the end ------------------------------------------------------------------------------
 

@@ -50,13 +50,14 @@ def start(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    new_rate: bool = False,
 ) -> Trainer:
     """A trainer on the recipe's run folder, at its first step or after its checkpoint."""
     observer = observer or Silent()
-    folder = open_run(made, resume=resume, overwrite=overwrite)
+    folder = open_run(made, resume=resume, overwrite=overwrite, new_rate=new_rate)
     state = load_state(folder) if resume else None
     job = assemble(made, observer, last_plan=None if state is None else state.plan)
-    return Trainer(job, folder, observer, state)
+    return Trainer(job, folder, observer, state, new_rate=new_rate)
 
 
 def sentences(seed: int, count: int) -> list[str]:
