@@ -26,7 +26,7 @@ from lowmem_cft.exporting.tokenizer import prepared_tokenizer
 from lowmem_cft.files import whole_folder
 from lowmem_cft.inference.embed import embed_texts
 from lowmem_cft.inference.loading import RECORD
-from lowmem_cft.machine import library_versions
+from lowmem_cft.machine import dtype_name, library_versions
 from lowmem_cft.model.backbone import Backbone
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import Recipe
@@ -111,7 +111,7 @@ def _write_layout(
         },
     )
     adapter = kind == "adapter"
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     _write_json(
         folder / "sentence_bert_config.json",
         {

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lowmem_cft.files import read_json
-from lowmem_cft.machine import choose_dtype
+from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model import sources
 from lowmem_cft.model.configs import GET_MODEL, first_line, load_config
 from lowmem_cft.model.precision import keep_weight_layout
@@ -90,7 +90,7 @@ def quantization_kwargs(section: ModelSection, dtype: torch.dtype) -> dict[str, 
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": section.double_quantization,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": dtype_name(dtype),
     }
 
 
@@ -164,7 +164,7 @@ def load_backbone(
     source = source or find_backbone(section, say)
     name, revision, config = source.name, source.revision, source.config
     dtype = choose_dtype(section.dtype, device)
-    loader_kwargs: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    loader_kwargs: dict[str, Any] = {"dtype": dtype_name(dtype)}
     if section.attention != "auto":
         loader_kwargs["attn_implementation"] = section.attention
     kwargs: dict[str, Any] = {**loader_kwargs, "dtype": dtype}

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from lowmem_cft.data.chunks import TokenBatch, token_positions
 from lowmem_cft.machine import to_device
+from lowmem_cft.model.adapter import base_model
 from lowmem_cft.model.attention import SeenBackends, chosen_backends, whole_texts
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.last_layer import ReadRows, read_only
+from lowmem_cft.model.patches import patched_layers
 from lowmem_cft.model.prefix import Prefix
 
 Pooling = Literal["last", "eos", "mean", "weighted-mean"]
@@ -77,8 +79,7 @@ class Encoder:
         """Names of `attention.Backend`: what computed the attention of the first chunk."""
         self._read = ReadRows()
         if self.reads_last:
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            read_only(base, self._read, self.clock)
+            read_only(base_model(model), self._read, self.clock, patched_layers(model))
 
     @property
     def device(self) -> torch.device:
