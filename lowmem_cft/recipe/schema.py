@@ -19,6 +19,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+_FromList = Field(strict=False)  # YAML has no tuples; their numbers are checked strictly as ever
 
 
 class _Section(BaseModel):
@@ -108,7 +109,7 @@ class LossSection(_Section):
     """The first one, where it is learned."""
     learn_temperature: bool = False
     """Train it with the adapter, without weight decay, always between `temperature_bounds`."""
-    temperature_bounds: tuple[Positive, Positive] = (0.005, 1.0)
+    temperature_bounds: Annotated[tuple[Positive, Positive], _FromList] = (0.005, 1.0)
     softmaxes: Literal["one_way", "symmetric", "gte", "qwen3"] = "one_way"
     """one_way: each anchor picks its positive among the documents. symmetric: the mean of that and
     of each positive picking its anchor. qwen3: one_way with the other anchors, and the documents
@@ -158,7 +159,7 @@ class TrainSection(_Section):
     steps: Count | None = None
     learning_rate: Positive = 2e-4
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], _FromList] = (0.9, 0.999)
     epsilon: Positive = 1e-8
     weight_decay: NonNegative = 0.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
