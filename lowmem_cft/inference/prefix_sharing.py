@@ -84,17 +84,17 @@ def share(encoder: Encoder, store: TokenStore, pad_id: int, say: Say) -> Shared 
     num_tokens, place_Q = common_prefix(store)
     if not encoder.reads_last or num_tokens < _MIN_PREFIX:
         return None
-    shape = (num_tokens, int(store.lengths[place_Q].max()))
-    tried = all(a <= b for a, b in zip(shape, encoder.prefix_tried, strict=True))
-    cost = num_tokens + _CALL_COST + (0 if tried else 4 * shape[1] + 2 * _CALL_COST)
+    longest = int(store.lengths[place_Q].max())
+    proven = encoder.proven_prefix.covers(num_tokens, longest)
+    cost = num_tokens + _CALL_COST + (0 if proven else 4 * longest + 2 * _CALL_COST)
     if num_tokens * (len(place_Q) - 1) <= cost:
         return None
     ids_K = torch.from_numpy(store[int(place_Q[0])][:num_tokens].astype(np.int64))
     try:
         shared = Shared(run_prefix(encoder.model, ids_K.to(encoder.device)), place_Q)
-        if not tried:
+        if not proven:
             _try_out(encoder, store, shared, pad_id)
-            encoder.prefix_tried = shape
+            encoder.proven_prefix.set(num_tokens, longest)
     except NotShared as reason:
         say(f"the {num_tokens} tokens that texts begin with are run anew in each: {reason}")
         return None
@@ -106,17 +106,17 @@ def _try_out(encoder: Encoder, store: TokenStore, shared: Shared, pad_id: int) -
     length_Q = store.lengths[shared.place_Q]
     pair = shared.place_Q[[int(length_Q.argmax()), int(length_Q.argmin())]]
     own = behind(store, pair, shared.prefix.num_tokens)
-    found: list[Tensor] = []
+    embeddings: list[Tensor] = []
 
     @torch.no_grad()
     def embed_both() -> None:
-        found.append(encoder(pad(store, pair, pad_id)))
-        found.append(encoder(pad(own, np.arange(2), pad_id), prefix=shared.prefix))
+        embeddings.append(encoder(pad(store, pair, pad_id)))
+        embeddings.append(encoder(pad(own, np.arange(2), pad_id), prefix=shared.prefix))
 
     name = type(encoder.model).__name__
     if not try_in_memory(embed_both):
         raise NotShared(f"memory ran out where {name} was tried with them run once")
-    whole_2D, shared_2D = (torch.nn.functional.normalize(emb_2D, dim=1) for emb_2D in found)
+    whole_2D, shared_2D = (torch.nn.functional.normalize(emb_2D, dim=1) for emb_2D in embeddings)
     apart = float((whole_2D - shared_2D).abs().max())
     limit = _MAX_APART.get(encoder.model.dtype, _MAX_APART_16_BIT)
     if not apart <= limit:

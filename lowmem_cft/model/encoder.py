@@ -8,6 +8,7 @@ Shape suffixes: B texts, T padded tokens, H hidden size, D embedding size (= H).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from lowmem_cft.model.attention import SeenBackends, chosen_backends, whole_text
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.last_layer import ReadRows, read_only
 from lowmem_cft.model.patches import patched_layers
-from lowmem_cft.model.prefix import Prefix
+from lowmem_cft.model.prefix import Prefix, ProvenPrefix
 
 Pooling = Literal["last", "eos", "mean", "weighted-mean"]
 
@@ -73,8 +74,8 @@ class Encoder:
         self.pooling: Pooling = pooling
         self.normalize = normalize
         self.clock = clock or DropoutClock()
-        self.prefix_tried = (0, 0)
-        """Tokens of a shared prefix and of the longest text that were found to embed the same."""
+        self.proven_prefix = ProvenPrefix()
+        """What `inference.prefix_sharing` need not try again."""
         self.attention: list[str] = []
         """Names of `attention.Backend`: what computed the attention of the first chunk."""
         self._read = ReadRows()
@@ -90,6 +91,12 @@ class Encoder:
     def reads_last(self) -> bool:
         """Whether the embedding is read at the last token alone."""
         return self.pooling in ("last", "eos")
+
+    def normalizing(self, normalize: bool) -> Encoder:
+        """The same encoder, of the same model, whose vectors have length 1 or are as they come."""
+        other = copy.copy(self)
+        other.normalize = normalize
+        return other
 
     @contextmanager
     def training_mode(self, step: int) -> Iterator[None]:

@@ -37,6 +37,25 @@ class Prefix:
     patches: Patches
 
 
+@dataclass
+class ProvenPrefix:
+    """How large a prefix was tried on an encoder and found to change no embedding.
+
+    `num_tokens`: of the prefix. `longest`: tokens of the longest text, prefix included.
+    """
+
+    num_tokens: int = 0
+    longest: int = 0
+
+    def covers(self, num_tokens: int, longest: int) -> bool:
+        """Whether one of these sizes need not be tried."""
+        return num_tokens <= self.num_tokens and longest <= self.longest
+
+    def set(self, num_tokens: int, longest: int) -> None:
+        """Note sizes that were tried."""
+        self.num_tokens, self.longest = num_tokens, longest
+
+
 @torch.no_grad()
 def run_prefix(model: Any, ids_K: Tensor) -> Prefix:
     """Run int64 (K,) tokens through a base model, adapter attached, in evaluation mode.

@@ -338,9 +338,9 @@ def test_tried_once_for_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     for texts in (TEXTS, TEXTS[::-1], [*TEXTS, f"{TEXTS[-1]} {TEXTS[-1]}"]):
         embed_texts(encoder, tiny_tokenizer(), texts, TEMPLATE)
         if len(tried) == 1:
-            before = encoder.prefix_tried
+            longest = encoder.proven_prefix.longest
     assert len(tried) == 2, "a longer text has to be tried, the same length not again"
-    assert encoder.prefix_tried > before
+    assert encoder.proven_prefix.longest > longest > 0
 
 
 # --- memory runs out --------------------------------------------------------------------------
