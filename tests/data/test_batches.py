@@ -19,7 +19,7 @@ from lowmem_cft.data.corpus import Corpus, build_corpus, read_sources
 from lowmem_cft.data.rows import TrainRow
 from lowmem_cft.data.tokens import document_format, query_format
 from lowmem_cft.gradient.embedding_cache import DTYPES
-from lowmem_cft.gradient.step import _info_nce
+from lowmem_cft.gradient.step import _info_nce, candidates_of
 from lowmem_cft.recipe.schema import DataSection, DataSource, LossSection, Recipe, TextSection
 from lowmem_cft_kernels import Candidates, LearnedTemperature, info_nce
 from lowmem_cft_kernels.masks import SHARED
@@ -155,7 +155,7 @@ def test_places_and_roles(hard_negatives: str, mask: bool, twins: bool) -> None:
     assert (
         found.text_P[found.place_S[found.num_queries :].numpy()].tolist() == POSITIVES + negatives
     )
-    candidates = found.candidates
+    candidates = candidates_of(found)
     assert candidates.target.tolist() == [0, 1, 2, 3, 4]
     candidates.validate(5, 5 + len(negatives))
     assert candidates.owner_N is not None
@@ -196,7 +196,7 @@ def hidden_places(found: StepTexts) -> list[list[int]]:
     hidden = []
     for i in range(found.num_queries):
         alone_M = (torch.arange(found.num_queries) == i).double()
-        result = info_nce(query_MD, doc_ND, found.candidates, temperature=1.0, weight_M=alone_M)
+        result = info_nce(query_MD, doc_ND, candidates_of(found), temperature=1.0, weight_M=alone_M)
         hidden.append((result.d_doc_ND == 0).all(dim=1).nonzero()[:, 0].tolist())
     return hidden
 
@@ -231,7 +231,7 @@ def test_without_negatives_in_the_table() -> None:
     for hard_negatives in ("batch", "own", "none"):
         found = step_texts(pairs, ROWS, hard_negatives=hard_negatives, **options)
         assert found.text_P.tolist() == QUERIES + POSITIVES
-        found.candidates.validate(5, 5)
+        candidates_of(found).validate(5, 5)
 
 
 def loss_of(found: StepTexts, embedding_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,7 @@ def loss_of(found: StepTexts, embedding_TD: Tensor) -> tuple[Tensor, Tensor]:
     result = info_nce(
         emb_PD[found.place_S[: found.num_queries]],
         emb_PD[found.place_S[found.num_queries :]],
-        found.candidates,
+        candidates_of(found),
         temperature=0.5,
     )
     gradient_TD = torch.zeros_like(embedding_TD)
@@ -284,7 +284,7 @@ def test_step_equals_its_rows_by_hand() -> None:
 
 
 def test_candidates_move_with_the_step() -> None:
-    moved = gather("own", mask_duplicates=True).candidates.to(torch.device("cpu"))
+    moved = candidates_of(gather("own", mask_duplicates=True)).to(torch.device("cpu"))
     assert isinstance(moved, Candidates)
     moved.validate(5, 11)
 
@@ -300,7 +300,7 @@ def test_the_loss_of_a_step_waits_for_no_gpu(
     section = LossSection(softmaxes=softmaxes, hardness=2.0, false_negative_margin=0.1)
     temperature = LearnedTemperature().to("meta") if learned else None
     emb_SD = torch.empty(len(texts.place_S), 6, dtype=DTYPES[embedding_dtype], device="meta")
-    loss = partial(_info_nce, texts, section, temperature, embedding_dtype)
+    loss = partial(_info_nce, candidates_of(texts), section, temperature, embedding_dtype)
     with recorded() as kernels, HostWaits() as found:
         for _ in range(2):  # again, as after memory ran out
             report = loss(emb_SD, torch.empty_like(emb_SD, dtype=torch.float32), 2**20)

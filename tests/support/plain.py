@@ -14,7 +14,7 @@ from lowmem_cft.data.batches import NO_TEXT, RowTable, StepTexts, step_texts
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import StepPlan
-from lowmem_cft.gradient.step import ContrastiveStep, StepReport
+from lowmem_cft.gradient.step import ContrastiveStep, StepReport, candidates_of
 from lowmem_cft.model.adapter import attach_adapter, trainable_parameters
 from lowmem_cft.model.configs import disable_base_dropout
 from lowmem_cft.model.dropout import DropoutClock
@@ -141,7 +141,7 @@ def plain_gradients(
         value, _ = reference_loss(
             query_MD,
             doc_ND,
-            texts.candidates,
+            candidates_of(texts),
             temperature=loss.temperature if temperature is None else temperature,
             **reference_options(loss),
         )
