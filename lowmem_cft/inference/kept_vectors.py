@@ -35,8 +35,8 @@ class KeptVectors:
     def __call__(self, texts: Sequence[str]) -> Vectors:
         path = self._folder / f"{self._prefix}-{digest(list(texts))[:_DIGITS]}.npy"
         if path.is_file():
-            kept: Vectors = np.load(path)
-            return kept
+            vectors: Vectors = np.load(path)
+            return vectors
         emb_XD = self._embed(texts)
         self._folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial, partial.open("wb") as stream:

@@ -26,7 +26,6 @@ from lowmem_cft.run_folder import RunFolder
 RECORD = "lowmem_cft.json"
 """File of an exported model that says how it embeds."""
 
-
 _NO_LIMIT = 1 << 20
 
 

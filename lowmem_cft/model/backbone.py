@@ -125,10 +125,10 @@ def find_backbone(section: ModelSection, say: Say = lambda text: None) -> Backbo
 
 @contextmanager
 def readable_weights(name: str) -> Iterator[None]:
-    """Around what loads weights from a folder (or by hub id): a damaged file is named.
+    """While entered, an error of loading weights names the damaged file of a folder (or hub id).
 
     Raises:
-        ValueError: there is one.
+        ValueError: a file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -76,9 +76,9 @@ def run_prefix(model: Any, ids_K: Tensor) -> Prefix:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise NotShared(f"{name} keeps a {type(layer).__name__}, not keys and values alone")
         window = getattr(layer, "sliding_window", num_tokens + 1)
-        kept = 0 if layer.keys is None or layer.keys.ndim != 4 else layer.keys.shape[2]
-        if kept != min(num_tokens, window - 1) or layer.get_seq_length() != num_tokens:
-            raise NotShared(f"{name} keeps {kept} of {num_tokens} tokens' keys and values")
+        in_cache = 0 if layer.keys is None or layer.keys.ndim != 4 else layer.keys.shape[2]
+        if in_cache != min(num_tokens, window - 1) or layer.get_seq_length() != num_tokens:
+            raise NotShared(f"{name} keeps {in_cache} of {num_tokens} tokens' keys and values")
         patches.install(layer, "update", partial(_behind, layer.keys, layer.values))
     return Prefix(num_tokens, cache, patches)
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lowmem_cft.recipe.errors import RecipeError, _explain
+from lowmem_cft.recipe.errors import RecipeError, explain
 from lowmem_cft.recipe.schema import Recipe
 
 PRESETS = resources.files("lowmem_cft") / "recipe" / "presets"
@@ -135,7 +135,7 @@ def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        lines = dict.fromkeys(explain(item) for item in error.errors())
         raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 

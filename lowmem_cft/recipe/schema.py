@@ -199,7 +199,7 @@ class MemorySection(_Section):
     keep_graphs: Literal["auto", "on", "off"] = "auto"
     """Keep the first phase's graphs: of all chunks, of none, or of as many as fit."""
     checkpointing: Literal["auto", "on", "off"] | Count = "auto"
-    """Of all layers, of none, or of every k-th layer."""
+    """Compute again in the backward what is in all layers, in none, or in every k-th layer."""
     embedding_dtype: Literal["auto", "fp32", "split-bf16", "bf16", "fp16"] = "auto"
     """How the batch's embeddings wait for the loss and are multiplied in it; 16 bits round them.
     split-bf16: in float32, multiplied on tensor cores as halves in bfloat16. auto: fp32 on a CPU; on
