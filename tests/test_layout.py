@@ -26,8 +26,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "cli/reproduce": "papers/test_reproduction.py",
     "cli/tables": "cli/test_evaluate.py",
     "cli/train": "cli/test_app.py",
-    "data/columns": "data/test_rows.py",
-    "data/formats": "data/test_rows.py",
     "evaluation/clean_up": "evaluation/sts/test_sets.py",
     "evaluation/search/trials": "evaluation/search/test_search.py",
     "evaluation/sts/bootstrap": "evaluation/sts/test_compare.py",
