@@ -69,8 +69,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "planning/recipe_plan": "planning/test_planner.py",
     "planning/tracing": "planning/test_planner.py",
     "progress": "training/test_trainer.py",
-    "recipe/errors": "recipe/test_schema.py",
-    "recipe/load": "recipe/test_schema.py",
     "run_folder": "training/test_trainer.py",
     "training/checkpoint": "training/test_trainer.py",
     "training/demo": "cli/test_app.py",

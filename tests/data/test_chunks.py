@@ -16,9 +16,7 @@ import pytest
 import torch
 
 from lowmem_cft.data.chunks import TokenBatch, chunk_by_tokens, pad, token_positions
-from lowmem_cft.data.tokens import (
-    TokenStore,
-)
+from lowmem_cft.data.tokens import TokenStore
 
 Lengths = npt.NDArray[np.int64]
 
