@@ -27,13 +27,19 @@ class _Patch:
     original: tuple[Any, ...]
 
     def apply(self) -> None:
-        self.attributes[self.name] = self.replacement
+        self._put(self.replacement)
 
     def undo(self) -> None:
         if self.original:
-            (self.attributes[self.name],) = self.original
+            self._put(*self.original)
         else:
             del self.attributes[self.name]
+
+    def _put(self, value: Any) -> None:
+        standing = self.attributes.get(self.name)
+        if isinstance(value, nn.Module) and isinstance(standing, nn.Module):
+            value.train(standing.training)  # it heard of no change of mode while it was out
+        self.attributes[self.name] = value
 
 
 class Patches:

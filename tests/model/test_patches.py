@@ -75,6 +75,19 @@ def test_only_those_of_a_name() -> None:
     assert layers["inside"] is original
 
 
+def test_a_module_comes_back_in_the_mode_of_the_others() -> None:
+    layers, patches = nn.ModuleDict({"inside": (original := nn.Dropout(0.1))}), Patches()
+    patches.install(layers, "inside", replacement := nn.Identity())
+    layers.eval()
+    with patches.lifted():
+        assert not original.training
+        layers.train()
+    assert replacement.training
+    layers.eval()
+    patches.undo()
+    assert not original.training
+
+
 def entries(model: nn.Module) -> dict[tuple[str, str], int]:
     """The identity of every attribute and child of every module, but of the mode it is in."""
     return {
