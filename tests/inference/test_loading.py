@@ -46,7 +46,9 @@ def test_a_folder_that_says_it_itself(tmp_path: Path, file: str, given: Any) -> 
     assert not says_how_it_embeds(tmp_path)
     (tmp_path / file).write_text("{}")
     assert says_how_it_embeds(tmp_path)
-    with pytest.raises(ValueError, match="says itself how it embeds"):
+    with pytest.raises(
+        ValueError, match="says itself how it embeds; leave out `recipe` and `overrides`"
+    ):
         load(tmp_path, **given)
 
 
