@@ -24,7 +24,7 @@ from lowmem_cft.files import digest
 from lowmem_cft.recipe.schema import DataSection, DataSource, Recipe
 
 IN_MEMORY = "memory:"
-"""Before the checksum of rows that stand in no file, in the place of a source's path."""
+"""What the path of a source begins with whose rows are in no file; their checksum follows."""
 
 DEMO_TRIPLETS = Path(str(resources.files("lowmem_cft") / "data" / "embedded" / "triplets.jsonl"))
 
@@ -50,8 +50,7 @@ def with_rows(recipe: Recipe, rows: Sequence[TrainRow]) -> Recipe:
         raise DataError(f"rows: got {got}, wanted a list of lowmem_cft.TrainRow")
     values = [[row.anchor, row.positive, *row.negatives] for row in rows]
     source = DataSource(path=f"{IN_MEMORY}{digest(values)[:16]}")
-    data = recipe.data.model_copy(update={"sources": [source]})
-    return recipe.model_copy(update={"data": data})
+    return recipe.with_values("data", sources=[source])
 
 
 def read_sources(

@@ -16,7 +16,7 @@ _DIGITS = 16
 
 
 class KeptVectors:
-    """An embedder that gives again, from a folder, what it gave for the same texts before.
+    """An embedder that reads from a folder what it gave for the same texts before.
 
     Args:
         embed: texts to float32 (texts, D).
@@ -44,5 +44,5 @@ class KeptVectors:
         return emb_XD
 
     def remove(self) -> None:
-        """All that is kept, once what it was for is written."""
+        """Remove the folder, once what its vectors served is written."""
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -65,7 +65,7 @@ def common_prefix(store: TokenStore) -> tuple[int, Places]:
 
 
 def behind(store: TokenStore, place_Q: Places, num_tokens: int) -> TokenStore:
-    """The texts at these places less their first tokens; each has more than that."""
+    """The texts at int64 (Q,) places without their first `num_tokens`; each has more than that."""
     length_Q = store.lengths[place_Q] - num_tokens
     offsets = np.concatenate([[0], np.cumsum(length_Q)]).astype(np.int64)
     moved_Q = store.offsets[place_Q] + num_tokens - offsets[:-1]
@@ -75,8 +75,9 @@ def behind(store: TokenStore, place_Q: Places, num_tokens: int) -> TokenStore:
 def share(encoder: Encoder, store: TokenStore, pad_id: int, say: Say) -> Shared | None:
     """Run the common prefix; None where that saves nothing or the backbone cannot share it.
 
-    That the backbone embeds the same with it is tried on two texts first: other families than
-    those tested may keep more of their past than keys and values, or let a prefix see what follows.
+    Two texts are embedded with it and whole first, unless such a prefix is proven: other families
+    than those tested may keep more of their past than keys and values, or let a prefix see what
+    follows.
 
     Args:
         say: told why a prefix that would save work is not shared.
@@ -102,7 +103,11 @@ def share(encoder: Encoder, store: TokenStore, pad_id: int, say: Say) -> Shared 
 
 
 def _try_out(encoder: Encoder, store: TokenStore, shared: Shared, pad_id: int) -> None:
-    """Embed the longest and the shortest text with the prefix and whole; raise where they differ."""
+    """Embed the longest and the shortest text with the prefix and whole.
+
+    Raises:
+        NotShared: the embeddings differ, or memory runs out.
+    """
     length_Q = store.lengths[shared.place_Q]
     pair = shared.place_Q[[int(length_Q.argmax()), int(length_Q.argmin())]]
     own = behind(store, pair, shared.prefix.num_tokens)

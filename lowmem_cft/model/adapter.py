@@ -112,6 +112,7 @@ def base_model(model: Any) -> Any:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters, in the model's order; the base is frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

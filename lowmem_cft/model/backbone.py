@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lowmem_cft.data.tokens import Tokenizer
 from lowmem_cft.files import read_json
 from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model import sources
@@ -23,8 +24,6 @@ from lowmem_cft.model.configs import GET_MODEL, first_line, load_config
 from lowmem_cft.model.precision import keep_weight_layout
 from lowmem_cft.progress import Say
 from lowmem_cft.recipe.schema import ModelSection
-
-Tokenizer = Any  # transformers' PreTrainedTokenizerBase, which ships no types
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def quantization_kwargs(section: ModelSection, dtype: torch.dtype) -> dict[str, 
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """A base model found, with all of it that is small.
+    """A base model's name, tokenizer and configuration: all of it but the weights.
 
     `name`: see `Backbone`. `revision`: of a hub id, None for a folder.
     """

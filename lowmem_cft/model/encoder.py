@@ -37,7 +37,7 @@ def last_rows(mask_BT: Tensor) -> Tensor:
 
 
 def pool(hidden_BTH: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
-    """(B, H) in float32 or wider.
+    """One vector per text: (B, H), float32 or wider.
 
     last, eos: the last real token (with `append_eos` that is the end-of-sequence token).
     mean: over real tokens. weighted-mean: weight i + 1 at position i (SGPT, arXiv 2202.08904).
@@ -158,7 +158,7 @@ class Encoder:
     def _enter(
         self, batch: TokenBatch, place_B: Tensor, position_BT: Tensor
     ) -> tuple[Tensor, ReadRows]:
-        """Set what layers ask about the chunk; what `_resume` needs to set it again."""
+        """Set what layers ask about the chunk, and return what `_resume` needs to set it again."""
         self.clock.set_chunk(place_B, position_BT)
         token_key_L = self.clock.token_key_L
         assert token_key_L is not None

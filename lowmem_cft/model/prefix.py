@@ -21,7 +21,7 @@ from lowmem_cft.model.patches import Patches
 
 
 class NotShared(RuntimeError):
-    """The backbone keeps something else of its prefix than keys and values; says what."""
+    """A backbone cannot run a prefix once for all texts; the message says why."""
 
 
 @dataclass(frozen=True)

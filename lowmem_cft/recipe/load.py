@@ -150,8 +150,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         apply_override(values, assignment)
     recipe = parse_recipe(values, where)
     if recipe.output.name is None:
-        output = recipe.output.model_copy(update={"name": Path(name).name.removesuffix(".yaml")})
-        recipe = recipe.model_copy(update={"output": output})
+        recipe = recipe.with_values("output", name=Path(name).name.removesuffix(".yaml"))
     return recipe
 
 

@@ -7,7 +7,7 @@ the resolved recipe is saved with the run.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -254,6 +254,11 @@ class Recipe(_Section):
     memory: MemorySection = MemorySection()
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()
+
+    def with_values(self, section: str, **values: Any) -> Recipe:
+        """The recipe with other values in one of its sections, which are not checked again."""
+        changed = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: changed})
 
     @model_validator(mode="after")
     def _eos(self) -> Recipe:

@@ -299,3 +299,11 @@ def test_recipe_cannot_be_changed() -> None:
     recipe = load_recipe("demo")
     with pytest.raises(ValueError, match="frozen"):
         recipe.lora.rank = 3
+
+
+def test_other_values_in_one_section() -> None:
+    recipe = load_recipe("demo")
+    changed = recipe.with_values("text", template="the man is {text}", max_tokens=9)
+    assert (changed.text.template, changed.text.max_tokens) == ("the man is {text}", 9)
+    assert changed.with_values("text", **recipe.text.model_dump()) == recipe
+    assert recipe == load_recipe("demo"), "the recipe itself has changed"
