@@ -141,7 +141,7 @@ def load_model(
     Args:
         name: folder or hub id.
         recipe_name: for a base model, the recipe whose text and embedding sections to use.
-        overrides: for a base model, `--set` assignments.
+        overrides: for a base model, assignments such as `text.max_tokens=64`.
 
     Raises:
         ValueError: nothing of that name, an unfinished run, a damaged file, or a recipe or

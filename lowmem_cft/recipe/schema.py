@@ -1,7 +1,7 @@
 """The recipe: one YAML file that says all of a run, checked before anything is loaded.
 
 Unknown keys, wrong types and impossible values are refused with the path, what was got and what
-is allowed. `extends: NAME` starts from another recipe, `--set a.b=c` overrides single values, and
+is allowed. `extends: NAME` starts from another recipe, assignments override single values, and
 the resolved recipe is saved with the run.
 """
 

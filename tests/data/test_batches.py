@@ -144,13 +144,13 @@ TWINS = pytest.mark.parametrize("twins", [False, True], ids=["each text", "twins
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("hard_negatives", ["batch", "own", "none"])
 def test_places_and_roles(hard_negatives: str, mask: bool, twins: bool) -> None:
-    found = gather(hard_negatives, mask, twins)
+    texts = gather(hard_negatives, mask, twins)
     negatives = [] if hard_negatives == "none" else NEGATIVES
-    assert found.text_P[found.place_S[: found.num_queries].numpy()].tolist() == QUERIES
+    assert texts.text_P[texts.place_S[: texts.num_queries].numpy()].tolist() == QUERIES
     assert (
-        found.text_P[found.place_S[found.num_queries :].numpy()].tolist() == POSITIVES + negatives
+        texts.text_P[texts.place_S[texts.num_queries :].numpy()].tolist() == POSITIVES + negatives
     )
-    candidates = candidates_of(found)
+    candidates = candidates_of(texts)
     assert candidates.target.tolist() == [0, 1, 2, 3, 4]
     candidates.validate(5, 5 + len(negatives))
     assert candidates.owner_N is not None
@@ -176,22 +176,22 @@ def test_twins_are_encoded_once_or_each(hard_negatives: str) -> None:
     assert each.place_S.tolist() == list(range(len(everything)))
     assert sorted(once.text_P.tolist()) == sorted(set(everything))
     assert len(once.text_P) < len(everything)
-    for found in (each, once):
-        assert found.text_P.dtype == np.int64
-        assert found.place_S.dtype == torch.int64
-        used = found.place_S.tolist()
-        assert set(used) == set(range(len(found.text_P)))
+    for texts in (each, once):
+        assert texts.text_P.dtype == np.int64
+        assert texts.place_S.dtype == torch.int64
+        used = texts.place_S.tolist()
+        assert set(used) == set(range(len(texts.text_P)))
 
 
-def hidden_places(found: StepTexts) -> list[list[int]]:
+def hidden_places(texts: StepTexts) -> list[list[int]]:
     """For each query the documents that its loss does not depend on: they get no gradient from it."""
     draw = torch.Generator().manual_seed(0)
-    emb_PD = torch.randn(len(found.text_P), 6, generator=draw, dtype=torch.float64)
-    query_MD, doc_ND = emb_PD[found.place_S].tensor_split([found.num_queries])
+    emb_PD = torch.randn(len(texts.text_P), 6, generator=draw, dtype=torch.float64)
+    query_MD, doc_ND = emb_PD[texts.place_S].tensor_split([texts.num_queries])
     hidden = []
-    for i in range(found.num_queries):
-        alone_M = (torch.arange(found.num_queries) == i).double()
-        result = info_nce(query_MD, doc_ND, candidates_of(found), temperature=1.0, weight_M=alone_M)
+    for i in range(texts.num_queries):
+        alone_M = (torch.arange(texts.num_queries) == i).double()
+        result = info_nce(query_MD, doc_ND, candidates_of(texts), temperature=1.0, weight_M=alone_M)
         hidden.append((result.d_doc_ND == 0).all(dim=1).nonzero()[:, 0].tolist())
     return hidden
 
@@ -224,24 +224,24 @@ def test_without_negatives_in_the_table() -> None:
     assert len(pairs) == 5
     options: dict[str, Any] = {"mask_duplicates": True, "encode_twins_once": False}
     for hard_negatives in ("batch", "own", "none"):
-        found = step_texts(pairs, ROWS, hard_negatives=hard_negatives, **options)
-        assert found.text_P.tolist() == QUERIES + POSITIVES
-        candidates_of(found).validate(5, 5)
+        texts = step_texts(pairs, ROWS, hard_negatives=hard_negatives, **options)
+        assert texts.text_P.tolist() == QUERIES + POSITIVES
+        candidates_of(texts).validate(5, 5)
 
 
-def loss_of(found: StepTexts, embedding_TD: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of(texts: StepTexts, embedding_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient for every text of the table."""
-    emb_PD = embedding_TD[torch.from_numpy(found.text_P)]
+    emb_PD = embedding_TD[torch.from_numpy(texts.text_P)]
     result = info_nce(
-        emb_PD[found.place_S[: found.num_queries]],
-        emb_PD[found.place_S[found.num_queries :]],
-        candidates_of(found),
+        emb_PD[texts.place_S[: texts.num_queries]],
+        emb_PD[texts.place_S[texts.num_queries :]],
+        candidates_of(texts),
         temperature=0.5,
     )
     gradient_TD = torch.zeros_like(embedding_TD)
-    text_P = torch.from_numpy(found.text_P)
-    gradient_TD.index_add_(0, text_P[found.place_S[: found.num_queries]], result.d_query_MD)
-    gradient_TD.index_add_(0, text_P[found.place_S[found.num_queries :]], result.d_doc_ND)
+    text_P = torch.from_numpy(texts.text_P)
+    gradient_TD.index_add_(0, text_P[texts.place_S[: texts.num_queries]], result.d_query_MD)
+    gradient_TD.index_add_(0, text_P[texts.place_S[texts.num_queries :]], result.d_doc_ND)
     return result.loss, gradient_TD
 
 
@@ -296,9 +296,9 @@ def test_the_loss_of_a_step_waits_for_no_gpu(
     temperature = LearnedTemperature().to("meta") if learned else None
     emb_SD = torch.empty(len(texts.place_S), 6, dtype=DTYPES[embedding_dtype], device="meta")
     loss = partial(_info_nce, candidates_of(texts), section, temperature, embedding_dtype)
-    with recorded() as kernels, HostWaits() as found:
+    with recorded() as kernels, HostWaits() as waits:
         for _ in range(2):  # again, as after memory ran out
             report = loss(emb_SD, torch.empty_like(emb_SD, dtype=torch.float32), 2**20)
     assert report.loss.device == emb_SD.device
     assert sum(kernel.count for kernel in kernels.values()) >= 4
-    assert not found.found
+    assert not waits.found

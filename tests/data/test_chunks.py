@@ -33,13 +33,13 @@ def padded_tokens(chunks: Sequence[Lengths], lengths: Lengths) -> int:
 def least_cost(lengths: Lengths, budget: int, chunk_cost: int) -> int:
     """Over every way to cut the texts, longest first, into chunks within the budget."""
     longest_first: list[int] = sorted(lengths.tolist(), reverse=True)
-    found = []
+    costs = []
     for cuts in itertools.product([False, True], repeat=len(longest_first) - 1):
         ends = [*(i + 1 for i, cut in enumerate(cuts) if cut), len(longest_first)]
         parts = [longest_first[a:b] for a, b in zip([0, *ends], ends, strict=False)]
         if all(len(part) == 1 or len(part) * part[0] <= budget for part in parts):
-            found.append(sum(len(part) * part[0] + chunk_cost for part in parts))
-    return min(found)
+            costs.append(sum(len(part) * part[0] + chunk_cost for part in parts))
+    return min(costs)
 
 
 def realistic_lengths(num_texts: int, seed: int = 0) -> Lengths:
@@ -161,10 +161,10 @@ def test_positions_start_at_the_first_real_token() -> None:
     assert token_positions(left).dtype == torch.int64
     assert token_positions(left).tolist() == [[0, 1, 2], [0, 0, 1], [0, 0, 0]]
     for mask_BT in (left, right):
-        found = [
+        positions = [
             row[real].tolist() for row, real in zip(token_positions(mask_BT), mask_BT, strict=True)
         ]
-        assert found == [[0, 1, 2], [0, 1], [0]]
+        assert positions == [[0, 1, 2], [0, 1], [0]]
 
 
 @pytest.mark.parametrize("chunk_cost", [32, 512])  # a CPU's, a GPU's

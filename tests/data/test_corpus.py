@@ -115,7 +115,7 @@ def test_from_cache_says_whether_all_was_there(tmp_path: Path) -> None:
 def test_sources_of_a_recipe() -> None:
     sources = [DataSource(path="demo", limit=5), DataSource(path="demo", limit=3, seed=1)]
     rows, reports = read_sources(DataSection(sources=sources))
-    assert [len(found) for found in rows] == [5, 3]
-    assert all(isinstance(row, TrainRow) for found in rows for row in found)
+    assert [len(of_source) for of_source in rows] == [5, 3]
+    assert all(isinstance(row, TrainRow) for of_source in rows for row in of_source)
     assert all(report.num_read >= 5 and not report.skipped for report in reports)
     assert rows[0][:3] != rows[1]

@@ -73,9 +73,9 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 
     objects = [dict(zip(HEADER, row, strict=True)) for row in CELLS]
     # A selection is saved with the rows in another order than they were made in.
-    one = datasets.Dataset.from_list(objects).select([2, 0])
-    one.save_to_disk(tmp_path / "one")
-    both = datasets.DatasetDict(train=one, dev=datasets.Dataset.from_list(objects[1:2]))
+    data_set = datasets.Dataset.from_list(objects).select([2, 0])
+    data_set.save_to_disk(tmp_path / "one")
+    both = datasets.DatasetDict(train=data_set, dev=datasets.Dataset.from_list(objects[1:2]))
     both.save_to_disk(tmp_path / "both")
     assert read_training_rows(str(tmp_path / "one"))[0] == [ROWS[2], ROWS[0]]
     assert read_training_rows(str(tmp_path / "both"))[0] == [ROWS[2], ROWS[0]]

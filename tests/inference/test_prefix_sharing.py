@@ -32,8 +32,8 @@ def store_of(*texts: list[int]) -> TokenStore:
     ids=["all", "one ends", "one begins otherwise", "one goes off", "few", "none", "one", "empty"],
 )
 def test_common_prefix(texts: list[list[int]], num_tokens: int, places: Any) -> None:
-    found, place_Q = common_prefix(store_of(*texts))
-    assert found == num_tokens
+    shared, place_Q = common_prefix(store_of(*texts))
+    assert shared == num_tokens
     assert place_Q.tolist() == list(places)
 
 
@@ -53,11 +53,11 @@ def test_common_prefix_saves_most_of_any() -> None:
                 same = sum(len(other) > k and other[:k] == text[:k] for other in texts)
                 if 2 * same > len(texts):
                     saved[k] = max(saved.get(k, 0), k * (same - 1))
-        found, place_Q = common_prefix(store_of(*texts))
-        assert len({tuple(texts[i][:found]) for i in place_Q}) == 1
-        assert all(len(texts[i]) > found for i in place_Q)
-        assert found * (len(place_Q) - 1) == max(saved.values())
-        most.append(found)
+        shared, place_Q = common_prefix(store_of(*texts))
+        assert len({tuple(texts[i][:shared]) for i in place_Q}) == 1
+        assert all(len(texts[i]) > shared for i in place_Q)
+        assert shared * (len(place_Q) - 1) == max(saved.values())
+        most.append(shared)
     assert {0, 1, 3, 5} <= set(most)
 
 

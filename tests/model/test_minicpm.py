@@ -475,9 +475,9 @@ def test_interrupted_translation_leaves_nothing(
 def test_a_complete_target_is_left_alone(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     translate_checkpoint(source, target)
-    before = {file.name: file.stat().st_mtime_ns for file in target.iterdir()}
+    times = {file.name: file.stat().st_mtime_ns for file in target.iterdir()}
     translate_checkpoint(source, target)
-    assert {file.name: file.stat().st_mtime_ns for file in target.iterdir()} == before
+    assert {file.name: file.stat().st_mtime_ns for file in target.iterdir()} == times
 
 
 @pytest.mark.parametrize("change", ["configuration", "weights", "link", "nothing"])

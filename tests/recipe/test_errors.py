@@ -81,7 +81,7 @@ def test_unknown_key_in_a_source(write: Write) -> None:
 def test_wrong_value(override: str, line: str, write: Write) -> None:
     path = write()
     lines = refusal(path, override).splitlines()
-    assert any(one.startswith(f"{path}: {line}") for one in lines), lines
+    assert any(told.startswith(f"{path}: {line}") for told in lines), lines
 
 
 def test_missing_data(write: Write) -> None:
