@@ -19,7 +19,6 @@ from lowmem_cft.recipe.schema import TEXT_SLOT, Recipe
 MIN_COSINE: dict[Kind, float] = {"adapter": 0.9999, "merged": 0.999}
 """An adapter export computes the same; a merged one rounds its weights to 16 bit once more."""
 
-
 NUM_CHECKED = 32
 
 

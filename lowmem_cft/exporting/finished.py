@@ -17,7 +17,7 @@ def check_target(target: Path) -> None:
     """Refuse to replace a folder that is no export of ours.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the folder holds something else.
     """
     ours = not target.exists() or (target / RECORD).is_file()
     if not ours and (not target.is_dir() or any(target.iterdir())):
