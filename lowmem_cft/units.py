@@ -11,12 +11,14 @@ _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_bytes(text: str) -> int:
-    """12GiB (1024s), 12GB (1000s) or plain bytes.
+    """The bytes of 12GiB (1024s), 12GB or 12G (1000s), or 12B.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is none of them, or a number without a unit.
     """
-    amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)(B?)", text.strip(), re.IGNORECASE)
+    if amount is not None and not amount[2] and not amount[4]:
+        raise ValueError(f"got {text!r} without a unit, wanted one, such as {amount[1]}GiB")
     if amount is None or float(amount[1]) == 0:
         raise ValueError(f"got {text!r}, wanted an amount of memory such as 12GiB or 800MiB")
     prefix = amount[2].upper()

@@ -54,7 +54,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "progress": "training/test_trainer.py",
     "run_folder": "training/test_trainer.py",
     "training/demo": "cli/test_app.py",
-    "units": "recipe/test_schema.py",
 }
 """Module -> the test file that tests it through the module that it serves."""
 

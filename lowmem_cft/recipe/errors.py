@@ -32,8 +32,29 @@ def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
 
-def explain(error: Any) -> str:
-    """One of pydantic's errors as a line: the key, what was got, what is allowed."""
+def shortened(text: str) -> str:
+    """The text, or its first 77 characters and three dots."""
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _suggestion(key: str, section: type[BaseModel] | None) -> str:
+    """The known key that is most like an unknown one: of its section, or of another one."""
+    allowed = list(section.model_fields) if section else []
+    if close := difflib.get_close_matches(key, allowed, n=1):
+        return close[0]
+    sections = {name: _section_at([name]) for name in Recipe.model_fields}
+    elsewhere = {
+        field: f"{name}.{field}"
+        for name, model in sections.items()
+        if model is not None
+        for field in model.model_fields
+    }
+    close = difflib.get_close_matches(key, elsewhere, n=1)
+    return elsewhere[close[0]] if close else ""
+
+
+def explain(error: Any) -> tuple[str, str]:
+    """One of pydantic's errors: its dotted key, and what was got there and what is allowed."""
     unknown = error["type"] == "extra_forbidden"
     # pydantic puts the tried branch of a union into the path: 'list[str]', 'constrained-int'
     location = [
@@ -46,15 +67,14 @@ def explain(error: Any) -> str:
     path = ".".join(str(part) for part in location) or "recipe"
     if unknown:
         section = _section_at(location[:-1])
-        allowed = list(section.model_fields) if section else []
-        close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        return f"{path}: unknown key{hint}; allowed: {', '.join(allowed)}"
+        allowed = ", ".join(section.model_fields if section else [])
+        meant = _suggestion(str(location[-1]), section)
+        hint = f" (did you mean {meant}?)" if meant else ""
+        return path, f"unknown key{hint}; allowed: {allowed}"
     if error["type"] == "missing":
-        return f"{path}: missing, and it has no default"
+        return path, "missing, and it has no default"
     if error["type"] == "value_error":
-        return f"{path}: {error['ctx']['error']}"
-    got = repr(error["input"])
-    got = got if len(got) < 80 else got[:77] + "..."
+        return path, str(error["ctx"]["error"])
+    got = shortened(repr(error["input"]))
     wanted = error["msg"][0].lower() + error["msg"][1:]
-    return f"{path}: got {got} ({type(error['input']).__name__}); {wanted}"
+    return path, f"got {got} ({type(error['input']).__name__}); {wanted}"

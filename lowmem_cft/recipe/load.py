@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from lowmem_cft.recipe.errors import RecipeError, explain
+from lowmem_cft.recipe.errors import RecipeError, explain, shortened
 from lowmem_cft.recipe.schema import Recipe
+from lowmem_cft.recipe.strict_yaml import dump_yaml, parse_yaml
 
 PRESETS = resources.files("lowmem_cft") / "recipe" / "presets"
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as the number it is (YAML 1.2), where YAML 1.1 sees a text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes a text such as 1e4, which _Loader would read as a number."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-        list("-+0123456789."),
-    )
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
-        raise RecipeError(f"{where}: not readable as YAML: {error}") from error
 
 
 def preset_names() -> list[str]:
@@ -80,7 +56,7 @@ def _read(
             f"{chain[-1]}: extends: got {name!r}, which leads back to itself "
             f"({' -> '.join((*chain, key))}), wanted a chain that ends"
         )
-    values = _parse_yaml(text, where)
+    values = parse_yaml(text, where)
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: got {type(values).__name__}, wanted sections such as `model:`")
     base = values.pop("extends", None)
@@ -91,9 +67,19 @@ def _read(
     return merge(_read(base, folder, (*chain, key))[0], values), where
 
 
+_ONE_OF = ("epochs", "steps")
+"""Keys of which a section holds one: each replaces the other."""
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over` put over it, mappings merged key by key."""
+    """`base` with the values of `over` put over it, mappings merged key by key.
+
+    Steps replace epochs, and epochs steps: a recipe has one of them.
+    """
     merged = dict(base)
+    for key, other in (_ONE_OF, _ONE_OF[::-1]):
+        if over.get(key) is not None and over.get(other) is None:
+            merged.pop(other, None)
     for key, value in over.items():
         old = merged.get(key)
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
@@ -111,7 +97,7 @@ def apply_override(values: dict[str, Any], assignment: str) -> None:
     keys = path.strip().split(".")
     if not sign or not all(keys):
         raise RecipeError(f"`overrides` {assignment}: wanted SECTION.KEY=VALUE, as train.steps=100")
-    value = _parse_yaml(text, f"`overrides` {assignment}")
+    value = parse_yaml(text, f"`overrides` {assignment}")
     here: Any = values
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -124,19 +110,42 @@ def apply_override(values: dict[str, Any], assignment: str) -> None:
             raise RecipeError(f"`overrides` {assignment}: {got} has no {key!r} to set")
         if last:
             here[slot] = value
+            if keys[:-1] == ["train"] and key in _ONE_OF and value is not None:
+                here.pop(_ONE_OF[1 - _ONE_OF.index(key)], None)
         elif isinstance(here, list):
             here = here[int(slot)]
         else:
             here = here.setdefault(slot, {})
 
 
-def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
-    """Check raw values. Raises RecipeError listing everything that is wrong, a line each."""
+def parse_recipe(values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check raw values.
+
+    Args:
+        source: where they stand, for the messages.
+        overrides: assignments among them; what is wrong with one is said of it.
+
+    Raises:
+        RecipeError: everything that is wrong, a line each.
+    """
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = dict.fromkeys(explain(item) for item in error.errors())
-        raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
+        lines = dict.fromkeys(
+            f"{_origin(key, source, overrides)}: {reason}"
+            for key, reason in map(explain, error.errors())
+        )
+        raise RecipeError("\n".join(lines)) from None
+
+
+def _origin(key: str, source: str, overrides: Sequence[str]) -> str:
+    """Where a key was set: by the last override of it or of what holds it, else in the source."""
+    for assignment in reversed(overrides):
+        path = assignment.partition("=")[0].strip()
+        if f"{key}.".startswith(f"{path}."):
+            override = f"`overrides` {shortened(assignment)}"
+            return override if key == path else f"{override}: {key}"
+    return f"{source}: {key}"
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -148,7 +157,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     values, where = _read(name)
     for assignment in overrides:
         apply_override(values, assignment)
-    recipe = parse_recipe(values, where)
+    recipe = parse_recipe(values, where, overrides)
     if recipe.output.name is None:
         recipe = recipe.with_values("output", name=Path(name).name.removesuffix(".yaml"))
     return recipe
@@ -157,4 +166,4 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, readable by `load_recipe`."""
     values = recipe.model_dump(mode="json")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(values)

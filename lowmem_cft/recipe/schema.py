@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lowmem_cft.units import parse_bytes
 
@@ -20,6 +20,29 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 _FromList = Field(strict=False)  # YAML has no tuples; their numbers are checked strictly as ever
+
+
+_TRUTH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
+
+
+def _as_truth(value: object) -> object:
+    """A word for true or false as that; any other value as it is."""
+    return _TRUTH.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _as_switch(value: object) -> object:
+    """true and false, in any words, as on and off; any other value as it is."""
+    truth = _as_truth(value)
+    return ("on" if truth else "off") if isinstance(truth, bool) else value
+
+
+def _with_a_unit(value: object) -> object:
+    """A number without a unit as the text that `parse_bytes` refuses with what to write."""
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+Truth = Annotated[bool, BeforeValidator(_as_truth)]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
 
 
 class _Section(BaseModel):
@@ -33,7 +56,7 @@ class ModelSection(_Section):
     """Hub id, local folder, GGUF file, or `smollm2-135m` for the embedded default."""
     revision: str | None = None
     quantization: Literal["none", "nf4"] = "nf4"
-    double_quantization: bool = True
+    double_quantization: Truth = True
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute dtype; auto takes bf16 where the device is fast in it."""
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
@@ -48,7 +71,7 @@ class LoraSection(_Section):
     alpha: Positive = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear", "attention", "mlp"] | list[str] = "all-linear"
-    rslora: bool = False
+    rslora: Truth = False
     """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
     init: Literal["default", "gaussian", "orthogonal"] = "default"
 
@@ -60,7 +83,7 @@ class TextSection(_Section):
     """For anchors and for evaluation; `{text}` stands for the text."""
     document_template: str | None = None
     """For positives and negatives; the same as `template` if not given."""
-    append_eos: bool = True
+    append_eos: Truth = True
     max_tokens: Count = 128
     """Tokens of the text itself; the template and special tokens come on top, so truncation
     never cuts a template's tail."""
@@ -78,7 +101,7 @@ class EmbeddingSection(_Section):
     """How hidden states become one vector."""
 
     pooling: Literal["last", "eos", "mean", "weighted-mean"] = "eos"
-    normalize: bool = True
+    normalize: Truth = True
 
 
 class DataSource(_Section):
@@ -107,7 +130,7 @@ class LossSection(_Section):
 
     temperature: Positive = 0.05
     """The first one, where it is learned."""
-    learn_temperature: bool = False
+    learn_temperature: Truth = False
     """Train it with the adapter, without weight decay, always between `temperature_bounds`."""
     temperature_bounds: Annotated[tuple[Positive, Positive], _FromList] = (0.005, 1.0)
     softmaxes: Literal["one_way", "symmetric", "gte", "qwen3"] = "one_way"
@@ -117,13 +140,13 @@ class LossSection(_Section):
     picking its anchor (arXiv 2308.03281)."""
     hard_negatives: Literal["batch", "own", "none"] = "batch"
     """batch: every anchor sees every row's hard negatives; own: only its row's."""
-    mask_duplicates: bool = True
+    mask_duplicates: Truth = True
     """A document with the same text as the anchor's positive, or as the anchor, is no negative
     of it."""
     false_negative_margin: Finite | None = None
     """Hide negatives more similar than the positive's similarity less this margin, as probably
     positives themselves (arXiv 2407.15831); below 0 spares those a little more similar."""
-    false_negative_relative: bool = False
+    false_negative_relative: Truth = False
     """The margin is a share of the positive's similarity."""
     on_no_negatives: Literal["stop", "warn"] = "stop"
     """What happens after three steps in a row in which masks hid every negative: nothing is
@@ -196,20 +219,20 @@ class TrainSection(_Section):
 class MemorySection(_Section):
     """How much memory to use, and how. None of it changes the result beyond rounding."""
 
-    limit: str = "auto"
+    limit: Annotated[str, BeforeValidator(_with_a_unit)] = "auto"
     """For all of it, weights and libraries included: 12GiB, 11.5GB, 800MiB; auto takes what is
     free on the device."""
     token_budget: Literal["auto"] | Count = "auto"
     """Padded tokens in a chunk that is back-propagated."""
-    keep_graphs: Literal["auto", "on", "off"] = "auto"
+    keep_graphs: Switch = "auto"
     """Keep the first phase's graphs: of all chunks, of none, or of as many as fit."""
-    checkpointing: Literal["auto", "on", "off"] | Count = "auto"
+    checkpointing: Switch | Count = "auto"
     """Compute again in the backward what is in all layers, in none, or in every k-th layer."""
     embedding_dtype: Literal["auto", "fp32", "split-bf16", "bf16", "fp16"] = "auto"
     """How the batch's embeddings wait for the loss and are multiplied in it; 16 bits round them.
     split-bf16: in float32, multiplied on tensor cores as halves in bfloat16. auto: fp32 on a CPU; on
     a GPU fp16 for normalised embeddings, else split-bf16."""
-    offload_embeddings: Literal["auto", "on", "off"] = "auto"
+    offload_embeddings: Switch = "auto"
     """Hold them and their gradient in host memory while chunks are computed."""
 
     @model_validator(mode="after")
@@ -226,7 +249,7 @@ class EvalSection(_Section):
     sets: list[str] = ["STSBenchmark-dev"]
     every: Count | None = None
     """Evaluate the first set every so many steps; before and after are always evaluated."""
-    keep_best: bool = False
+    keep_best: Truth = False
     """Export the adapter that scored best on the first set instead of the last one."""
     limit: Count | None = None
     """Pairs per set, drawn once at random, always the same; all if absent."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from lowmem_cft.recipe.errors import RecipeError
+from lowmem_cft.recipe.load import load_recipe
 from recipe_files import MINIMAL, Write, refusal
 
 
@@ -79,9 +83,10 @@ def test_unknown_key_in_a_source(write: Write) -> None:
     ],
 )
 def test_wrong_value(override: str, line: str, write: Write) -> None:
-    path = write()
-    lines = refusal(path, override).splitlines()
-    assert any(told.startswith(f"{path}: {line}") for told in lines), lines
+    lines = refusal(write(), override).splitlines()
+    key, _, reason = line.partition(": ")
+    told = reason if key == override.partition("=")[0] else line
+    assert any(line.startswith(f"`overrides` {override}: {told}") for line in lines), lines
 
 
 def test_missing_data(write: Write) -> None:
@@ -97,10 +102,36 @@ def test_long_values_are_cut(write: Write) -> None:
 
 
 def test_everything_wrong_is_told_at_once(write: Write) -> None:
-    path = write()
-    message = refusal(path, "train.stesp=1", "lora.rank=0", "model.id=3")
+    path = write(f"train: {{stesp: 1}}\nlora: {{rank: 0}}\nmodel: {{id: 3}}\n{MINIMAL}")
+    message = refusal(path)
     assert [line.removeprefix(f"{path}: ").split(":")[0] for line in message.splitlines()] == [
         "model.id",
         "lora.rank",
         "train.stesp",
     ]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "meant"),
+    [
+        ("learning_rate=1e-4", "train.learning_rate"),
+        ("train.temperature=0.1", "loss.temperature"),
+        ("loss.logical_batch=64", "train.logical_batch"),
+        ("train.learningrate=1e-4", "learning_rate"),
+        ("max_token=7", "text.max_tokens"),
+    ],
+)
+def test_a_key_of_another_section_is_suggested(assignment: str, meant: str) -> None:
+    with pytest.raises(RecipeError, match=rf"unknown key \(did you mean {meant}\?\)"):
+        load_recipe("demo", [assignment])
+
+
+def test_what_is_wrong_with_an_override_is_said_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: demo\ntrain: {steps: many}\n")
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(str(file), ["lora.rank=big", "text={max_tokens: 0}"])
+    first, second, third = sorted(str(refused.value).splitlines())
+    assert first.startswith(f"{file}: train.steps: got 'many'")
+    assert second.startswith("`overrides` lora.rank=big: got 'big'")
+    assert third.startswith("`overrides` text={max_tokens: 0}: text.max_tokens: got 0")

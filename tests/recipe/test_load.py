@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lowmem_cft.recipe.errors import RecipeError
 from lowmem_cft.recipe.load import (
     apply_override,
     load_recipe,
@@ -226,7 +227,7 @@ def test_override_that_is_not_yaml() -> None:
 
 def test_override_is_checked_like_a_file() -> None:
     message = refusal("demo", "train.stesp=3")
-    assert message.startswith("preset demo: train.stesp: unknown key (did you mean steps?)")
+    assert message.startswith("`overrides` train.stesp=3: unknown key (did you mean steps?)")
 
 
 def test_unknown_preset() -> None:
@@ -271,3 +272,52 @@ def test_preset_round_trips(name: str, write: Write) -> None:
     text = to_yaml(recipe)
     assert load_recipe(write(text)) == recipe
     assert parse_recipe(yaml.safe_load(text), "saved") == recipe  # plain YAML 1.1 reads it too
+
+
+@pytest.mark.parametrize("word", ["on", "true", "yes", "off", "false", "no", "True", "OFF"])
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_words_for_true_and_false_mean_that_everywhere(word: str, quote: str) -> None:
+    means = word.lower() in ("on", "true", "yes")
+    recipe = load_recipe(
+        "demo",
+        [
+            f"memory.keep_graphs={quote}{word}{quote}",
+            f"memory.checkpointing={quote}{word}{quote}",
+            f"memory.offload_embeddings={quote}{word}{quote}",
+            f"embedding.normalize={quote}{word}{quote}",
+            f"lora.rslora={quote}{word}{quote}",
+        ],
+    )
+    switch = "on" if means else "off"
+    assert recipe.memory.keep_graphs == recipe.memory.checkpointing == switch
+    assert recipe.memory.offload_embeddings == switch
+    assert recipe.embedding.normalize is recipe.lora.rslora is means
+
+
+def test_checkpointing_may_also_be_a_number() -> None:
+    assert load_recipe("demo", ["memory.checkpointing=3"]).memory.checkpointing == 3
+    with pytest.raises(RecipeError, match=r"memory.checkpointing=0: got 0 \(int\)"):
+        load_recipe("demo", ["memory.checkpointing=0"])
+
+
+def test_steps_replace_epochs_and_epochs_steps(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: demo\ntrain: {steps: null, epochs: 2}\n")
+    assert load_recipe(str(file)).train.epochs == 2
+    train = load_recipe(str(file), ["train.steps=3"]).train
+    assert (train.steps, train.epochs) == (3, None)
+    train = load_recipe("demo", ["train.epochs=0.5"]).train
+    assert (train.steps, train.epochs) == (None, 0.5)
+    further = tmp_path / "further.yaml"
+    further.write_text(f"extends: {file}\ntrain: {{steps: 7}}\n")
+    train = load_recipe(str(further)).train
+    assert (train.steps, train.epochs) == (7, None)
+    with pytest.raises(RecipeError, match=r"got epochs: 2\.0 and steps: 3, wanted one of them"):
+        load_recipe("demo", ["train={epochs: 2, steps: 3}"])
+
+
+@pytest.mark.parametrize("limit", ["12", "'12'", "11.5"])
+def test_an_amount_of_memory_has_a_unit(limit: str) -> None:
+    number = limit.strip("'")
+    with pytest.raises(RecipeError, match=rf"got '{number}' without a unit, .*such as {number}GiB"):
+        load_recipe("demo", [f"memory.limit={limit}"])

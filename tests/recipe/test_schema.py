@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from lowmem_cft.recipe.load import PRESETS, load_recipe, preset_names, to_yaml
 from lowmem_cft.recipe.schema import Recipe
-from recipe_files import Write, refusal
+from recipe_files import MINIMAL, Write, refusal
 
 OPT_SIZES = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b")
 LLAMA_SIZES = ("7b", "13b", "30b")
@@ -260,8 +260,8 @@ def test_bounds_round_trip(write: Write) -> None:
 
 
 def test_epochs_and_steps_both(write: Write) -> None:
-    path = write()
-    assert refusal(path, "train.epochs=2", "train.steps=3") == (
+    path = write(f"train: {{epochs: 2, steps: 3}}\n{MINIMAL}")
+    assert refusal(path) == (
         f"{path}: train: got epochs: 2.0 and steps: 3, wanted one of them (set the other to null)"
     )
 
