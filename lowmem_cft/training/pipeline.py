@@ -12,6 +12,7 @@ from lowmem_cft.data.rows import TrainRow
 from lowmem_cft.evaluation.sts.sets import LoadedSet
 from lowmem_cft.exporting.check import checked
 from lowmem_cft.exporting.layout import Kind, check_expressible, export_model
+from lowmem_cft.inference.loading import Embedder
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs
@@ -69,16 +70,9 @@ def run_recipe(
     if recipe.output.export != "none":
         kind: Kind = recipe.output.export
         observer.say(f"exporting to {folder.model}")
-        export_model(trainer.encoder, trainer.backbone, recipe, folder.model, kind)
-        outcome = checked(
-            folder.model,
-            kind,
-            trainer.encoder,
-            trainer.backbone.tokenizer,
-            recipe,
-            observer,
-            check_texts(trainer.eval_sets),
-        )
+        embedder = Embedder(trainer.encoder, trainer.backbone, recipe)
+        export_model(embedder, folder.model, kind)
+        outcome = checked(folder.model, kind, embedder, observer, check_texts(trainer.eval_sets))
         checks = {} if outcome is None else vars(outcome)
         record = ExportRecord(kind=kind, checked=outcome is not None, **checks)
         metrics = metrics.model_copy(update={"export": record})
