@@ -18,7 +18,7 @@ from lowmem_cft.data.batches import RowTable, StepTexts, step_texts
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import StepPlan
-from lowmem_cft.gradient.step import ContrastiveStep, StepReport
+from lowmem_cft.gradient.step import ContrastiveStep, StepReport, candidates_of
 from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.configs import disable_base_dropout
 from lowmem_cft.model.dropout import DropoutClock
@@ -214,7 +214,7 @@ def plain_gradients(
         padded = pad(batch.store, texts.text_P, PAD, "left")
         emb_SD = encoder(padded)[texts.place_S.to(encoder.device)]
         query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
-        candidates = texts.candidates.to(encoder.device)
+        candidates = candidates_of(texts).to(encoder.device)
         torch.autograd.backward(reference_loss(query_MD, doc_ND, candidates, temperature=0.1)[0])
     return taken_gradients(encoder.model)
 

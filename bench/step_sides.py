@@ -35,7 +35,7 @@ from lowmem_cft.data.tokens import query_format
 from lowmem_cft.files import cache_folder
 from lowmem_cft.gradient import step as step_module
 from lowmem_cft.gradient.plan import StepPlan
-from lowmem_cft.gradient.step import ContrastiveStep
+from lowmem_cft.gradient.step import ContrastiveStep, candidates_of
 from lowmem_cft.machine import choose_device, choose_dtype, keep_freed_memory, peak_bytes
 from lowmem_cft.model import backbone
 from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
@@ -218,7 +218,7 @@ def full_loss(recipe: Recipe, texts: StepTexts, emb_PD: Tensor) -> Tensor:
     """The loss as its formula, through autograd."""
     emb_SD = emb_PD[texts.place_S.to(emb_PD.device)]
     query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
-    candidates = texts.candidates.to(emb_PD.device)
+    candidates = candidates_of(texts).to(emb_PD.device)
     return reference_loss(query_MD, doc_ND, candidates, temperature=recipe.loss.temperature)[0]
 
 

@@ -36,10 +36,10 @@ def _package(name: str, needed: bool, purpose: str, install: str) -> Finding:
 def _device() -> list[Finding]:
     import torch
 
-    from lowmem_cft.machine import choose_device, choose_dtype, free_bytes
+    from lowmem_cft.machine import choose_device, choose_dtype, dtype_name, free_bytes
 
     device = choose_device()
-    dtype = str(choose_dtype("auto", device)).removeprefix("torch.")
+    dtype = dtype_name(choose_dtype("auto", device))
     free = f"{free_bytes(device) / 2**30:.1f} GiB free"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

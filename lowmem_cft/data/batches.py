@@ -14,13 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lowmem_cft_kernels import Candidates
-from lowmem_cft_kernels.masks import SHARED
-
 Indices = npt.NDArray[np.int64]
 
 NO_TEXT = -1
 """Filler in `RowTable.negative_NK` where a row has fewer negatives than others."""
+NO_OWNER = -1
+"""In `StepTexts.owner_N`: a row's positive, which is every other row's negative."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,21 @@ class StepTexts:
 
     `text_P` names each pool entry's text. `place_S` gives each slot of the loss its place in the
     pool: M queries, then N documents, which are every row's positive and then the hard negatives.
-    All int64.
+
+    `owner_N`: the query that a hard negative was given to, `NO_OWNER` for a positive.
+    `own_only`: a hard negative is one of its owner's alone.
+    `query_key_MK`, `doc_key_N`: a document with one of a query's keys is no negative of it; None
+    where nothing is masked.
+    All int64, on the CPU.
     """
 
     text_P: Indices
     place_S: Tensor
     num_queries: int
-    candidates: Candidates
+    owner_N: Tensor
+    own_only: bool
+    query_key_MK: Tensor | None
+    doc_key_N: Tensor | None
 
 
 def step_texts(
@@ -120,17 +127,18 @@ def step_texts(
         negative_MK = negative_MK[:, :0]
     there_MK = negative_MK != NO_TEXT
     document_N = np.concatenate([positive_M, negative_MK[there_MK]])
-    owner_N = np.concatenate([np.full(len(rows), SHARED), np.nonzero(there_MK)[0]])
+    owner_N = np.concatenate([np.full(len(rows), NO_OWNER), np.nonzero(there_MK)[0]])
     text_P = np.concatenate([anchor_M, document_N])
     place = np.arange(len(text_P))
     if encode_twins_once:
         text_P, place = np.unique(text_P, return_inverse=True)
-    keys = mask_duplicates
-    candidates = Candidates(
-        target=torch.arange(len(rows)),
-        owner_N=torch.from_numpy(owner_N),
+    query_key_MK = np.stack([positive_M, anchor_M], axis=1)
+    return StepTexts(
+        text_P,
+        torch.from_numpy(place),
+        len(rows),
+        torch.from_numpy(owner_N),
         own_only=hard_negatives == "own",
-        query_keys=torch.from_numpy(np.stack([positive_M, anchor_M], axis=1)) if keys else None,
-        doc_keys=torch.from_numpy(document_N) if keys else None,
+        query_key_MK=torch.from_numpy(query_key_MK) if mask_duplicates else None,
+        doc_key_N=torch.from_numpy(document_N) if mask_duplicates else None,
     )
-    return StepTexts(text_P, torch.from_numpy(place), len(rows), candidates)

@@ -73,8 +73,8 @@ def _pair(table: Header, folded: dict[str, str], others: list[str]) -> list[str]
     for pair in _PAIRS:
         if not all(low in folded for low in pair):
             continue
-        found = [folded[low] for low in pair]
-        rest = [name for name in others if name not in found]
+        names = [folded[low] for low in pair]
+        rest = [name for name in others if name not in names]
         if labels := [name for name in rest if _words(name) & _LABEL_WORDS]:
             raise _unclear(
                 table,
@@ -82,7 +82,7 @@ def _pair(table: Header, folded: dict[str, str], others: list[str]) -> list[str]
                 f"keep the positive ones with `where: {{{labels[0]}: ...}}`",
             )
         if all(_words(name) & _ID_WORDS for name in rest):
-            return found
+            return names
     return []
 
 

@@ -24,7 +24,7 @@ from lowmem_cft.files import digest
 from lowmem_cft.recipe.schema import DataSection, DataSource, Recipe
 
 IN_MEMORY = "memory:"
-"""Before the checksum of rows that stand in no file, in the place of a source's path."""
+"""What the path of a source begins with whose rows are in no file; their checksum follows."""
 
 DEMO_TRIPLETS = Path(str(resources.files("lowmem_cft") / "data" / "embedded" / "triplets.jsonl"))
 
@@ -50,8 +50,7 @@ def with_rows(recipe: Recipe, rows: Sequence[TrainRow]) -> Recipe:
         raise DataError(f"rows: got {got}, wanted a list of lowmem_cft.TrainRow")
     values = [[row.anchor, row.positive, *row.negatives] for row in rows]
     source = DataSource(path=f"{IN_MEMORY}{digest(values)[:16]}")
-    data = recipe.data.model_copy(update={"sources": [source]})
-    return recipe.model_copy(update={"data": data})
+    return recipe.with_values("data", sources=[source])
 
 
 def read_sources(
@@ -62,13 +61,13 @@ def read_sources(
     Raises:
         DataError: a source cannot be read or a row is wrong.
     """
-    rows, reports = [], []
+    rows_of_sources, reports = [], []
     for source in data.sources:
         if source.path.startswith(IN_MEMORY):
             raise DataError(
                 f"{source.path}: the rows of this run were given in memory; give them again"
             )
-        found, report = read_training_rows(
+        rows, report = read_training_rows(
             str(DEMO_TRIPLETS) if source.path == "demo" else source.path,
             columns=source.columns,
             split=source.split,
@@ -78,9 +77,9 @@ def read_sources(
             on_bad_row=data.on_bad_row,
             offline=offline,
         )
-        rows.append(found)
+        rows_of_sources.append(rows)
         reports.append(report)
-    return rows, reports
+    return rows_of_sources, reports
 
 
 def build_corpus(
@@ -89,10 +88,10 @@ def build_corpus(
     """Tokenise every distinct text once (per format) and index the rows."""
     rows = [row for source in sources for row in source]
     query, document = query_format(recipe), document_format(recipe)
-    index: dict[tuple[TextFormat, str], int] = {}
+    numbers: dict[TextFormat, dict[str, int]] = {query: {}, document: {}}
 
     def number(text_format: TextFormat, text: str) -> int:
-        return index.setdefault((text_format, text), len(index))
+        return numbers[text_format].setdefault(text, len(numbers[text_format]))
 
     most = max((len(row.negatives) for row in rows), default=0)
     anchor_N = np.empty(len(rows), dtype=np.int64)
@@ -104,17 +103,14 @@ def build_corpus(
         for k, negative in enumerate(row.negatives):
             negative_NK[i, k] = number(document, negative)
 
-    formats = list(dict.fromkeys([query, document]))
-    numbers = [[n for (f, _), n in index.items() if f == one] for one in formats]
     parts = [
-        tokenize_cached(tokenizer, [text for (f, text) in index if f == one], one, cache)
-        for one in formats
+        tokenize_cached(tokenizer, list(texts), text_format, cache)
+        for text_format, texts in numbers.items()
     ]
     store = parts[0][0]
-    if len(formats) > 1:
+    if query != document:  # the documents stand behind the queries
         store = TokenStore.concatenate([part for part, _ in parts])
-        new_number = np.argsort(np.concatenate(numbers))
-        anchor_N, positive_N = new_number[anchor_N], new_number[positive_N]
-        negative_NK = np.where(negative_NK == NO_TEXT, NO_TEXT, new_number[negative_NK])
+        positive_N += len(numbers[query])
+        negative_NK[negative_NK != NO_TEXT] += len(numbers[query])
     table = RowTable(anchor_N, positive_N, negative_NK)
     return Corpus(table, store, all(cached for _, cached in parts))

@@ -47,7 +47,7 @@ _Records = Callable[[Path], Iterator[tuple[int, list[str] | BadRow]]]
 
 @dataclass(frozen=True)
 class Table(Header):
-    """A source with named columns; `rows(wanted)` yields the number and cells of each row."""
+    """A source with named columns; `rows(names)` yields the number and cells of each row."""
 
     unit: Literal["line", "row"]
     rows: Callable[[Sequence[str]], Iterator[tuple[int, Row]]]
@@ -188,8 +188,8 @@ def _delimited_table(path: Path, records: _Records) -> Table:
         if peeked and all(_NUMBER.fullmatch(cells[i]) for cells in peeked if i < len(cells))
     }
 
-    def rows(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:
-        pick = itemgetter(*(names.index(name) for name in wanted))
+    def rows(columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
+        pick = itemgetter(*(names.index(name) for name in columns))
         for number, cells in islice(records(path), 1, None):
             if isinstance(cells, BadRow):
                 yield number, cells
@@ -216,14 +216,14 @@ def _jsonl_table(path: Path) -> Table:
             for key, cell in value.items():
                 columns[key] = columns.get(key, True) and (cell is None or isinstance(cell, str))
     if not columns:
-        number, found = next(_json_objects(path), (1, "the file is empty"))
+        number, reason = next(_json_objects(path), (1, "the file is empty"))
         raise DataError(
-            f"{path}, line {number}: {found}; no line of the file is an object with keys"
+            f"{path}, line {number}: {reason}; no line of the file is an object with keys"
         )
 
-    def rows(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:
+    def rows(names: Sequence[str]) -> Iterator[tuple[int, Row]]:
         for number, value in _json_objects(path):
-            cells = value if isinstance(value, BadRow) else [value.get(name) for name in wanted]
+            cells = value if isinstance(value, BadRow) else [value.get(name) for name in names]
             yield number, cells
 
     texts = frozenset(name for name, all_text in columns.items() if all_text)
@@ -268,9 +268,9 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 def _arrow_table(
     name: str, schema: Any, read: Callable[[list[str]], Iterator[dict[str, list[Any]]]]
 ) -> Table:
-    def rows(wanted: Sequence[str]) -> Iterator[tuple[int, Row]]:
-        batches = read(list(dict.fromkeys(wanted)))
-        columns = ([batch[name] for name in wanted] for batch in batches)
+    def rows(names: Sequence[str]) -> Iterator[tuple[int, Row]]:
+        batches = read(list(dict.fromkeys(names)))
+        columns = ([batch[name] for name in names] for batch in batches)
         return enumerate((row for cells in columns for row in zip(*cells, strict=True)), 1)
 
     texts = frozenset(column.name for column in schema if _ARROW_TEXT.match(str(column.type)))

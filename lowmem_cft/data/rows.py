@@ -5,6 +5,7 @@ Every row is checked as it is read, so that bad data stop a run before any model
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import reprlib
@@ -61,7 +62,7 @@ class _Request:
     on_bad_row: Literal["error", "skip"]
     offline: bool
     way_out: str
-    """Of a bad row, by what a user of the program can set."""
+    """Ends the message of a bad row: what a user of the program can do about it."""
 
 
 # --- public readers -------------------------------------------------------------------------
@@ -152,10 +153,10 @@ def _read(
 def _note_columns(report: ReadReport, roles: Sequence[str], names: list[str]) -> None:
     third: str | list[str] = names[2:] if roles[2] == "negatives" else names[2]
     for role, used in zip(roles, (names[0], names[1], third), strict=True):
-        before = report.columns.setdefault(role, used)
-        if before != used:
-            both = [n for u in (before, used) for n in ([u] if isinstance(u, str) else u)]
-            report.columns[role] = list(dict.fromkeys(both))
+        noted = report.columns.setdefault(role, used)
+        if noted != used:
+            columns = [[name] if isinstance(name, str) else name for name in (noted, used)]
+            report.columns[role] = list(dict.fromkeys(itertools.chain(*columns)))
 
 
 def _checked(
@@ -192,13 +193,13 @@ def _sample(rows: Iterable[T], limit: int | None, seed: int) -> list[T]:
     if limit is None:
         return list(rows)
     draw = random.Random(seed).randrange
-    kept: list[tuple[int, T]] = []
+    sample: list[tuple[int, T]] = []
     for i, row in enumerate(rows):
         if i < limit:
-            kept.append((i, row))
+            sample.append((i, row))
         elif (j := draw(i + 1)) < limit:
-            kept[j] = (i, row)
-    return [row for _, row in sorted(kept, key=itemgetter(0))]
+            sample[j] = (i, row)
+    return [row for _, row in sorted(sample, key=itemgetter(0))]
 
 
 # --- from cells to rows ---------------------------------------------------------------------
@@ -219,14 +220,14 @@ def _negatives(names: Sequence[str], cells: Sequence[Any]) -> tuple[str, ...]:
     """Cells past the names are those of `where`. Of several negatives, empty ones are dropped."""
     if len(names) == 1 and not isinstance(cells[0], list):
         return (_text(cells[0], names[0]),)
-    found: list[str] = []
+    texts: list[str] = []
     for name, cell in zip(names, cells, strict=False):
         for item in map(_passage, cell if isinstance(cell, list) else (cell,)):
             if item is not None and not (isinstance(item, str) and not item.strip()):
-                found.append(_text(item, name))
-    if names and not found:
+                texts.append(_text(item, name))
+    if names and not texts:
         raise BadRow("no negative", f"{list(names)} all empty, wanted a text", names[0])
-    return tuple(found)
+    return tuple(texts)
 
 
 def _passage(item: Any) -> Any:

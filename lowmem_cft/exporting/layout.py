@@ -1,4 +1,4 @@
-"""The layout that `SentenceTransformer(path)` loads, and the check that it embeds the same.
+"""The layout that `SentenceTransformer(path)` loads.
 
 The exported tokenizer does all of a text's preparation: the template is a normaliser, the
 beginning- and end-of-sequence tokens a post-processor. So sentence-transformers needs no code of
@@ -25,14 +25,11 @@ from lowmem_cft.exporting.merge import merged_model
 from lowmem_cft.exporting.tokenizer import prepared_tokenizer
 from lowmem_cft.files import whole_folder
 from lowmem_cft.inference.embed import embed_texts
-from lowmem_cft.inference.loading import RECORD
-from lowmem_cft.machine import library_versions
-from lowmem_cft.model.backbone import Backbone
-from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.inference.loading import RECORD, Embedder
+from lowmem_cft.machine import dtype_name, library_versions
 from lowmem_cft.recipe.schema import Recipe
 
 Kind = Literal["adapter", "merged"]
-
 
 _POOLING_KEYS = {
     "last": "pooling_mode_lasttoken",
@@ -81,64 +78,64 @@ def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def _modules(normalize: bool) -> list[dict[str, Any]]:
+    """The content of modules.json."""
+    names = ["Transformer", "Pooling"] + ["Normalize"] * normalize
+    return [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": "" if i == 0 else f"{i}_{name}",
+            "type": f"sentence_transformers.models.{name}",
+        }
+        for i, name in enumerate(names)
+    ]
+
+
+def _pooling(pooling: str, width: int) -> dict[str, Any]:
+    """The content of the pooling module's config.json."""
+    return {
+        "word_embedding_dimension": width,
+        "pooling_mode_cls_token": False,
+        **dict.fromkeys(set(_POOLING_KEYS.values()), False),
+        _POOLING_KEYS[pooling]: True,
+        "include_prompt": True,
+    }
+
+
 def _write_layout(
-    folder: Path, recipe: Recipe, backbone: Backbone, kind: Kind, dtype: torch.dtype, width: int
+    folder: Path, embedder: Embedder, kind: Kind, dtype: torch.dtype, width: int
 ) -> None:
+    recipe, backbone = embedder.recipe, embedder.backbone
     text_format, prompts = _prompts(recipe)
     prepared_tokenizer(backbone.tokenizer, text_format).save_pretrained(folder)
-    modules = ["Transformer", "Pooling"] + ["Normalize"] * recipe.embedding.normalize
-    _write_json(
-        folder / "modules.json",
-        [
-            {
-                "idx": i,
-                "name": str(i),
-                "path": "" if i == 0 else f"{i}_{name}",
-                "type": f"sentence_transformers.models.{name}",
-            }
-            for i, name in enumerate(modules)
-        ],
-    )
-    (folder / "2_Normalize").mkdir(exist_ok=True)
-    _write_json(
-        folder / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": width,
-            "pooling_mode_cls_token": False,
-            **dict.fromkeys(set(_POOLING_KEYS.values()), False),
-            _POOLING_KEYS[recipe.embedding.pooling]: True,
-            "include_prompt": True,
-        },
-    )
     adapter = kind == "adapter"
-    name = str(dtype).removeprefix("torch.")
-    _write_json(
-        folder / "sentence_bert_config.json",
-        {
+    for name, values in {
+        "modules.json": _modules(recipe.embedding.normalize),
+        "1_Pooling/config.json": _pooling(recipe.embedding.pooling, width),
+        "sentence_bert_config.json": {
             "max_seq_length": _max_seq_length(backbone.tokenizer, recipe, backbone.model),
             "do_lower_case": False,
-            "model_args": backbone.loader_kwargs if adapter else {"dtype": name},
+            "model_args": backbone.loader_kwargs if adapter else {"dtype": dtype_name(dtype)},
             "config_args": backbone.config_kwargs if adapter else {},
         },
-    )
-    _write_json(
-        folder / "config_sentence_transformers.json",
-        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
-    )
-    _write_json(
-        folder / RECORD,
-        {
+        "config_sentence_transformers.json": {
+            "prompts": prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+        RECORD: {
             "kind": kind,
             "base": backbone.name,
             "versions": library_versions(),
             "recipe": recipe.model_dump(mode="json"),
         },
-    )
+    }.items():
+        _write_json(folder / name, values)
+    (folder / "2_Normalize").mkdir(exist_ok=True)
 
 
-def export_model(
-    encoder: Encoder, backbone: Backbone, recipe: Recipe, target: Path, kind: Kind
-) -> None:
+def export_model(embedder: Embedder, target: Path, kind: Kind) -> None:
     """Write the model for sentence-transformers; `target` appears whole or not at all.
 
     Args:
@@ -149,10 +146,11 @@ def export_model(
         ValueError: there is no adapter, or the layout cannot express the recipe.
         OSError: it cannot be written.
     """
+    encoder, backbone = embedder.encoder, embedder.backbone
     if not hasattr(encoder.model, "peft_config"):
         raise ValueError("nothing to export: this is a base model without an adapter")
     # not config.hidden_size: some models project their last hidden state (OPT-350m)
-    width = embed_texts(encoder, backbone.tokenizer, ["a"], query_format(recipe)).shape[1]
+    width = embed_texts(encoder, embedder.tokenizer, ["a"], embedder.text_format).shape[1]
     dtype = torch.float16 if backbone.dtype == torch.float16 else torch.bfloat16
     with whole_folder(target) as folder:
         if kind == "adapter":
@@ -160,4 +158,4 @@ def export_model(
             (folder / "README.md").unlink(missing_ok=True)
         else:
             merged_model(encoder, dtype).save_pretrained(folder)
-        _write_layout(folder, recipe, backbone, kind, dtype, width)
+        _write_layout(folder, embedder, kind, dtype, width)

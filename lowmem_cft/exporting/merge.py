@@ -47,8 +47,8 @@ def merged_model(encoder: Encoder, dtype: torch.dtype) -> Any:
     for name, value in (*trained.named_parameters(), *trained.named_buffers()):
         if name not in state and not name.startswith(inside_lora) and value.is_floating_point():
             state[name] = value.detach()
-    wanted = plain.state_dict()
-    state = {name: value.cpu().to(dtype) for name, value in state.items() if name in wanted}
+    names = plain.state_dict().keys()
+    state = {name: value.cpu().to(dtype) for name, value in state.items() if name in names}
     missing, unexpected = plain.load_state_dict(state, strict=False)
     assert not missing + unexpected, f"merge: {missing[:3]} {unexpected[:3]}"
     return plain

@@ -27,11 +27,11 @@ def prepared_tokenizer(tokenizer: Tokenizer, text_format: TextFormat) -> Tokeniz
         backend.normalizer = Sequence(steps)
     special = tokenizer("")["input_ids"]
     special = special[:-1] if special and adds_eos(tokenizer) else special
-    before = [tokenizer.convert_ids_to_tokens(i) for i in special]
-    after = [tokenizer.eos_token] if text_format.append_eos else []
-    named = {token: tokenizer.convert_tokens_to_ids(token) for token in before + after}
+    opening = [tokenizer.convert_ids_to_tokens(i) for i in special]
+    closing = [tokenizer.eos_token] if text_format.append_eos else []
+    named = {token: tokenizer.convert_tokens_to_ids(token) for token in opening + closing}
     backend.post_processor = TemplateProcessing(
-        single=[*before, "$A", *after], special_tokens=list(named.items())
+        single=[*opening, "$A", *closing], special_tokens=list(named.items())
     )
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     tokens = {key: str(value) for key in names if (value := getattr(tokenizer, key)) is not None}

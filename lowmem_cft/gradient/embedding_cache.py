@@ -14,14 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lowmem_cft import machine
 from lowmem_cft.machine import to_device
 
-DTYPES = {
-    "fp32": torch.float32,
-    "split-bf16": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES = {**machine.DTYPES, "split-bf16": torch.float32}
 
 
 class Slots:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_cft.data.batches import StepTexts
+from lowmem_cft.data.batches import NO_OWNER, StepTexts
 from lowmem_cft.data.chunks import cut_by_length, pad
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.embedding_cache import Slots
@@ -20,6 +20,7 @@ from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import LossSection
 from lowmem_cft_kernels import (
     SOFTMAXES,
+    Candidates,
     FalseNegatives,
     Hardness,
     LearnedTemperature,
@@ -29,6 +30,7 @@ from lowmem_cft_kernels import (
     Products,
     info_nce,
 )
+from lowmem_cft_kernels.masks import SHARED
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class LossReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step found, and how it went.
+    """The loss of a step, and how the step went.
 
     `plan` is the one for the next step: smaller than the one given where memory ran out.
     `tokens` are real ones, `padded_tokens` what they became in the chunks that made the gradient.
     """
 
-    found: LossReport
+    loss_report: LossReport
     plan: StepPlan
     texts: int
     tokens: int
@@ -64,7 +66,7 @@ class StepReport:
     @property
     def loss(self) -> Tensor:
         """A scalar."""
-        return self.found.loss
+        return self.loss_report.loss
 
     @property
     def padding_share(self) -> float:
@@ -107,18 +109,20 @@ class ContrastiveStep:
             padded += batch.ids_BT.numel() if torch.is_grad_enabled() else 0
             return self.encoder(batch, place_B)
 
-        found, plan = gradcache_step(
+        report, plan = gradcache_step(
             encode,
-            partial(_info_nce, texts, self.loss, self.temperature, plan.embedding_dtype),
+            partial(
+                _info_nce, candidates_of(texts), self.loss, self.temperature, plan.embedding_dtype
+            ),
             cut=partial(cut_by_length, lengths_P, chunk_cost=self.chunk_cost),
             slots=Slots(texts.place_S),
             parameters=self.parameters,
             plan=plan,
             gradient_scale=gradient_scale,
         )
-        if self.temperature is not None and found.d_raw is not None:
-            _add_gradient(self.temperature.raw, found.d_raw, gradient_scale)
-        return StepReport(found, plan, len(lengths_P), int(lengths_P.sum()), padded)
+        if self.temperature is not None and report.d_raw is not None:
+            _add_gradient(self.temperature.raw, report.d_raw, gradient_scale)
+        return StepReport(report, plan, len(lengths_P), int(lengths_P.sum()), padded)
 
 
 def _add_gradient(parameter: nn.Parameter, gradient: Tensor, scale: float) -> None:
@@ -130,8 +134,19 @@ def _add_gradient(parameter: nn.Parameter, gradient: Tensor, scale: float) -> No
         parameter.grad.add_(gradient)
 
 
+def candidates_of(texts: StepTexts) -> Candidates:
+    """Query i's positive is document i; the hard negatives come behind the positives."""
+    return Candidates(
+        target=torch.arange(texts.num_queries),
+        owner_N=texts.owner_N.masked_fill(texts.owner_N == NO_OWNER, SHARED),
+        own_only=texts.own_only,
+        query_keys=texts.query_key_MK,
+        doc_keys=texts.doc_key_N,
+    )
+
+
 def _info_nce(
-    texts: StepTexts,
+    candidates: Candidates,
     section: LossSection,
     learned: LearnedTemperature | None,
     embedding_dtype: str,
@@ -140,11 +155,12 @@ def _info_nce(
     workspace_bytes: int,
 ) -> LossReport:
     """The loss of the step's slots: a `gradcache.Loss`, which adds to no parameter's gradient."""
-    query, doc = slice(0, texts.num_queries), slice(texts.num_queries, None)
+    num_queries = len(candidates.target)
+    query, doc = slice(0, num_queries), slice(num_queries, None)
     temperature = None if learned is None else learned()
     split = embedding_dtype == "split-bf16" and emb_SD.dtype == torch.float32
-    candidates = texts.candidates  # looked at before they are on a GPU, which would be waited for
-    candidates.validate(texts.num_queries, len(emb_SD) - texts.num_queries)
+    # looked at before they are on a GPU, which would be waited for
+    candidates.validate(num_queries, len(emb_SD) - num_queries)
     result = info_nce(
         emb_SD[query],
         emb_SD[doc],

@@ -32,7 +32,7 @@ Embed = Callable[[Sequence[str]], Vectors]
 """Maps texts to float32 (texts, D), row i for text i; equal texts may be encoded once."""
 
 _PREFIX_WEIGHT = 4
-"""So many of the prefix's tokens take the memory of one of a chunk's: keys and values alone."""
+"""Tokens of a prefix that take the memory of one token of a chunk: theirs is keys and values alone."""
 
 
 def embed_texts(
@@ -88,7 +88,7 @@ def embed_texts(
 
 @dataclass(frozen=True)
 class _Group:
-    """Texts at int64 (Q,) places, with what is run of each; `prefix` stands before all of them."""
+    """Texts at int64 (Q,) places; `store` holds what stands behind `prefix` in each of them."""
 
     place_Q: torch.Tensor
     store: TokenStore

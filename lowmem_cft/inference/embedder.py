@@ -74,9 +74,8 @@ def load_embedder(
             )
         return SentenceTransformerEmbedder(path, device, say, float32=float32, normalize=normalize)
     loaded = load_model(name, device, say, recipe_name=recipe_name, overrides=overrides)
-    if normalize is not None:
-        loaded.encoder.normalize = normalize
-    return replace(loaded, float32=float32)
+    encoder = loaded.encoder if normalize is None else loaded.encoder.normalizing(normalize)
+    return replace(loaded, encoder=encoder, float32=float32)
 
 
 def normalized_or_not(embedder: Embeds, normalize: bool | None) -> Embed:
@@ -86,17 +85,7 @@ def normalized_or_not(embedder: Embeds, normalize: bool | None) -> Embed:
     """
     if normalize is None or not isinstance(embedder, Embedder):
         return embedder.embed
-    own = embedder.encoder
-
-    def embed(texts: Sequence[str]) -> Vectors:
-        before = own.normalize
-        own.normalize = normalize
-        try:
-            return embedder.embed(texts)
-        finally:
-            own.normalize = before
-
-    return embed
+    return replace(embedder, encoder=embedder.encoder.normalizing(normalize)).embed
 
 
 class SentenceTransformerEmbedder:

@@ -16,7 +16,7 @@ _DIGITS = 16
 
 
 class KeptVectors:
-    """An embedder that gives again, from a folder, what it gave for the same texts before.
+    """An embedder that reads from a folder what it gave for the same texts before.
 
     Args:
         embed: texts to float32 (texts, D).
@@ -35,8 +35,8 @@ class KeptVectors:
     def __call__(self, texts: Sequence[str]) -> Vectors:
         path = self._folder / f"{self._prefix}-{digest(list(texts))[:_DIGITS]}.npy"
         if path.is_file():
-            kept: Vectors = np.load(path)
-            return kept
+            vectors: Vectors = np.load(path)
+            return vectors
         emb_XD = self._embed(texts)
         self._folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial, partial.open("wb") as stream:
@@ -44,5 +44,5 @@ class KeptVectors:
         return emb_XD
 
     def remove(self) -> None:
-        """All that is kept, once what it was for is written."""
+        """Remove the folder, once what its vectors served is written."""
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,13 +25,12 @@ from lowmem_cft.run_folder import RunFolder
 RECORD = "lowmem_cft.json"
 """File of an exported model that says how it embeds."""
 
-
-_NO_LIMIT = 1 << 20
+_NO_LIMIT = 1 << 20  # tokens
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model that is loaded, with all that says how it embeds.
+    """A loaded model and the recipe by which it embeds.
 
     `float32`: computes in float32 from the weights as stored. In 16 bit a text's embedding, and so
     the third decimal of a score, depends on what it is batched with.
@@ -82,10 +80,6 @@ class Embedder:
             )
 
 
-def _with_model(recipe: recipes.Recipe, **values: Any) -> recipes.Recipe:
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update=values)})
-
-
 def _prepared_text(recipe: recipes.Recipe, folder: Path) -> recipes.Recipe:
     """The text section for an exported tokenizer, which applies a shared template itself."""
     if recipe.text.document_template not in (None, recipe.text.template):
@@ -93,7 +87,7 @@ def _prepared_text(recipe: recipes.Recipe, folder: Path) -> recipes.Recipe:
     layout = read_json(folder / "sentence_bert_config.json", GET_MODEL, "max_seq_length")
     limit = layout["max_seq_length"] or _NO_LIMIT
     text = {"template": recipes.TEXT_SLOT, "document_template": None, "max_tokens": limit}
-    return recipe.model_copy(update={"text": recipe.text.model_copy(update=text)})
+    return recipe.with_values("text", **text)
 
 
 def says_how_it_embeds(folder: Path) -> bool:
@@ -114,7 +108,7 @@ def _find(
         if record["kind"] == "adapter":
             return recipe, path
         plain = {"id": str(path), "revision": None, "quantization": "none", "keep_layers": None}
-        return _prepared_text(_with_model(recipe, **plain), path), None
+        return _prepared_text(recipe.with_values("model", **plain), path), None
     if (path / "recipe.yaml").is_file():
         run = RunFolder(path)
         if not run.adapter.is_dir():
@@ -124,8 +118,7 @@ def _find(
             )
         return load_recipe(str(run.recipe)), run.adapter
     if recipe_name is not None:
-        recipe = load_recipe(recipe_name, overrides)
-        return _with_model(recipe, id=name), None
+        return load_recipe(recipe_name, overrides).with_values("model", id=name), None
     values = {
         "model": {"id": name, "quantization": "none"},
         "data": {"sources": [{"path": "demo"}]},
@@ -148,7 +141,7 @@ def load_model(
     Args:
         name: folder or hub id.
         recipe_name: for a base model, the recipe whose text and embedding sections to use.
-        overrides: for a base model, `--set` assignments.
+        overrides: for a base model, assignments such as `text.max_tokens=64`.
 
     Raises:
         ValueError: nothing of that name, an unfinished run, a damaged file, or a recipe or

@@ -65,7 +65,7 @@ def common_prefix(store: TokenStore) -> tuple[int, Places]:
 
 
 def behind(store: TokenStore, place_Q: Places, num_tokens: int) -> TokenStore:
-    """The texts at these places less their first tokens; each has more than that."""
+    """The texts at int64 (Q,) places without their first `num_tokens`; each has more than that."""
     length_Q = store.lengths[place_Q] - num_tokens
     offsets = np.concatenate([[0], np.cumsum(length_Q)]).astype(np.int64)
     moved_Q = store.offsets[place_Q] + num_tokens - offsets[:-1]
@@ -75,8 +75,9 @@ def behind(store: TokenStore, place_Q: Places, num_tokens: int) -> TokenStore:
 def share(encoder: Encoder, store: TokenStore, pad_id: int, say: Say) -> Shared | None:
     """Run the common prefix; None where that saves nothing or the backbone cannot share it.
 
-    That the backbone embeds the same with it is tried on two texts first: other families than
-    those tested may keep more of their past than keys and values, or let a prefix see what follows.
+    Two texts are embedded with it and whole first, unless such a prefix is proven: other families
+    than those tested may keep more of their past than keys and values, or let a prefix see what
+    follows.
 
     Args:
         say: told why a prefix that would save work is not shared.
@@ -84,17 +85,17 @@ def share(encoder: Encoder, store: TokenStore, pad_id: int, say: Say) -> Shared 
     num_tokens, place_Q = common_prefix(store)
     if not encoder.reads_last or num_tokens < _MIN_PREFIX:
         return None
-    shape = (num_tokens, int(store.lengths[place_Q].max()))
-    tried = all(a <= b for a, b in zip(shape, encoder.prefix_tried, strict=True))
-    cost = num_tokens + _CALL_COST + (0 if tried else 4 * shape[1] + 2 * _CALL_COST)
+    longest = int(store.lengths[place_Q].max())
+    proven = encoder.proven_prefix.covers(num_tokens, longest)
+    cost = num_tokens + _CALL_COST + (0 if proven else 4 * longest + 2 * _CALL_COST)
     if num_tokens * (len(place_Q) - 1) <= cost:
         return None
     ids_K = torch.from_numpy(store[int(place_Q[0])][:num_tokens].astype(np.int64))
     try:
         shared = Shared(run_prefix(encoder.model, ids_K.to(encoder.device)), place_Q)
-        if not tried:
+        if not proven:
             _try_out(encoder, store, shared, pad_id)
-            encoder.prefix_tried = shape
+            encoder.proven_prefix.set(num_tokens, longest)
     except NotShared as reason:
         say(f"the {num_tokens} tokens that texts begin with are run anew in each: {reason}")
         return None
@@ -102,21 +103,25 @@ def share(encoder: Encoder, store: TokenStore, pad_id: int, say: Say) -> Shared 
 
 
 def _try_out(encoder: Encoder, store: TokenStore, shared: Shared, pad_id: int) -> None:
-    """Embed the longest and the shortest text with the prefix and whole; raise where they differ."""
+    """Embed the longest and the shortest text with the prefix and whole.
+
+    Raises:
+        NotShared: the embeddings differ, or memory runs out.
+    """
     length_Q = store.lengths[shared.place_Q]
     pair = shared.place_Q[[int(length_Q.argmax()), int(length_Q.argmin())]]
     own = behind(store, pair, shared.prefix.num_tokens)
-    found: list[Tensor] = []
+    embeddings: list[Tensor] = []
 
     @torch.no_grad()
     def embed_both() -> None:
-        found.append(encoder(pad(store, pair, pad_id)))
-        found.append(encoder(pad(own, np.arange(2), pad_id), prefix=shared.prefix))
+        embeddings.append(encoder(pad(store, pair, pad_id)))
+        embeddings.append(encoder(pad(own, np.arange(2), pad_id), prefix=shared.prefix))
 
     name = type(encoder.model).__name__
     if not try_in_memory(embed_both):
         raise NotShared(f"memory ran out where {name} was tried with them run once")
-    whole_2D, shared_2D = (torch.nn.functional.normalize(emb_2D, dim=1) for emb_2D in found)
+    whole_2D, shared_2D = (torch.nn.functional.normalize(emb_2D, dim=1) for emb_2D in embeddings)
     apart = float((whole_2D - shared_2D).abs().max())
     limit = _MAX_APART.get(encoder.model.dtype, _MAX_APART_16_BIT)
     if not apart <= limit:

@@ -6,6 +6,7 @@ minicpm     MiniCPM checkpoints as transformers reads them
 backbone    the frozen model and its tokenizer, loaded
 precision   the model in another precision for a while
 adapter     the LoRA adapter: where it sits, what is trained
+patches     what stands in other libraries' layers, and the way back
 lora        a LoRA layer that keeps no dropped inputs
 dropout     dropout by a text's identity
 attention   which kernel computes attention, and what it holds

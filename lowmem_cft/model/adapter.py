@@ -10,6 +10,7 @@ from torch import nn
 
 from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
 from lowmem_cft.model.lora import use_lean_layers
+from lowmem_cft.model.patches import Patches, patched_layers
 from lowmem_cft.recipe.schema import LoraSection
 
 
@@ -83,26 +84,35 @@ def attach_adapter(
     peft_model = get_peft_model(model, config, revision=revision)
     if model.dtype == torch.float64:
         peft_model.double()
-    replace_dropout(peft_model, section.dropout, clock)
-    use_lean_layers(peft_model)
+    patches = patched_layers(peft_model)
+    replace_dropout(peft_model, section.dropout, clock, patches)
+    use_lean_layers(peft_model, patches)
     peft_model.eval()
     return peft_model
 
 
-def replace_dropout(peft_model: nn.Module, rate: float, clock: DropoutClock) -> None:
-    """Put identity dropout in the place of every LoRA layer's own."""
+def replace_dropout(
+    peft_model: nn.Module, rate: float, clock: DropoutClock, patches: Patches
+) -> None:
+    """Install identity dropout in the place of every LoRA layer's own."""
     if not rate:
         return
     replaced = 0
     for name, module in peft_model.named_modules():
         if isinstance(dropouts := getattr(module, "lora_dropout", None), nn.ModuleDict):
-            for key in dropouts:
-                dropouts[key] = IdentityDropout(rate, f"{name}.{key}", clock)
+            for key in list(dropouts):
+                patches.install(dropouts, key, IdentityDropout(rate, f"{name}.{key}", clock))
                 replaced += 1
     assert replaced, "LoRA layers without dropout modules: peft has changed its layout"
 
 
+def base_model(model: Any) -> Any:
+    """The transformers model inside a PeftModel, whose LoRA layers it keeps; else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters, in the model's order; the base is frozen."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -116,7 +126,7 @@ def set_checkpointing(model: Any, every: int) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     if every and not base.supports_gradient_checkpointing:
         raise ValueError(
             f"memory.checkpointing: got on, but {type(base).__name__} does not support it; "

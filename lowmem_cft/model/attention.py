@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_cft.machine import AMPERE
+from lowmem_cft.model.patches import Patches
 
 
 class Backend(str, Enum):
@@ -210,7 +211,8 @@ def whole_texts() -> Iterator[None]:
     row, which our chunks never have, and some models make a mask and look through it for padding.
     On a GPU it waits for the device to do so, in every chunk, and on tensors without data it cannot.
     """
-    _teach_transformers()
+    if not masking_patches:
+        _patch_masking()
     outside = getattr(_thread, "whole_texts", False)
     _thread.whole_texts = True
     try:
@@ -219,9 +221,13 @@ def whole_texts() -> Iterator[None]:
         _thread.whole_texts = outside
 
 
-@functools.cache
-def _teach_transformers() -> None:
-    """Put both searches behind a condition, for good: outside `whole_texts` they are what they were."""
+masking_patches = Patches()
+"""Those in transformers' `masking_utils`: outside `whole_texts` they change nothing, so that they
+stay from its first use on, for all threads."""
+
+
+def _patch_masking() -> None:
+    """Put both searches behind a condition of the thread's own."""
     from transformers import masking_utils
 
     packed, padded = "find_packed_sequence_indices", "_ignore_causal_mask_sdpa"
@@ -239,5 +245,5 @@ def _teach_transformers() -> None:
         whole = getattr(_thread, "whole_texts", False)
         return can_ignore(None if whole else padding_mask, *args, **kwargs)
 
-    setattr(masking_utils, packed, find_unless_whole)
-    setattr(masking_utils, padded, ignore_if_whole)
+    masking_patches.install(masking_utils, packed, find_unless_whole)
+    masking_patches.install(masking_utils, padded, ignore_if_whole)

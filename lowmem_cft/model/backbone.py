@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 
+from lowmem_cft.data.tokens import Tokenizer
 from lowmem_cft.files import read_json
-from lowmem_cft.machine import choose_dtype
+from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model import sources
 from lowmem_cft.model.configs import GET_MODEL, first_line, load_config
 from lowmem_cft.model.precision import keep_weight_layout
 from lowmem_cft.progress import Say
 from lowmem_cft.recipe.schema import ModelSection
-
-Tokenizer = Any  # transformers' PreTrainedTokenizerBase, which ships no types
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,13 @@ def quantization_kwargs(section: ModelSection, dtype: torch.dtype) -> dict[str, 
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": section.double_quantization,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": dtype_name(dtype),
     }
 
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """A base model found, with all of it that is small.
+    """A base model's name, tokenizer and configuration: all of it but the weights.
 
     `name`: see `Backbone`. `revision`: of a hub id, None for a folder.
     """
@@ -125,10 +124,10 @@ def find_backbone(section: ModelSection, say: Say = lambda text: None) -> Backbo
 
 @contextmanager
 def readable_weights(name: str) -> Iterator[None]:
-    """Around what loads weights from a folder (or by hub id): a damaged file is named.
+    """While entered, an error of loading weights names the damaged file of a folder (or hub id).
 
     Raises:
-        ValueError: there is one.
+        ValueError: a file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -164,7 +163,7 @@ def load_backbone(
     source = source or find_backbone(section, say)
     name, revision, config = source.name, source.revision, source.config
     dtype = choose_dtype(section.dtype, device)
-    loader_kwargs: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    loader_kwargs: dict[str, Any] = {"dtype": dtype_name(dtype)}
     if section.attention != "auto":
         loader_kwargs["attn_implementation"] = section.attention
     kwargs: dict[str, Any] = {**loader_kwargs, "dtype": dtype}

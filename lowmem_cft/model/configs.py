@@ -32,7 +32,7 @@ GET_MODEL = "download, export or train the model again"
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in short."""
+    """The first line of an exception's message; its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -53,13 +53,13 @@ def load_config(section: ModelSection, name: str) -> Any:
 
 
 def config_without_weights(section: ModelSection) -> Any:
-    """The same for a model that need not be at hand.
+    """The configuration, as `load_config` gives it, of a model that need not be at hand.
 
     Models of the shipped recipes are known by their shapes; a folder, a GGUF file or a model on
     the hub gives its configuration and nothing more is read.
 
     Raises:
-        ValueError: there is no configuration to be had.
+        ValueError: none of these has a configuration.
     """
     known = json.loads((resources.files("lowmem_cft") / "model" / "known_configs.json").read_text())
     if section.id in known:
@@ -101,7 +101,7 @@ def _prepared(config: Any, section: ModelSection) -> Any:
                 f"model.keep_layers: got {section.keep_layers}, but {section.id} has "
                 f"{config.num_hidden_layers} layers"
             )
-        for key, value in _kept(config, section.keep_layers).items():
+        for key, value in _shortened(config, section.keep_layers).items():
             setattr(config, key, value)
     return config
 
@@ -116,8 +116,8 @@ def disable_base_dropout(config: Any) -> None:
             setattr(config, key, 0.0)
 
 
-def _kept(config: Any, layers: int) -> dict[str, Any]:
-    """What changes in a configuration that keeps only its lowest layers."""
+def _shortened(config: Any, layers: int) -> dict[str, Any]:
+    """What changes in the configuration of a model that keeps only its lowest layers."""
     changed: dict[str, Any] = {"num_hidden_layers": layers}
     if getattr(config, "layer_types", None):
         changed["layer_types"] = list(config.layer_types[:layers])

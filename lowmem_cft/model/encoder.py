@@ -8,6 +8,7 @@ Shape suffixes: B texts, T padded tokens, H hidden size, D embedding size (= H).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from lowmem_cft.data.chunks import TokenBatch, token_positions
 from lowmem_cft.machine import to_device
+from lowmem_cft.model.adapter import base_model
 from lowmem_cft.model.attention import SeenBackends, chosen_backends, whole_texts
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.last_layer import ReadRows, read_only
-from lowmem_cft.model.prefix import Prefix
+from lowmem_cft.model.patches import patched_layers
+from lowmem_cft.model.prefix import Prefix, ProvenPrefix
 
 Pooling = Literal["last", "eos", "mean", "weighted-mean"]
 
@@ -34,7 +37,7 @@ def last_rows(mask_BT: Tensor) -> Tensor:
 
 
 def pool(hidden_BTH: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
-    """(B, H) in float32 or wider.
+    """One vector per text: (B, H), float32 or wider.
 
     last, eos: the last real token (with `append_eos` that is the end-of-sequence token).
     mean: over real tokens. weighted-mean: weight i + 1 at position i (SGPT, arXiv 2202.08904).
@@ -71,14 +74,13 @@ class Encoder:
         self.pooling: Pooling = pooling
         self.normalize = normalize
         self.clock = clock or DropoutClock()
-        self.prefix_tried = (0, 0)
-        """Tokens of a shared prefix and of the longest text that were found to embed the same."""
+        self.proven_prefix = ProvenPrefix()
+        """What `inference.prefix_sharing` need not try again."""
         self.attention: list[str] = []
         """Names of `attention.Backend`: what computed the attention of the first chunk."""
         self._read = ReadRows()
         if self.reads_last:
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            read_only(base, self._read, self.clock)
+            read_only(base_model(model), self._read, self.clock, patched_layers(model))
 
     @property
     def device(self) -> torch.device:
@@ -89,6 +91,12 @@ class Encoder:
     def reads_last(self) -> bool:
         """Whether the embedding is read at the last token alone."""
         return self.pooling in ("last", "eos")
+
+    def normalizing(self, normalize: bool) -> Encoder:
+        """The same encoder, of the same model, whose vectors have length 1 or are as they come."""
+        other = copy.copy(self)
+        other.normalize = normalize
+        return other
 
     @contextmanager
     def training_mode(self, step: int) -> Iterator[None]:
@@ -150,7 +158,7 @@ class Encoder:
     def _enter(
         self, batch: TokenBatch, place_B: Tensor, position_BT: Tensor
     ) -> tuple[Tensor, ReadRows]:
-        """Set what layers ask about the chunk; what `_resume` needs to set it again."""
+        """Set what layers ask about the chunk, and return what `_resume` needs to set it again."""
         self.clock.set_chunk(place_B, position_BT)
         token_key_L = self.clock.token_key_L
         assert token_key_L is not None

@@ -8,7 +8,7 @@ import torch
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """Of every tensor, whole: weights, buffers, and the scales of 4-bit weights.
+    """16 hexadecimal digits of all tensors: weights, buffers, and the scales of 4-bit weights.
 
     A checkpoint's state has the scales but not every buffer (rotary frequencies are made anew).
     """

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem_cft.model.dropout import DropoutClock
+from lowmem_cft.model.patches import Patches
 
 _AFTER_ATTENTION = ("o_proj", "out_proj", "dense", "mlp", "fc1", "fc2")
 """Names in transformers' decoder layers of what works on each position by itself. A layer that
@@ -35,7 +36,7 @@ class ReadRows:
     token_key_B: Tensor | None = None
 
 
-def read_only(model: Any, rows: ReadRows, clock: DropoutClock) -> None:
+def read_only(model: Any, rows: ReadRows, clock: DropoutClock, patches: Patches) -> None:
     """Have the last layer of a base model heed `rows` in training."""
     depth = model.config.num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -45,7 +46,8 @@ def read_only(model: Any, rows: ReadRows, clock: DropoutClock) -> None:
         path = name.split(".")
         # not inside one that is taken whole
         if path[-1] in _AFTER_ATTENTION and not set(path[:-1]) & set(_AFTER_ATTENTION):
-            module.forward = partial(_forward, module, module.forward, rows, clock)
+            forward = partial(_forward, module, module.forward, rows, clock)
+            patches.install(module, "forward", forward)
 
 
 def _forward(

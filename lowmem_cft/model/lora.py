@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_cft.model.dropout import IdentityDropout
+from lowmem_cft.model.patches import Patches
 from lowmem_cft_kernels.dropout import identity_dropout
 
 
@@ -81,12 +82,12 @@ def _forward(layer: Any, original: Callable[..., Tensor], x: Tensor, *args: Any)
     return out
 
 
-def use_lean_layers(peft_model: nn.Module) -> None:
-    """Put the training forward of this module into every LoRA layer of linear layers."""
+def use_lean_layers(peft_model: nn.Module, patches: Patches) -> None:
+    """Install the training forward of this module in every LoRA layer of linear layers."""
     from peft.tuners.lora.layer import LoraLayer
 
     layers = [module for module in peft_model.modules() if isinstance(module, LoraLayer)]
     assert layers, "no LoRA layers: peft has changed its layout"
     for layer in layers:
         assert not layer.use_dora.get("default", False), "DoRA is not this module's arithmetic"
-        layer.forward = partial(_forward, layer, layer.forward)
+        patches.install(layer, "forward", partial(_forward, layer, layer.forward))

@@ -18,12 +18,13 @@ dropping layers after the translation leaves it alone; dropping them before woul
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from lowmem_cft.files import read_json, whole_folder, write_json
 
 MODEL_TYPE = "minicpm"
 ARCHITECTURE = "MiniCPMForCausalLM"
@@ -89,6 +90,7 @@ _COMPANIONS = (
     "chat_template*",
     "generation_config.json",
 )
+_WAY_OUT = "download the model again"
 _REMOTE_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 
 
@@ -120,8 +122,11 @@ def needs_translation(config: Mapping[str, Any]) -> bool:
 def granite_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of the `GraniteModel` that computes what this MiniCPM computes.
 
-    `config` must be the published one, at its full depth. Raises ValueError naming the key that
-    has no translation.
+    Args:
+        config: the published one, at its full depth.
+
+    Raises:
+        ValueError: a key has no translation; the message names it.
     """
     _check_translatable(config)
     heads = config["num_attention_heads"]
@@ -157,22 +162,20 @@ def translate_checkpoint(source: Path, target: Path) -> None:
 
     The weight files are hard links to those of `source` where the file system can, so they cost
     no disk and must not be written in place. No code file is taken along. A `target` that
-    appears is complete; one that is there already is left alone, or refused with
-    FileExistsError if it is something else than this translation.
+    appears is complete; one that is this translation already is left alone, any other is replaced.
+
+    Raises:
+        ValueError: a file is damaged, or the configuration has no translation.
+        FileNotFoundError: there are no weights, or not all.
     """
-    config = granite_config(_read_json(source / _CONFIG_NAME))
+    config = granite_config(read_json(source / _CONFIG_NAME, _WAY_OUT))
     files = _weight_files(source) + _companion_files(source)
-    if target.exists() and any(target.iterdir()):
-        _check_complete(target, config, files)
+    if _is_translation(target, config, files):
         return
-    partial = target.with_name(target.name + ".partial")
-    if partial.exists():  # left by a run that was interrupted
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    for file in files:
-        _place(file, partial / file.name)
-    _write_json(partial / _CONFIG_NAME, config)
-    partial.replace(target)
+    with whole_folder(target) as partial:
+        for file in files:
+            _place(file, partial / file.name)
+        write_json(partial / _CONFIG_NAME, config)
 
 
 def _wrong(key: str, got: object, wanted: str) -> ValueError:
@@ -240,22 +243,23 @@ def _weight_files(source: Path) -> list[Path]:
 
 
 def _check_shards(index: Path, present: set[str]) -> None:
-    missing = sorted(set(_read_json(index).get("weight_map", {}).values()) - present)
+    names = read_json(index, _WAY_OUT, "weight_map")["weight_map"].values()
+    missing = sorted(set(names) - present)
     if missing:
         raise FileNotFoundError(f"{index}: names weight files that are not there: {missing}")
 
 
 def _companion_files(source: Path) -> list[Path]:
     """Tokenizer and generation files, by name: a list of what to leave out would let code in."""
-    found = {file for pattern in _COMPANIONS for file in source.glob(pattern)}
-    return sorted(file for file in found if file.is_file() and file.suffix != ".py")
+    files = {file for pattern in _COMPANIONS for file in source.glob(pattern)}
+    return sorted(file for file in files if file.is_file() and file.suffix != ".py")
 
 
 def _place(source: Path, target: Path) -> None:
     # only the *_config.json files can name code; in a vocabulary the same key is a token
     if source.name.endswith("_config.json"):
-        content = _read_json(source)
-        _write_json(target, {k: v for k, v in content.items() if k not in _REMOTE_CODE_KEYS})
+        content = read_json(source, _WAY_OUT)
+        write_json(target, {k: v for k, v in content.items() if k not in _REMOTE_CODE_KEYS})
     else:
         _link(source.resolve(strict=True), target)
 
@@ -275,23 +279,9 @@ def _link(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _check_complete(target: Path, config: Mapping[str, Any], files: list[Path]) -> None:
+def _is_translation(target: Path, config: Mapping[str, Any], files: list[Path]) -> bool:
     # exists() follows links, so one into a cache that was emptied counts as missing
     names = [_CONFIG_NAME, *(file.name for file in files)]
-    missing = [name for name in names if not (target / name).exists()]
-    if missing:
-        raise FileExistsError(f"{target}: not a complete translation (no {missing}); remove it")
-    if _read_json(target / _CONFIG_NAME) != config:
-        raise FileExistsError(f"{target}: {_CONFIG_NAME} is of another checkpoint; remove it")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: got a JSON {type(content).__name__}, wanted an object")
-    return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    if not all((target / name).exists() for name in names):
+        return False
+    return read_json(target / _CONFIG_NAME, "remove the folder") == config

@@ -16,17 +16,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_cft.model.adapter import base_model
+from lowmem_cft.model.patches import Patches
+
 
 class NotShared(RuntimeError):
-    """The backbone keeps something else of its prefix than keys and values; says what."""
+    """A backbone cannot run a prefix once for all texts; the message says why."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """`cache`: transformers' Cache of K tokens for one text, which fits any number and stays so."""
+    """Tokens that stand before every text of a chunk.
+
+    `cache`: transformers' Cache of K tokens for one text. By `patches` it serves any number of
+    texts and keeps none of theirs; with them undone it grows, as in generation.
+    """
 
     num_tokens: int
     cache: Any
+    patches: Patches
+
+
+@dataclass
+class ProvenPrefix:
+    """How large a prefix was tried on an encoder and found to change no embedding.
+
+    `num_tokens`: of the prefix. `longest`: tokens of the longest text, prefix included.
+    """
+
+    num_tokens: int = 0
+    longest: int = 0
+
+    def covers(self, num_tokens: int, longest: int) -> bool:
+        """Whether one of these sizes need not be tried."""
+        return num_tokens <= self.num_tokens and longest <= self.longest
+
+    def set(self, num_tokens: int, longest: int) -> None:
+        """Note sizes that were tried."""
+        self.num_tokens, self.longest = num_tokens, longest
 
 
 @torch.no_grad()
@@ -41,19 +68,19 @@ def run_prefix(model: Any, ids_K: Tensor) -> Prefix:
     num_tokens = len(ids_K)
     output = model(input_ids=ids_K[None], use_cache=True)
     cache = getattr(output, "past_key_values", None)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    name = type(base).__name__
+    name = type(base_model(model)).__name__
     if cache is None:
         raise NotShared(f"{name} keeps no keys and values")
+    patches = Patches()
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise NotShared(f"{name} keeps a {type(layer).__name__}, not keys and values alone")
         window = getattr(layer, "sliding_window", num_tokens + 1)
-        kept = 0 if layer.keys is None or layer.keys.ndim != 4 else layer.keys.shape[2]
-        if kept != min(num_tokens, window - 1) or layer.get_seq_length() != num_tokens:
-            raise NotShared(f"{name} keeps {kept} of {num_tokens} tokens' keys and values")
-        layer.update = partial(_behind, layer.keys, layer.values)
-    return Prefix(num_tokens, cache)
+        in_cache = 0 if layer.keys is None or layer.keys.ndim != 4 else layer.keys.shape[2]
+        if in_cache != min(num_tokens, window - 1) or layer.get_seq_length() != num_tokens:
+            raise NotShared(f"{name} keeps {in_cache} of {num_tokens} tokens' keys and values")
+        patches.install(layer, "update", partial(_behind, layer.keys, layer.values))
+    return Prefix(num_tokens, cache, patches)
 
 
 def _behind(

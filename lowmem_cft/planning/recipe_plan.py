@@ -15,7 +15,7 @@ from lowmem_cft.data import corpus
 from lowmem_cft.data.batches import NO_TEXT
 from lowmem_cft.data.columns import DataError
 from lowmem_cft.data.tokens import document_format, overhead, query_format, tokenize
-from lowmem_cft.machine import choose_dtype
+from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
 from lowmem_cft.model.sources import at_hand, resolve
@@ -183,7 +183,7 @@ def plan_recipe(recipe: Recipe, device_type: str, limit_bytes: int) -> RecipePla
         shape=shape,
         limit_bytes=limit_bytes,
         device_type=device_type,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         max_logical_batch={
             limit: planner.max_rows(recipe.memory, shape, limit) for limit in TABLE_LIMITS
         },

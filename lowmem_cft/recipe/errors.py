@@ -32,7 +32,8 @@ def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any) -> str:
+    """One of pydantic's errors as a line: the key, what was got, what is allowed."""
     unknown = error["type"] == "extra_forbidden"
     # pydantic puts the tried branch of a union into the path: 'list[str]', 'constrained-int'
     location = [

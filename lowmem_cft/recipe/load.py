@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lowmem_cft.recipe.errors import RecipeError, _explain
+from lowmem_cft.recipe.errors import RecipeError, explain
 from lowmem_cft.recipe.schema import Recipe
 
 PRESETS = resources.files("lowmem_cft") / "recipe" / "presets"
@@ -133,20 +133,10 @@ def apply_override(values: dict[str, Any], assignment: str) -> None:
 def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     """Check raw values. Raises RecipeError listing everything that is wrong, a line each."""
     try:
-        return Recipe.model_validate(_tuples(values))
+        return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(item) for item in error.errors())
+        lines = dict.fromkeys(explain(item) for item in error.errors())
         raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML has no tuples, and strict checking takes no list for one."""
-    values = dict(values)
-    for name, key in (("train", "betas"), ("loss", "temperature_bounds")):
-        section = values.get(name)
-        if isinstance(section, Mapping) and isinstance(section.get(key), list):
-            values[name] = {**section, key: tuple(section[key])}
-    return values
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -160,8 +150,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         apply_override(values, assignment)
     recipe = parse_recipe(values, where)
     if recipe.output.name is None:
-        output = recipe.output.model_copy(update={"name": Path(name).name.removesuffix(".yaml")})
-        recipe = recipe.model_copy(update={"output": output})
+        recipe = recipe.with_values("output", name=Path(name).name.removesuffix(".yaml"))
     return recipe
 
 

@@ -1,13 +1,13 @@
 """The recipe: one YAML file that says all of a run, checked before anything is loaded.
 
 Unknown keys, wrong types and impossible values are refused with the path, what was got and what
-is allowed. `extends: NAME` starts from another recipe, `--set a.b=c` overrides single values, and
+is allowed. `extends: NAME` starts from another recipe, assignments override single values, and
 the resolved recipe is saved with the run.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+_FromList = Field(strict=False)  # YAML has no tuples; their numbers are checked strictly as ever
 
 
 class _Section(BaseModel):
@@ -108,7 +109,7 @@ class LossSection(_Section):
     """The first one, where it is learned."""
     learn_temperature: bool = False
     """Train it with the adapter, without weight decay, always between `temperature_bounds`."""
-    temperature_bounds: tuple[Positive, Positive] = (0.005, 1.0)
+    temperature_bounds: Annotated[tuple[Positive, Positive], _FromList] = (0.005, 1.0)
     softmaxes: Literal["one_way", "symmetric", "gte", "qwen3"] = "one_way"
     """one_way: each anchor picks its positive among the documents. symmetric: the mean of that and
     of each positive picking its anchor. qwen3: one_way with the other anchors, and the documents
@@ -158,7 +159,7 @@ class TrainSection(_Section):
     steps: Count | None = None
     learning_rate: Positive = 2e-4
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], _FromList] = (0.9, 0.999)
     epsilon: Positive = 1e-8
     weight_decay: NonNegative = 0.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -198,7 +199,7 @@ class MemorySection(_Section):
     keep_graphs: Literal["auto", "on", "off"] = "auto"
     """Keep the first phase's graphs: of all chunks, of none, or of as many as fit."""
     checkpointing: Literal["auto", "on", "off"] | Count = "auto"
-    """Of all layers, of none, or of every k-th layer."""
+    """Compute again in the backward what is in all layers, in none, or in every k-th layer."""
     embedding_dtype: Literal["auto", "fp32", "split-bf16", "bf16", "fp16"] = "auto"
     """How the batch's embeddings wait for the loss and are multiplied in it; 16 bits round them.
     split-bf16: in float32, multiplied on tensor cores as halves in bfloat16. auto: fp32 on a CPU; on
@@ -253,6 +254,11 @@ class Recipe(_Section):
     memory: MemorySection = MemorySection()
     eval: EvalSection = EvalSection()
     output: OutputSection = OutputSection()
+
+    def with_values(self, section: str, **values: Any) -> Recipe:
+        """The recipe with other values in one of its sections, which are not checked again."""
+        changed = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: changed})
 
     @model_validator(mode="after")
     def _eos(self) -> Recipe:

@@ -149,7 +149,7 @@ class Trainer:
         return StepLine(
             step=self.step_index,
             loss=loss,
-            **_of_the_batch(report.found),
+            **_of_the_batch(report.loss_report),
             learning_rate=learning_rate,
             gradient_norm=gradient_norm,
             rows_per_s=self.job.recipe.train.logical_batch / seconds,
@@ -172,8 +172,8 @@ class Trainer:
         if report.plan != self.plan:
             self.plan = report.plan
             self.observer.say(f"memory ran out; from now on: {self.plan.describe()}")
-        if report.found.path != self._loss_path:
-            self._loss_path = report.found.path
+        if report.loss_report.path != self._loss_path:
+            self._loss_path = report.loss_report.path
             self.observer.say(f"loss by the {self._loss_path.value} path")
             self.observer.say(f"attention by: {', '.join(job.encoder.attention)}")
         return report

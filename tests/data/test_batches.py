@@ -1,10 +1,9 @@
-"""Which rows a step takes, which texts that makes, and how rows become tokens."""
+"""Which rows a step takes, and which texts that makes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,13 @@ from torch import Tensor
 
 from launches import recorded
 from lowmem_cft.data.batches import NO_TEXT, RowOrder, RowTable, StepTexts, step_texts
-from lowmem_cft.data.corpus import Corpus, build_corpus, read_sources
-from lowmem_cft.data.rows import TrainRow
-from lowmem_cft.data.tokens import document_format, query_format
 from lowmem_cft.gradient.embedding_cache import DTYPES
-from lowmem_cft.gradient.step import _info_nce
-from lowmem_cft.recipe.schema import DataSection, DataSource, LossSection, Recipe, TextSection
+from lowmem_cft.gradient.step import _info_nce, candidates_of
+from lowmem_cft.recipe.schema import LossSection
 from lowmem_cft_kernels import Candidates, LearnedTemperature, info_nce
 from lowmem_cft_kernels.masks import SHARED
 from numerics import relative_error
 from syncs import HostWaits
-from tiny import tiny_tokenizer
 
 Indices = npt.NDArray[np.int64]
 
@@ -149,13 +144,13 @@ TWINS = pytest.mark.parametrize("twins", [False, True], ids=["each text", "twins
 @pytest.mark.parametrize("mask", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("hard_negatives", ["batch", "own", "none"])
 def test_places_and_roles(hard_negatives: str, mask: bool, twins: bool) -> None:
-    found = gather(hard_negatives, mask, twins)
+    texts = gather(hard_negatives, mask, twins)
     negatives = [] if hard_negatives == "none" else NEGATIVES
-    assert found.text_P[found.place_S[: found.num_queries].numpy()].tolist() == QUERIES
+    assert texts.text_P[texts.place_S[: texts.num_queries].numpy()].tolist() == QUERIES
     assert (
-        found.text_P[found.place_S[found.num_queries :].numpy()].tolist() == POSITIVES + negatives
+        texts.text_P[texts.place_S[texts.num_queries :].numpy()].tolist() == POSITIVES + negatives
     )
-    candidates = found.candidates
+    candidates = candidates_of(texts)
     assert candidates.target.tolist() == [0, 1, 2, 3, 4]
     candidates.validate(5, 5 + len(negatives))
     assert candidates.owner_N is not None
@@ -181,22 +176,22 @@ def test_twins_are_encoded_once_or_each(hard_negatives: str) -> None:
     assert each.place_S.tolist() == list(range(len(everything)))
     assert sorted(once.text_P.tolist()) == sorted(set(everything))
     assert len(once.text_P) < len(everything)
-    for found in (each, once):
-        assert found.text_P.dtype == np.int64
-        assert found.place_S.dtype == torch.int64
-        used = found.place_S.tolist()
-        assert set(used) == set(range(len(found.text_P)))
+    for texts in (each, once):
+        assert texts.text_P.dtype == np.int64
+        assert texts.place_S.dtype == torch.int64
+        used = texts.place_S.tolist()
+        assert set(used) == set(range(len(texts.text_P)))
 
 
-def hidden_places(found: StepTexts) -> list[list[int]]:
+def hidden_places(texts: StepTexts) -> list[list[int]]:
     """For each query the documents that its loss does not depend on: they get no gradient from it."""
     draw = torch.Generator().manual_seed(0)
-    emb_PD = torch.randn(len(found.text_P), 6, generator=draw, dtype=torch.float64)
-    query_MD, doc_ND = emb_PD[found.place_S].tensor_split([found.num_queries])
+    emb_PD = torch.randn(len(texts.text_P), 6, generator=draw, dtype=torch.float64)
+    query_MD, doc_ND = emb_PD[texts.place_S].tensor_split([texts.num_queries])
     hidden = []
-    for i in range(found.num_queries):
-        alone_M = (torch.arange(found.num_queries) == i).double()
-        result = info_nce(query_MD, doc_ND, found.candidates, temperature=1.0, weight_M=alone_M)
+    for i in range(texts.num_queries):
+        alone_M = (torch.arange(texts.num_queries) == i).double()
+        result = info_nce(query_MD, doc_ND, candidates_of(texts), temperature=1.0, weight_M=alone_M)
         hidden.append((result.d_doc_ND == 0).all(dim=1).nonzero()[:, 0].tolist())
     return hidden
 
@@ -229,24 +224,24 @@ def test_without_negatives_in_the_table() -> None:
     assert len(pairs) == 5
     options: dict[str, Any] = {"mask_duplicates": True, "encode_twins_once": False}
     for hard_negatives in ("batch", "own", "none"):
-        found = step_texts(pairs, ROWS, hard_negatives=hard_negatives, **options)
-        assert found.text_P.tolist() == QUERIES + POSITIVES
-        found.candidates.validate(5, 5)
+        texts = step_texts(pairs, ROWS, hard_negatives=hard_negatives, **options)
+        assert texts.text_P.tolist() == QUERIES + POSITIVES
+        candidates_of(texts).validate(5, 5)
 
 
-def loss_of(found: StepTexts, embedding_TD: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of(texts: StepTexts, embedding_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient for every text of the table."""
-    emb_PD = embedding_TD[torch.from_numpy(found.text_P)]
+    emb_PD = embedding_TD[torch.from_numpy(texts.text_P)]
     result = info_nce(
-        emb_PD[found.place_S[: found.num_queries]],
-        emb_PD[found.place_S[found.num_queries :]],
-        found.candidates,
+        emb_PD[texts.place_S[: texts.num_queries]],
+        emb_PD[texts.place_S[texts.num_queries :]],
+        candidates_of(texts),
         temperature=0.5,
     )
     gradient_TD = torch.zeros_like(embedding_TD)
-    text_P = torch.from_numpy(found.text_P)
-    gradient_TD.index_add_(0, text_P[found.place_S[: found.num_queries]], result.d_query_MD)
-    gradient_TD.index_add_(0, text_P[found.place_S[found.num_queries :]], result.d_doc_ND)
+    text_P = torch.from_numpy(texts.text_P)
+    gradient_TD.index_add_(0, text_P[texts.place_S[: texts.num_queries]], result.d_query_MD)
+    gradient_TD.index_add_(0, text_P[texts.place_S[texts.num_queries :]], result.d_doc_ND)
     return result.loss, gradient_TD
 
 
@@ -284,7 +279,7 @@ def test_step_equals_its_rows_by_hand() -> None:
 
 
 def test_candidates_move_with_the_step() -> None:
-    moved = gather("own", mask_duplicates=True).candidates.to(torch.device("cpu"))
+    moved = candidates_of(gather("own", mask_duplicates=True)).to(torch.device("cpu"))
     assert isinstance(moved, Candidates)
     moved.validate(5, 11)
 
@@ -300,120 +295,10 @@ def test_the_loss_of_a_step_waits_for_no_gpu(
     section = LossSection(softmaxes=softmaxes, hardness=2.0, false_negative_margin=0.1)
     temperature = LearnedTemperature().to("meta") if learned else None
     emb_SD = torch.empty(len(texts.place_S), 6, dtype=DTYPES[embedding_dtype], device="meta")
-    loss = partial(_info_nce, texts, section, temperature, embedding_dtype)
-    with recorded() as kernels, HostWaits() as found:
+    loss = partial(_info_nce, candidates_of(texts), section, temperature, embedding_dtype)
+    with recorded() as kernels, HostWaits() as waits:
         for _ in range(2):  # again, as after memory ran out
             report = loss(emb_SD, torch.empty_like(emb_SD, dtype=torch.float32), 2**20)
     assert report.loss.device == emb_SD.device
     assert sum(kernel.count for kernel in kernels.values()) >= 4
-    assert not found.found
-
-
-# --- the corpus -------------------------------------------------------------------------------
-
-SOURCES = [
-    [
-        TrainRow("the cat", "a dog", ("big house", "small house")),
-        TrainRow("a dog", "the cat", ()),
-        TrainRow("red river", "a dog", ("the cat",)),
-    ],
-    [
-        TrainRow("big house", "blue road", ("red river", "a dog")),
-        TrainRow("rain", "rain", ("sun",)),
-    ],
-]
-EVERY_ROW = [row for source in SOURCES for row in source]
-
-
-def recipe_of(template: str, document_template: str | None = None, max_tokens: int = 8) -> Recipe:
-    return Recipe(
-        data=DataSection(sources=[DataSource(path="demo")]),
-        text=TextSection(
-            template=template, document_template=document_template, max_tokens=max_tokens
-        ),
-    )
-
-
-def decoded(corpus: Corpus, index: int) -> str:
-    return str(tiny_tokenizer().decode(corpus.store[int(index)]))
-
-
-def assert_rows_hold(corpus: Corpus, query: str, document: str) -> None:
-    """Every row's tokens decode to its texts in the templates."""
-    table = corpus.table
-    assert len(table) == len(EVERY_ROW)
-    assert table.negative_NK.shape == (5, 2)
-    for i, row in enumerate(EVERY_ROW):
-        assert decoded(corpus, table.anchor_N[i]) == f"{query.format(text=row.anchor)} </s>"
-        assert decoded(corpus, table.positive_N[i]) == f"{document.format(text=row.positive)} </s>"
-        there = [n for n in table.negative_NK[i].tolist() if n != NO_TEXT]
-        assert [decoded(corpus, n) for n in there] == [
-            f"{document.format(text=negative)} </s>" for negative in row.negatives
-        ]
-        assert table.negative_NK[i].tolist() == there + [NO_TEXT] * (2 - len(there))
-
-
-DISTINCT_QUERIES = {row.anchor for row in EVERY_ROW}
-DISTINCT_DOCUMENTS = {text for row in EVERY_ROW for text in (row.positive, *row.negatives)}
-
-
-def test_one_template_stores_a_text_once(tmp_path: Path) -> None:
-    recipe = recipe_of("mat {text} .")
-    assert query_format(recipe) == document_format(recipe)
-    corpus = build_corpus(SOURCES, recipe, tiny_tokenizer(), tmp_path)
-    assert_rows_hold(corpus, "mat {text} .", "mat {text} .")
-    assert DISTINCT_QUERIES & DISTINCT_DOCUMENTS
-    assert len(corpus.store) == len(DISTINCT_QUERIES | DISTINCT_DOCUMENTS) == 8
-    assert corpus.table.anchor_N[0] == corpus.table.positive_N[1] == corpus.table.negative_NK[2, 0]
-
-
-def test_two_templates_map_to_the_right_rows(tmp_path: Path) -> None:
-    query, document = "mat {text} .", "man runs {text}"
-    recipe = recipe_of(query, document)
-    corpus = build_corpus(SOURCES, recipe, tiny_tokenizer(), tmp_path)
-    assert_rows_hold(corpus, query, document)
-    assert len(corpus.store) == len(DISTINCT_QUERIES) + len(DISTINCT_DOCUMENTS)
-    assert corpus.table.anchor_N[4] != corpus.table.positive_N[4]  # rain, in either template
-    used = {*corpus.table.anchor_N, *corpus.table.positive_N, *corpus.table.negative_NK.flat}
-    assert used - {NO_TEXT} == set(range(len(corpus.store)))
-
-
-def test_a_document_template_equal_to_the_other_is_one(tmp_path: Path) -> None:
-    recipe = recipe_of("mat {text} .", "mat {text} .")
-    assert len(build_corpus(SOURCES, recipe, tiny_tokenizer(), tmp_path).store) == 8
-
-
-def test_long_texts_are_cut_to_their_limit(tmp_path: Path) -> None:
-    rows = [[TrainRow("the big red cat sat", "a dog ran in rain", ())]]
-    recipe = recipe_of("mat {text} .", "{text}", max_tokens=3)
-    corpus = build_corpus(rows, recipe, tiny_tokenizer(), tmp_path)
-    assert decoded(corpus, corpus.table.anchor_N[0]) == "mat the big red . </s>"
-    assert decoded(corpus, corpus.table.positive_N[0]) == "a dog ran </s>"
-    assert corpus.table.negative_NK.shape == (1, 0)
-
-
-def test_from_cache_says_whether_all_was_there(tmp_path: Path) -> None:
-    query, document, other = "mat {text} .", "man runs {text}", "woman runs {text}"
-
-    def build(first: str, second: str) -> Corpus:
-        return build_corpus(SOURCES, recipe_of(first, second), tiny_tokenizer(), tmp_path)
-
-    made = build(query, document)
-    assert not made.from_cache
-    again = build(query, document)
-    assert again.from_cache
-    assert again.store.ids.tolist() == made.store.ids.tolist()
-    assert again.table.negative_NK.tolist() == made.table.negative_NK.tolist()
-    assert_rows_hold(again, query, document)
-    half = build(query, other)
-    assert not half.from_cache
-    assert_rows_hold(half, query, other)
-
-
-def test_sources_of_a_recipe() -> None:
-    sources = [DataSource(path="demo", limit=5), DataSource(path="demo", limit=3, seed=1)]
-    rows, reports = read_sources(DataSection(sources=sources))
-    assert [len(found) for found in rows] == [5, 3]
-    assert all(isinstance(row, TrainRow) for found in rows for row in found)
-    assert all(report.num_read >= 5 and not report.skipped for report in reports)
-    assert rows[0][:3] != rows[1]
+    assert not waits.found

@@ -223,7 +223,7 @@ def test_every_loss_of_a_recipe_has_the_plain_gradient(name: str) -> None:
         without = LossSection(temperature=0.1, **rest)
         other = plain_gradients(make_encoder(), batch, texts, without)
         assert relative_error(flat(other), flat(wanted)) > 0.01, key
-    visible = 1 - float(report.found.observed.masked_share)
+    visible = 1 - float(report.loss_report.observed.masked_share)
     assert 0.3 < visible < 1, "the margin hides all negatives or none"
 
 
@@ -242,16 +242,16 @@ def test_a_learned_temperature_has_the_plain_gradient(softmaxes: Any) -> None:
         )
         assert_same(got, {k: 8 * v for k, v in wanted.items() if k != "raw"}, 1e-10)
         assert_same({"raw": ours.raw.grad}, {"raw": 8 * times * wanted["raw"]}, 1e-10)
-    assert torch.equal(report.found.temperature, ours())
+    assert torch.equal(report.loss_report.temperature, ours())
     assert ours().item() == pytest.approx(0.1)
-    assert not report.found.temperature.requires_grad
+    assert not report.loss_report.temperature.requires_grad
 
 
 def test_a_temperature_that_is_not_learned_has_no_part_in_the_report() -> None:
     batch = make_batch(4, 1)
     _, report = planned_gradients(make_encoder(), batch, batch.texts(twins_once=True), SIMPLE)
-    assert report.found.temperature is None
-    assert report.found.d_raw is None
+    assert report.loss_report.temperature is None
+    assert report.loss_report.d_raw is None
 
 
 def test_gradient_scale_multiplies() -> None:

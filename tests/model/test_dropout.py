@@ -137,7 +137,7 @@ def masks_by_place(
     """(length, F) of each place: what dropout makes of ones in these chunks, padding cut off."""
     clock = DropoutClock(seed=7, step=3)
     dropout = IdentityDropout(0.5, "module", clock)
-    found: dict[int, Tensor] = {}
+    masks: dict[int, Tensor] = {}
     for chunk in chunks:
         place_B = torch.tensor(chunk)
         width = int(LENGTHS[place_B].max()) + extra
@@ -147,8 +147,8 @@ def masks_by_place(
         clock.set_chunk(place_B, token_positions(mask_BT))
         ones = torch.ones(len(chunk), width, 24)
         out = dropout(ones.flatten(0, 1)).view_as(ones) if flat else dropout(ones)
-        found |= {place: out[i][mask_BT[i]] for i, place in enumerate(chunk)}
-    return found
+        masks |= {place: out[i][mask_BT[i]] for i, place in enumerate(chunk)}
+    return masks
 
 
 CHUNKINGS = {

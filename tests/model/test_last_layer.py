@@ -10,7 +10,8 @@ from transformers import BloomConfig, BloomModel
 
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.model.encoder import Encoder
-from plain import make_batch, make_encoder, use_plain_layers
+from lowmem_cft.model.patches import patched_layers
+from plain import make_batch, make_encoder
 from tiny import FAMILIES
 
 
@@ -23,8 +24,10 @@ def test_less_arithmetic_and_the_same_embedding(family: str, side: str) -> None:
     with torch.no_grad(), encoder.training_mode(1):
         with FlopCounterMode(display=False) as lean:
             got = encoder(padded)
-        use_plain_layers(encoder.model)
-        with FlopCounterMode(display=False) as plain:
+        with (
+            patched_layers(encoder.model).lifted("forward"),
+            FlopCounterMode(display=False) as plain,
+        ):
             wanted = encoder(padded)
     assert not torch.equal(got, torch.zeros_like(got))
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
@@ -50,8 +53,8 @@ def test_evaluation_goes_through_transformers_own_layers() -> None:
         with encoder.training_mode(1):
             encoder(padded)
         hidden = encoder.model(input_ids=padded.ids_BT).last_hidden_state
-        use_plain_layers(encoder.model)
-        assert torch.equal(hidden, encoder.model(input_ids=padded.ids_BT).last_hidden_state)
+        with patched_layers(encoder.model).lifted("forward"):
+            assert torch.equal(hidden, encoder.model(input_ids=padded.ids_BT).last_hidden_state)
 
 
 def test_a_module_that_takes_more_is_computed_whole() -> None:

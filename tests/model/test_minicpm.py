@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType
@@ -457,7 +456,7 @@ def test_without_hard_links(
     )
 
 
-def test_interrupted_translation_leaves_no_target(
+def test_interrupted_translation_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
@@ -465,38 +464,38 @@ def test_interrupted_translation_leaves_no_target(
 
     target = tmp_path / "target"
     with monkeypatch.context() as patch:
-        patch.setattr("lowmem_cft.model.minicpm._write_json", interrupt)
+        patch.setattr("lowmem_cft.model.minicpm.write_json", interrupt)
         with pytest.raises(KeyboardInterrupt):
             translate_checkpoint(source, target)
-    assert not target.exists()
-    assert (tmp_path / "target.partial").exists()
-    (tmp_path / "target.partial" / "stale.safetensors").touch()
+    assert not list(tmp_path.glob("target*"))
     translate_checkpoint(source, target)
-    assert not (tmp_path / "target.partial").exists()
-    assert "stale.safetensors" not in tree(target)
+    assert [path.name for path in tmp_path.glob("target*")] == ["target"]
 
 
 def test_a_complete_target_is_left_alone(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     translate_checkpoint(source, target)
-    before = {file.name: file.stat().st_mtime_ns for file in target.iterdir()}
+    times = {file.name: file.stat().st_mtime_ns for file in target.iterdir()}
     translate_checkpoint(source, target)
-    assert {file.name: file.stat().st_mtime_ns for file in target.iterdir()} == before
+    assert {file.name: file.stat().st_mtime_ns for file in target.iterdir()} == times
 
 
-def test_another_target_is_refused(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["configuration", "weights", "link", "nothing"])
+def test_a_target_that_is_another_is_replaced(source: Path, tmp_path: Path, change: str) -> None:
     target = tmp_path / "target"
     translate_checkpoint(source, target)
-    (source / "config.json").write_text(json.dumps(CONFIG | {"scale_emb": 10}))
-    with pytest.raises(FileExistsError, match="of another checkpoint"):
-        translate_checkpoint(source, target)
-    (target / "model.safetensors").unlink()
-    with pytest.raises(FileExistsError, match=r"not a complete translation \(no \['model"):
-        translate_checkpoint(source, target)
-    shutil.rmtree(target)
-    target.mkdir()  # an empty folder is as good as none
+    (target / "mark").touch()
+    if change == "configuration":
+        (source / "config.json").write_text(json.dumps(CONFIG | {"scale_emb": 10}))
+    if change in ("weights", "link"):
+        (target / "model.safetensors").unlink()
+    if change == "link":
+        (target / "model.safetensors").symlink_to(tmp_path / "an emptied cache")
     translate_checkpoint(source, target)
-    assert (target / "config.json").exists()
+    assert (target / "mark").exists() == (change == "nothing")
+    scale = 10 if change == "configuration" else CONFIG["scale_emb"]
+    assert json.loads((target / "config.json").read_text())["embedding_multiplier"] == scale
+    assert (target / "model.safetensors").samefile(source / "model.safetensors")
 
 
 def test_missing_weights_are_named(source: Path, tmp_path: Path) -> None:

@@ -167,15 +167,15 @@ def test_nothing_of_a_chunk_is_kept() -> None:
     encoder = Encoder(build(CONFIGS["llama"]()), pooling="last", normalize=True)
     prefix, store = ids_of(9)
     run = run_prefix(encoder.model, torch.tensor(prefix))
-    before = [(layer.keys, layer.keys.clone(), layer.values.clone()) for layer in run.cache.layers]
+    states = [(layer.keys, layer.keys.clone(), layer.values.clone()) for layer in run.cache.layers]
     every = np.arange(len(store))
     own = behind(store, every, 9)
-    found = []
+    embeddings = []
     with torch.no_grad():
         for places in (every, every[2:4], every):
-            found.append(encoder(pad(own, places, PAD), prefix=run))
-    assert torch.equal(found[0], found[2])
-    for layer, (keys, old_keys, old_values) in zip(run.cache.layers, before, strict=True):
+            embeddings.append(encoder(pad(own, places, PAD), prefix=run))
+    assert torch.equal(embeddings[0], embeddings[2])
+    for layer, (keys, old_keys, old_values) in zip(run.cache.layers, states, strict=True):
         assert layer.keys is keys
         assert torch.equal(layer.keys, old_keys)
         assert torch.equal(layer.values, old_values)
@@ -219,14 +219,14 @@ def _apart(a: Vectors, b: Vectors) -> float:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the prefixes that are run."""
-    found: list[int] = []
+    lengths: list[int] = []
 
     def counted(model: Any, ids_K: Any) -> Any:
-        found.append(len(ids_K))
+        lengths.append(len(ids_K))
         return run_prefix(model, ids_K)
 
     monkeypatch.setattr(sharing, "run_prefix", counted)
-    return found
+    return lengths
 
 
 def test_shared_and_not_a_word_of_it(runs: list[int]) -> None:
@@ -338,9 +338,9 @@ def test_tried_once_for_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     for texts in (TEXTS, TEXTS[::-1], [*TEXTS, f"{TEXTS[-1]} {TEXTS[-1]}"]):
         embed_texts(encoder, tiny_tokenizer(), texts, TEMPLATE)
         if len(tried) == 1:
-            before = encoder.prefix_tried
+            longest = encoder.proven_prefix.longest
     assert len(tried) == 2, "a longer text has to be tried, the same length not again"
-    assert encoder.prefix_tried > before
+    assert encoder.proven_prefix.longest > longest > 0
 
 
 # --- memory runs out --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from lowmem_cft.cli import app as cli
 from lowmem_cft.data.batches import RowTable, step_texts
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import WORKSPACE_BYTES, StepPlan
-from lowmem_cft.gradient.step import loss_options
+from lowmem_cft.gradient.step import candidates_of, loss_options
 from lowmem_cft.model.backbone import load_backbone
 from lowmem_cft.planning.footprint import Footprint
 from lowmem_cft.planning.limits import MARGINS
@@ -199,7 +199,7 @@ def test_the_loss_takes_no_more_than_predicted(
         info_nce(
             emb_SD[:rows],
             emb_SD[rows:],
-            texts.candidates,
+            candidates_of(texts),
             temperature=0.05,
             **loss_options(section),
             workspace_bytes=WORKSPACE_BYTES,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,12 @@ from lowmem_cft.data.batches import NO_TEXT, RowTable, StepTexts, step_texts
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import StepPlan
-from lowmem_cft.gradient.step import ContrastiveStep, StepReport
+from lowmem_cft.gradient.step import ContrastiveStep, StepReport, candidates_of
 from lowmem_cft.model.adapter import attach_adapter, trainable_parameters
 from lowmem_cft.model.configs import disable_base_dropout
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.model.patches import patched_layers
 from lowmem_cft.recipe.schema import LoraSection, LossSection
 from lowmem_cft_kernels import (
     Direction,
@@ -100,17 +100,6 @@ def make_encoder(
     return Encoder(model, pooling=pooling, normalize=True, clock=clock)
 
 
-def use_plain_layers(model: Any) -> None:
-    """Take our training forwards out, so that transformers' and peft's arithmetic is the standard."""
-    names = {"lora": 0, "last": 0}
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, partial):
-            names["last" if forward.func.__module__.endswith("last_layer") else "lora"] += 1
-            del module.__dict__["forward"]
-    assert names["lora"], "LoRA layers had no forward of ours"
-
-
 LOSS = LossSection(temperature=0.1)
 
 
@@ -140,20 +129,19 @@ def plain_gradients(
     loss: LossSection = LOSS,
     temperature: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Of one forward over all texts at once and one backward. Spends the encoder's lean layers.
+    """Of one forward over all texts at once and one backward, by transformers' and peft's own layers.
 
     `temperature` stands in for the recipe's and gets a gradient too, which is for the caller.
     """
-    use_plain_layers(encoder.model)
     encoder.model.zero_grad()
-    with encoder.training_mode(STEP):
+    with patched_layers(encoder.model).lifted("forward"), encoder.training_mode(STEP):
         padded = pad(batch.store, texts.text_P, PAD, "left")
         emb_SD = encoder(padded)[texts.place_S]
         query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
         value, _ = reference_loss(
             query_MD,
             doc_ND,
-            texts.candidates,
+            candidates_of(texts),
             temperature=loss.temperature if temperature is None else temperature,
             **reference_options(loss),
         )

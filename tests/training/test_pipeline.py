@@ -57,17 +57,6 @@ def test_overwrite_with_a_mistake_keeps_the_old_run(
     assert [entry.name for entry in folder.path.parent.iterdir()] == ["tiny"]
 
 
-def test_long_texts_do_not_fail_the_check_of_a_template_with_a_tail(
-    make_recipe: MakeRecipe,
-) -> None:
-    made = make_recipe(
-        text={"template": "the man is {text} in two", "append_eos": False, "max_tokens": 5},
-        embedding={"pooling": "last"},
-    )
-    _, metrics = pipeline.run_recipe(made, Silent())
-    assert metrics.export.checked is True
-
-
 def test_padding_and_plan_are_in_log_and_report(make_recipe: MakeRecipe) -> None:
     observer = Silent()
     _, metrics = pipeline.run_recipe(make_recipe(train={"steps": 2}), observer)

@@ -8,22 +8,18 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowmem_cft.exporting.check import MIN_COSINE
 from lowmem_cft.gradient import step
-from lowmem_cft.inference.embed import embed_texts
-from lowmem_cft.inference.loading import load_model
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.training import interrupt, pipeline
 from lowmem_cft.training.checkpoint import load_state
 from lowmem_cft.training.records import StepLine, read_lines
 from lowmem_cft_kernels import GTE, FalseNegatives, LearnedTemperature, info_nce
 from lowmem_cft_kernels.reference import reference_loss
-from running import MakeRecipe, Silent, sentences, start
+from running import MakeRecipe, Silent, start
 
 CPU = torch.device("cpu")
 
@@ -203,55 +199,6 @@ def test_chunks_do_not_change_the_run(make_recipe: MakeRecipe) -> None:
         assert torch.allclose(adapters[1][key], wanted, atol=2e-4), key
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("kind", ["adapter", "merged"])
-def test_exports_embed_alike_however_loaded(
-    make_recipe: MakeRecipe, kind: str, quantization: str
-) -> None:
-    made = make_recipe(
-        model={"quantization": quantization, "keep_layers": 2},
-        text={"template": "the man is {text} in two", "append_eos": False},
-        embedding={"pooling": "last"},
-        output={"export": kind},
-    )
-    folder, metrics = pipeline.run_recipe(made, Silent())
-    assert metrics.export.checked is True
-    texts = sentences(9, 12)
-    vectors = []
-    for name in (folder.path, folder.model):
-        loaded = load_model(str(name), CPU, print)
-        vectors.append(embed_texts(loaded.encoder, loaded.tokenizer, texts, loaded.text_format))
-    cosine = (vectors[0] * vectors[1]).sum(axis=1)
-    assert cosine.min() >= MIN_COSINE[kind]  # type: ignore[index]
-    assert np.abs(vectors[0][0] - vectors[0][1]).max() > 1e-2, "all texts embed alike"
-
-
-def test_export_check_fails_loudly(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A layout that reads another token must not pass."""
-    from lowmem_cft.exporting import layout as export
-
-    monkeypatch.setitem(export._POOLING_KEYS, "eos", "pooling_mode_mean_tokens")
-    with pytest.raises(RuntimeError, match=r"does not embed as the trained one: lowest cosine"):
-        pipeline.run_recipe(make_recipe(), Silent())
-    assert (Path(make_recipe().output.folder) / "tiny" / "adapter").is_dir()
-
-
-def test_templates_by_role_become_prompts(make_recipe: MakeRecipe) -> None:
-    text = {"template": "the man : {text}", "document_template": "the cat {text}"}
-    folder, metrics = pipeline.run_recipe(make_recipe(text=text), Silent())
-    assert metrics.export.checked is True
-    layout = json.loads((folder.model / "config_sentence_transformers.json").read_text())
-    assert layout["prompts"] == {"query": "the man : ", "document": "the cat "}
-
-
-def test_templates_that_prompts_cannot_say(make_recipe: MakeRecipe) -> None:
-    text = {"template": "{text} is", "document_template": "{text} was"}
-    with pytest.raises(ValueError, match=r"document_template: .*output.export: none"):
-        pipeline.run_recipe(make_recipe(text=text), Silent())
-
-
 def test_not_a_number_stops_with_the_checkpoint_kept(make_recipe: MakeRecipe) -> None:
     trainer = start(make_recipe())
     trainer.step()
@@ -298,26 +245,6 @@ def test_half_a_log_line_does_not_stop_a_resume(make_recipe: MakeRecipe) -> None
         file.write('{"step": 3, "lo')
     resumed = start(made, resume=True)
     assert [line.step for line in read_lines(resumed.folder)] == [1, 2]
-
-
-def test_mistakes_of_the_layout_are_found_before_training(make_recipe: MakeRecipe) -> None:
-    observer = Silent()
-    text = {"template": "{text} is", "document_template": "{text} was"}
-    with pytest.raises(ValueError, match=r"document_template"):
-        pipeline.run_recipe(make_recipe(text=text), observer)
-    assert not observer.said
-
-
-def test_base_is_named_by_its_whole_path(
-    make_recipe: MakeRecipe, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The export must load from another working folder."""
-    monkeypatch.chdir(tiny_folder.parent)
-    folder, _ = pipeline.run_recipe(
-        make_recipe(model={"id": f"./{tiny_folder.name}"}, train={"steps": 1}), Silent()
-    )
-    config = json.loads((folder.model / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tiny_folder)
 
 
 def test_memory_that_runs_out_costs_a_line_in_the_log_and_no_result(

@@ -28,6 +28,7 @@ from lowmem_cft.evaluation.sts.score import score_pairs
 from lowmem_cft.evaluation.sts.sets import LoadedSet, pairs_sha256
 from lowmem_cft.inference.embed import Embed
 from lowmem_cft.inference.loading import RECORD, Embedder, load_model, says_how_it_embeds
+from lowmem_cft.machine import dtype_name
 from lowmem_cft.model.identity import lora_scaling, weights_digest
 from lowmem_cft.progress import Counts
 from lowmem_cft.recipe.schema import TEXT_SLOT
@@ -74,7 +75,7 @@ class SearchedModel:
             "weights": weights_digest(self.loaded.encoder.model),
             "lora_scaling": lora_scaling(self.loaded.encoder.model),
             "quantization": recipe.model.quantization,
-            "dtype": str(self.loaded.backbone.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.loaded.backbone.dtype),
             "pooling": recipe.embedding.pooling,
             "append_eos": recipe.text.append_eos,
             "max_tokens": recipe.text.max_tokens,

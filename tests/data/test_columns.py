@@ -1,0 +1,97 @@
+"""Which columns are taken: by their names, by their order, and when nobody can tell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowmem_cft.data.rows import TrainRow, read_training_rows
+from row_files import HEADER, error, write_rows
+
+
+@pytest.mark.parametrize(
+    ("header", "used"),
+    [
+        (["id", "positive", "anchor"], ["anchor", "positive"]),
+        (["Anchor", "POSITIVE", "Negative", "label"], ["Anchor", "POSITIVE", "Negative"]),
+        (
+            ["negative_10", "negative_2", "negative_1", "anchor", "positive"],
+            ["anchor", "positive", "negative_1", "negative_2", "negative_10"],
+        ),
+        (["query", "pos", "neg"], ["query", "pos", "neg"]),
+        (["query", "positive", "negative_1"], ["query", "positive", "negative_1"]),
+        (["sent0", "sent1", "hard_neg"], ["sent0", "sent1", "hard_neg"]),
+        (["answer", "question"], ["question", "answer"]),
+        (["query", "response", "doc_id"], ["query", "response"]),
+        (["premise", "hypothesis"], ["premise", "hypothesis"]),
+        (["first", "second"], ["first", "second"]),
+        (["first", "second", "third", "fourth"], ["first", "second", "third", "fourth"]),
+        (["query", "passage"], ["query", "passage"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_columns_are_found(tmp_path: Path, header: list[str], used: list[str], suffix: str) -> None:
+    path = write_rows(tmp_path / f"c{suffix}", header, [[f"text of {name}" for name in header]])
+    rows, report = read_training_rows(path)
+    anchor, positive, *negatives = (f"text of {name}" for name in used)
+    assert rows == [TrainRow(anchor, positive, tuple(negatives))]
+    assert report.columns == {"anchor": used[0], "positive": used[1], "negatives": used[2:]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        ["only"],
+        ["text", "text2", "label"],
+        ["text", "text2", "similarity_score"],
+        ["pairID", "text", "text2"],
+        ["", "text", "text2"],
+        ["text", "text2", "source"],
+        ["question", "context", "answer"],
+        ["negative", "positive"],
+        ["passage", "query"],
+        ["query", "pos", "positive"],
+        ["anchor", "Anchor", "positive"],
+    ],
+)
+def test_unclear_columns_are_listed(tmp_path: Path, header: list[str]) -> None:
+    message = error(write_rows(tmp_path / "c.csv", header, [["t"] * len(header)]))
+    assert "cannot tell which columns to use" in message
+    assert str(header) in message
+    assert "`columns: [...]`" in message
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_only_text_columns_are_taken_in_order(tmp_path: Path, suffix: str) -> None:
+    year = "1999" if suffix == ".csv" else 1999
+    path = write_rows(tmp_path / f"c{suffix}", ["first", "second", "year"], [["a", "b", year]])
+    assert "['first', 'second', 'year']" in error(path)
+    rows, _ = read_training_rows(path, columns=["second", "first"])
+    assert rows == [TrainRow("b", "a", ())]
+
+
+def test_a_label_beside_a_pair_needs_where_or_columns(tmp_path: Path) -> None:
+    header = ["premise", "hypothesis", "label"]
+    path = write_rows(tmp_path / "n.tsv", header, [["a", "b", "0"], ["c", "d", "2"]])
+    message = error(path)
+    assert "'label'" in message
+    assert "where" in message
+    assert "columns" in message
+    assert read_training_rows(path, where={"label": "0"})[0] == [TrainRow("a", "b", ())]
+    assert len(read_training_rows(path, columns=["premise", "hypothesis"])[0]) == 2
+
+
+def test_explicit_columns(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "c.csv")
+    rows, report = read_training_rows(path, columns=["source", "negative", "anchor", "positive"])
+    assert rows[0] == TrainRow("x", "n zero", ("a zero", "p zero"))
+    assert report.columns["negatives"] == ["anchor", "positive"]
+    same, _ = read_training_rows(path, columns=["anchor", "anchor"])
+    assert same[0] == TrainRow("a zero", "a zero", ())
+    message = error(path, columns=["anchor", "positve"])
+    assert "'positve'" in message
+    assert str(HEADER) in message
+    assert "named twice" in error(path, columns=["anchor", "positive", "anchor"])
+    assert "must be a list" in error(path, columns=["anchor"])
+    assert "must be a list" in error(path, columns="anchor")

@@ -1,0 +1,318 @@
+"""Every source of rows, where it is looked for, and how its lines are read and counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem_cft.data.columns import DataError
+from lowmem_cft.data.rows import TrainRow, read_training_rows
+from row_files import CELLS, HEADER, ROWS, error, jsonl, write, write_rows
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json-lines", ".csv", ".tsv", ".parquet", ".TSV"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str, packed: str) -> None:
+    plain = Path(write_rows(tmp_path / f"data{suffix.lower()}{packed}"))
+    path = plain.rename(tmp_path / f"data{suffix}{packed}")
+    rows, report = read_training_rows(str(path))
+    assert rows == ROWS
+    assert report.source == str(path)
+    assert report.num_read == 3
+    assert report.skipped == Counter()
+    assert report.columns == {
+        "anchor": "anchor",
+        "positive": "positive",
+        "negatives": ["negative"],
+    }
+
+
+def test_rows_are_immutable() -> None:
+    with pytest.raises(AttributeError):
+        ROWS[0].anchor = "other"  # type: ignore[misc]
+
+
+def test_a_directory_is_read_in_name_order(tmp_path: Path) -> None:
+    write_rows(tmp_path / "b.tsv.gz", cells=CELLS[1:2])
+    write_rows(tmp_path / "c.parquet", cells=CELLS[2:])
+    write(tmp_path / "a.jsonl", jsonl({"query": "q", "pos": ["p"], "neg": ["n", "m"]}))
+    write(tmp_path / "README.md", "not data")
+    write(tmp_path / "._b.tsv", b"\x00\x05\x16\x07")
+    rows, report = read_training_rows(str(tmp_path))
+    assert rows == [TrainRow("q", "p", ("n", "m")), *ROWS[1:]]
+    assert report.num_read == 3
+    assert report.columns == {
+        "anchor": ["query", "anchor"],
+        "positive": ["pos", "positive"],
+        "negatives": ["neg", "negative"],
+    }
+
+
+def test_an_error_in_a_directory_names_the_file(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.tsv")
+    write_rows(tmp_path / "b.tsv", cells=[CELLS[0], ["a", " ", "n", "x"]])
+    message = error(str(tmp_path))
+    assert "b.tsv, line 3, column 'positive': empty text" in message
+
+
+@pytest.mark.parametrize("name", [None, "README.md", "data.txt"])
+def test_a_directory_without_data_is_an_error(tmp_path: Path, name: str | None) -> None:
+    if name:
+        write(tmp_path / name, "x")
+    message = error(str(tmp_path))
+    assert "no readable file" in message
+    assert ".jsonl" in message
+    assert ".parquet" in message
+
+
+def test_saved_data_sets(tmp_path: Path) -> None:
+    import datasets
+
+    objects = [dict(zip(HEADER, row, strict=True)) for row in CELLS]
+    # A selection is saved with the rows in another order than they were made in.
+    data_set = datasets.Dataset.from_list(objects).select([2, 0])
+    data_set.save_to_disk(tmp_path / "one")
+    both = datasets.DatasetDict(train=data_set, dev=datasets.Dataset.from_list(objects[1:2]))
+    both.save_to_disk(tmp_path / "both")
+    assert read_training_rows(str(tmp_path / "one"))[0] == [ROWS[2], ROWS[0]]
+    assert read_training_rows(str(tmp_path / "both"))[0] == [ROWS[2], ROWS[0]]
+    assert read_training_rows(str(tmp_path / "both"), split="dev")[0] == [ROWS[1]]
+    message = error(str(tmp_path / "both"), split="test")
+    assert "'test'" in message
+    assert "['train', 'dev']" in message
+    bad = datasets.Dataset.from_list([*objects, {**objects[0], "anchor": ""}])
+    bad.save_to_disk(tmp_path / "bad")
+    assert "row 4, column 'anchor': empty text" in error(str(tmp_path / "bad"))
+    (tmp_path / "bad" / "state.json").write_text("{")
+    assert "not a readable saved data set" in error(str(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "trian.csv.gz", "sub/train.tsv"])
+def test_a_missing_file(tmp_path: Path, name: str) -> None:
+    write_rows(tmp_path / "train.csv.gz")
+    message = error(str(tmp_path / name))
+    assert "does not exist" in message
+    if "/" in name:
+        assert f"nor does its folder {tmp_path / 'sub'}" in message
+    else:
+        assert f"nearest in {tmp_path}: train.csv.gz" in message
+
+
+def test_a_missing_relative_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for source in ("missing.csv", "./missing", "owner/missing.tsv", "~/no-such-dir-here/x"):
+        assert "does not exist" in error(source)
+    with pytest.raises(DataError, match="source is empty"):
+        read_training_rows("")
+
+
+def test_an_unknown_kind_of_file(tmp_path: Path) -> None:
+    message = error(write(tmp_path / "data.xlsx", "x"))
+    assert "unknown kind of file" in message
+    assert ".jsonl, .json-lines, .csv, .tsv, .parquet" in message
+
+
+def test_a_hub_data_set(hub: list[tuple[Any, ...]]) -> None:
+    rows, report = read_training_rows("owner/name")
+    assert rows == [TrainRow("a", "p", ())]
+    assert report.columns["negatives"] == []
+    read_training_rows("owner/name:pair-1", split="dev")
+    assert hub == [("owner/name", None, "train"), ("owner/name", "pair-1", "dev")]
+
+
+@pytest.mark.parametrize("name", ["owner/none", "owner/cut"])
+def test_an_unreachable_hub_data_set(hub: list[tuple[Any, ...]], name: str) -> None:
+    with pytest.raises(DataError, match="neither a file nor a reachable data set") as caught:
+        read_training_rows(name)
+    assert name in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert len(hub) == 1
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/name:config", "name", "a/b/c", "a b/c"])
+def test_offline_and_odd_names_never_ask_the_hub(hub: list[tuple[Any, ...]], name: str) -> None:
+    assert "neither a file nor a reachable data set" in error(name, offline=True)
+    assert hub == []
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_byte_order_mark_is_accepted(tmp_path: Path, suffix: str) -> None:
+    path = Path(write_rows(tmp_path / f"data{suffix}"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    rows, report = read_training_rows(str(path))
+    assert rows == ROWS
+    assert report.columns["anchor"] == "anchor"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_windows_line_ends_and_blank_lines(tmp_path: Path, suffix: str) -> None:
+    text = "anchor,positive\r\na,p\r\n\r\nb,q\r\n\r\n".replace(
+        ",", "," if suffix == ".csv" else "\t"
+    )
+    rows, report = read_training_rows(write(tmp_path / f"data{suffix}", text))
+    assert rows == [TrainRow("a", "p", ()), TrainRow("b", "q", ())]
+    assert report.num_read == 2
+
+
+def test_quotes_in_tsv_are_text(tmp_path: Path) -> None:
+    text = 'anchor\tpositive\n"open\t"closed"\n""\t\'\n'
+    rows, _ = read_training_rows(write(tmp_path / "q.tsv", text))
+    assert rows == [TrainRow('"open', '"closed"', ()), TrainRow('""', "'", ())]
+
+
+def test_only_the_ends_of_a_text_are_stripped(tmp_path: Path) -> None:
+    text = jsonl({"anchor": " \ta  b\n", "positive": "p\n\nq \u00a0"})
+    rows, _ = read_training_rows(write(tmp_path / "s.jsonl", text))
+    assert rows == [TrainRow("a  b", "p\n\nq", ())]
+
+
+MULTI_LINE = 'anchor,positive\n"a\nstill a\n\nand more","p ""said"" so"\n'
+
+
+def test_lines_are_counted_through_csv_cells_of_several_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.csv", MULTI_LINE + "b,q\n")
+    assert read_training_rows(path)[0] == [
+        TrainRow("a\nstill a\n\nand more", 'p "said" so', ()),
+        TrainRow("b", "q", ()),
+    ]
+    # The second row of data starts in line 6, the third spans lines 7 and 8.
+    assert "m.csv, line 6, column 'positive'" in error(
+        write(tmp_path / "m.csv", MULTI_LINE + "b,\n")
+    )
+    late = write(tmp_path / "m.csv", MULTI_LINE + 'b,q\n"c\nd",\n')
+    assert "m.csv, line 7, column 'positive'" in error(late)
+
+
+def test_odd_line_ends_inside_a_text_do_not_shift_the_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "u.tsv", "anchor\tpositive\na\u2028b\x0cc\x85d\tp\n\tq\n")
+    assert "u.tsv, line 3, column 'anchor'" in error(path)
+    rows, _ = read_training_rows(path, on_bad_row="skip")
+    assert rows == [TrainRow("a\u2028b\x0cc\x85d", "p", ())]
+
+
+@pytest.mark.parametrize("name", ["e.csv", "e.tsv", "e.tsv.gz", "e.jsonl"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_bad_encoding(tmp_path: Path, name: str, mark: bytes) -> None:
+    start = mark + {"e.csv": b"anchor,positive\na,p\n", "e.jsonl": b"{}\n{}\n"}.get(
+        name, b"anchor\tpositive\na\tp\n"
+    )
+    path = write(tmp_path / name, start + b"caf\xe9\tx\n")
+    message = error(path, on_bad_row="skip")
+    assert f"{name}, line 3: byte 0xe9 at offset {len(start) + 3} is not UTF-8" in message
+
+
+@pytest.mark.parametrize("name", ["g.tsv.gz", "g.jsonl.gz", "g.parquet.gz", "g.parquet"])
+def test_broken_files(tmp_path: Path, name: str) -> None:
+    path = Path(write_rows(tmp_path / name, cells=CELLS * 50))
+    path.write_bytes(path.read_bytes()[:60])
+    assert "read" in error(str(path), on_bad_row="skip")
+    path.write_bytes(b"this is neither gzip nor Parquet")
+    assert "read" in error(str(path), on_bad_row="skip")
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.jsonl"])
+def test_an_empty_file(tmp_path: Path, name: str) -> None:
+    assert "the file is empty" in error(write(tmp_path / name, ""))
+
+
+def test_duplicate_names_in_the_header(tmp_path: Path) -> None:
+    for name, text in {"d.csv": "anchor, anchor,positive\n", "d.tsv": "x\tpositive\tx\n"}.items():
+        column = "anchor" if name == "d.csv" else "x"
+        assert f"{name}, line 1, column '{column}'" in error(write(tmp_path / name, text))
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([["a"], ["b"]], names=["anchor", "anchor"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert "column 'anchor'" in error(str(tmp_path / "d.parquet"))
+
+
+def test_a_key_may_first_stand_in_the_last_line(tmp_path: Path) -> None:
+    first = {"anchor": "a", "positive": "p", "negative_1": "n"}
+    text = jsonl(first, {**first, "negative_2": "m"})
+    rows, _ = read_training_rows(write(tmp_path / "k.jsonl", text))
+    assert [row.negatives for row in rows] == [("n",), ("n", "m")]
+
+
+GOOD = {"anchor": "a", "positive": "p", "negative": "n"}
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "reason"),
+    [
+        ({**GOOD, "anchor": ""}, "anchor", "empty text"),
+        ({**GOOD, "positive": " \n\t "}, "positive", "empty text"),
+        ({**GOOD, "positive": None}, "positive", "text missing"),
+        ({"anchor": "a", "negative": "n"}, "positive", "text missing"),
+        ({**GOOD, "anchor": 5}, "anchor", "wrong type: got int 5"),
+        ({**GOOD, "anchor": ["a"]}, "anchor", "wrong type: got list"),
+        ({**GOOD, "positive": []}, "positive", "text missing"),
+        ({**GOOD, "positive": ["p", ""]}, "positive", "empty text"),
+        ({**GOOD, "positive": [{"title": "t"}]}, "positive", "text missing"),
+        ({**GOOD, "negative": ""}, "negative", "empty text"),
+        ({**GOOD, "negative": None}, "negative", "text missing"),
+        ({"anchor": "a", "positive": "p"}, "negative", "text missing"),
+        ({**GOOD, "negative": []}, "negative", "no negative"),
+        ({**GOOD, "negative": ["", None]}, "negative", "no negative"),
+        ({**GOOD, "negative": ["n", 5]}, "negative", "wrong type"),
+        ('{"anchor": "a", "positive": "p", "anchor": "b"}', "anchor", "duplicate key"),
+        ('{"anchor": "a", "positive": "p"', None, "not a JSON object"),
+        ('{"anchor": "a", "positive": "\\ud800", "negative": "n"}', None, "not a JSON object"),
+        ('["a", "p"]', None, "not a JSON object"),
+        ("a text", None, "not a JSON object"),
+        ("[" * 200_000, None, "not a JSON object"),
+    ],
+)
+def test_bad_json_rows(tmp_path: Path, line: Any, column: str | None, reason: str) -> None:
+    bad = line + "\n" if isinstance(line, str) else jsonl(line)
+    path = write(tmp_path / "b.jsonl", jsonl(GOOD) + "\n" + bad + jsonl(GOOD))
+    message = error(path)
+    place = "b.jsonl, line 3" + (f", column {column!r}" if column else "")
+    assert f"{place}: {reason}" in message
+    assert "fix the row or set `on_bad_row: skip`" in message
+    rows, report = read_training_rows(path, on_bad_row="skip")
+    assert rows == [TrainRow("a", "p", ("n",))] * 2
+    assert report.num_read == 3
+    (kind,) = report.skipped
+    assert reason.startswith(kind.split(",")[0])
+    assert column is None or repr(column) in kind
+    assert report.skipped[kind] == 1
+
+
+@pytest.mark.parametrize("name", ["b.csv", "b.tsv"])
+@pytest.mark.parametrize("cells", [["a"], ["a", "p", "n", "more"], ["a", "p"]])
+def test_the_wrong_number_of_cells(tmp_path: Path, name: str, cells: list[str]) -> None:
+    mark = "," if name == "b.csv" else "\t"
+    lines = [["anchor", "positive", "negative"], ["a", "p", "n"], cells, ["b", "q", "m"]]
+    path = write(tmp_path / name, "\n".join(mark.join(line) for line in lines))
+    assert f"{name}, line 3: wrong number of cells: got {len(cells)}, wanted 3" in error(path)
+    rows, report = read_training_rows(path, on_bad_row="skip")
+    assert [row.anchor for row in rows] == ["a", "b"]
+    assert report.skipped == Counter({"wrong number of cells": 1})
+
+
+def test_broken_csv_quotes(tmp_path: Path) -> None:
+    path = write(tmp_path / "b.csv", 'anchor,positive\n"a"b,p\nc,q\n')
+    assert "b.csv, line 2: not valid CSV" in error(path)
+    rows, report = read_training_rows(path, on_bad_row="skip")
+    assert rows == [TrainRow("c", "q", ())]
+    assert report.skipped == Counter({"not valid CSV": 1})
+    # An open quote swallows the rows after it, so skipping "one" row would lose them silently.
+    path = write(tmp_path / "b.csv", 'anchor,positive\na,p\n"b,q\nc,r\nd,s\n')
+    assert "b.csv, line 3: the row from here to line 5" in error(path, on_bad_row="skip")
+    path = write(tmp_path / "b.csv", '"anchor"x,positive\na,p\n')
+    assert "b.csv, line 1: the header is not valid CSV" in error(path)
+
+
+def test_rows_of_parquet_are_counted_from_one(tmp_path: Path) -> None:
+    cells: list[list[Any]] = [[f"a{i}", f"p{i}"] for i in range(5000)]
+    cells[4500][1] = None
+    path = write_rows(tmp_path / "r.parquet", ["anchor", "positive"], cells)
+    assert "r.parquet, row 4501, column 'positive': text missing" in error(path)
+    rows, report = read_training_rows(path, on_bad_row="skip")
+    assert len(rows) == 4999
+    assert rows[-1] == TrainRow("a4999", "p4999", ())
+    assert report.skipped == Counter({"text missing, column 'positive'": 1})
