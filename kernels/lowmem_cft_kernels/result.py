@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
-
-class LossPath(str, Enum):
-    """How the loss is computed. Every path gives the same numbers up to rounding."""
-
-    REFERENCE = "reference"
-    """The formula through autograd; holds M x N matrices."""
-    CHUNKED = "chunked"
-    """Plain torch on any device, in a bounded workspace."""
-    TRITON = "triton"
-    """Fused CUDA kernels beside two matrix products a tile, in a bounded workspace."""
+from lowmem_cft_kernels.options import LossPath
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-COLUMN_PADDING = tl.constexpr(16)
-"""Rows of held tiles are whole multiples of so many numbers long."""
+from lowmem_cft_kernels import workspace
+
+COLUMN_PADDING = tl.constexpr(workspace.COLUMN_PADDING)
 
 FP16_GAIN = tl.constexpr(16384.0)
 """Numbers of at most 1 are held times this in float16, which ends at 65504 and loses bits below

@@ -25,7 +25,15 @@ from loss_cases import (
     option_sets,
     singles,
 )
-from lowmem_cft_kernels import Candidates, Hardness, InfoNCEResult, LossPath, choose_path, info_nce
+from lowmem_cft_kernels import (
+    Candidates,
+    Hardness,
+    InfoNCEResult,
+    LossOptions,
+    LossPath,
+    choose_path,
+    info_nce,
+)
 from lowmem_cft_kernels.masks import NO_TARGET
 from lowmem_cft_kernels.problem import make_problem
 
@@ -360,7 +368,6 @@ def test_cases_can_be_handed_to_another_process(tmp_path: pathlib.Path) -> None:
 @EVERY_SET
 def test_weights_of_pairs_sum_to_one(name: str) -> None:
     case = make_case(SETS[name], (7, 11, 6))
-    options = {**case.options, "temperature": torch.tensor(case.temperature)}
-    problem = make_problem(case.query_MD, case.doc_ND, case.candidates, **options)
+    problem = make_problem(case.query_MD, case.doc_ND, case.candidates, LossOptions(**case.options))
     assert float(problem.weight_MP.sum()) == pytest.approx(1, rel=1e-12)
     assert not problem.weight_MP[~problem.there_MP].any()

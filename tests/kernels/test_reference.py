@@ -21,7 +21,7 @@ from loss_cases import (
     option_sets,
     singles,
 )
-from lowmem_cft_kernels import Candidates, Direction, LossPath, Negatives, info_nce
+from lowmem_cft_kernels import Candidates, Direction, LossOptions, LossPath, Negatives, info_nce
 from lowmem_cft_kernels.masks import NO_TARGET, SHARED
 from lowmem_cft_kernels.reference import reference_loss
 
@@ -311,7 +311,7 @@ def test_gradcheck(name: str) -> None:
 
     def loss(query_MD: Tensor, doc_ND: Tensor, temperature: Tensor) -> Tensor:
         return reference_loss(
-            query_MD, doc_ND, case.candidates, temperature=temperature, **options
+            query_MD, doc_ND, case.candidates, LossOptions(temperature=temperature, **options)
         )[0]
 
     assert torch.autograd.gradcheck(loss, leaves(case), fast_mode=len(SETS[name]) == 2)
@@ -355,7 +355,7 @@ def test_a_bank_gets_no_gradient() -> None:
     case = make_case(SETS["bank + normalize"], (7, 11, 6))
     case.options["bank"].doc_CD.requires_grad_()
     query_MD = case.query_MD.requires_grad_()
-    loss, _ = reference_loss(query_MD, case.doc_ND, case.candidates, **case.options)
+    loss, _ = reference_loss(query_MD, case.doc_ND, case.candidates, LossOptions(**case.options))
     loss.backward()
     assert query_MD.grad is not None
     assert case.options["bank"].doc_CD.grad is None
