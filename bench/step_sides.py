@@ -42,9 +42,9 @@ from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainabl
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.model.precision import keep_weight_layout
+from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.limits import run_limit
 from lowmem_cft.planning.live_bytes import LiveBytes
-from lowmem_cft.planning.planner import Planner
 from lowmem_cft.planning.recipe_plan import planner_for, shape_of
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
