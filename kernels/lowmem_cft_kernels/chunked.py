@@ -189,7 +189,7 @@ def _harden(problem: Problem, block: Block, rows: slice, logit_RC: Tensor) -> No
 
 
 def _exp_shifted(logit_RC: Tensor, hidden_RC: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
-    """In place exp(logit - max), 0 where hidden; and log-sum-exp, along `dim` (kept)."""
+    """Max and log-sum-exp along `dim`, which stays; logits become exp(logit - max), 0 if hidden."""
     if hidden_RC is not None:
         logit_RC.masked_fill_(hidden_RC, -torch.inf)
     top = logit_RC.amax(dim=dim, keepdim=True).nan_to_num_(neginf=0.0)

@@ -94,7 +94,7 @@ class Block:
 
     @property
     def has_positives(self) -> bool:
-        """Its columns are the documents, and its rows the queries."""
+        """The rows are the queries, and the columns the documents."""
         return self.target_RP is not None and not self.target_hides
 
     def rows(self, queries: slice) -> slice:
@@ -149,7 +149,7 @@ class Problem:
 
     @property
     def extent(self) -> Extent:
-        """Its shapes and dtype, by which memory goes."""
+        """The shapes and the dtype, by which memory goes."""
         doc_ND = self.queries_with_documents.col_CD
         return Extent(
             num_queries=len(self.target_MP),
@@ -429,7 +429,7 @@ def add_at(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 
 def through_norm(x_RD: Tensor, inverse_R: Tensor, d_x_RD: Tensor) -> None:
-    """From inverse norm times d loss / d unit vector to d loss / d x, in place.
+    """Turn inverse norm times d loss / d unit vector into d loss / d x, in place.
 
     d x = h - x <x, h> / |x|^2    with h = (d loss / d unit vector) / |x|
     """

@@ -106,8 +106,7 @@ class _Batch:
 
 @dataclass
 class _Hidden:
-    """Who is hidden: from queries documents and other queries, from documents queries and, for
-    the positive of each pair, other documents."""
+    """True where the column's text is hidden from the row's."""
 
     query_doc_ME: Tensor
     doc_query_NM: Tensor
@@ -116,7 +115,7 @@ class _Hidden:
 
 
 def _hidden_by_vectors(batch: _Batch, candidates: Candidates, bank: Bank | None) -> _Hidden:
-    """By owners and keys, whatever the similarities are."""
+    """Hide by owners and keys, whatever the similarities are."""
     num_docs, i_R, t_R = len(batch.sim_NN), batch.i_R, batch.t_R
     own_MN, positive_MN = batch.own_ME[:, :num_docs], batch.positive_ME[:, :num_docs]
     hidden_ME = torch.zeros_like(batch.positive_ME)
@@ -138,7 +137,7 @@ def _hidden_by_vectors(batch: _Batch, candidates: Candidates, bank: Bank | None)
 def _hide_false_negatives(
     hidden: _Hidden, batch: _Batch, false_negatives: FalseNegatives, bank: Bank | None
 ) -> None:
-    """Also hide what is about as similar as the positive."""
+    """Hide what is about as similar as the positive besides."""
     num_docs, i_R, t_R = len(batch.sim_NN), batch.i_R, batch.t_R
     guide_ME, guide_MM, guide_NN = (
         sim.detach() for sim in (batch.sim_ME, batch.sim_MM, batch.sim_NN)
@@ -166,7 +165,7 @@ def _hide_false_negatives(
 def _logits(
     batch: _Batch, hidden: _Hidden, temperature: float | Tensor, hardness: Hardness | None
 ) -> dict[Direction, Tensor]:
-    """By direction, logits (R, candidates) of each pair, -inf where hidden."""
+    """Logits (R, candidates) of each pair by direction, -inf where hidden."""
     num_docs, i_R, t_R = len(batch.sim_NN), batch.i_R, batch.t_R
     logit_ME = batch.sim_ME / temperature
     if hardness is not None:

@@ -33,7 +33,7 @@ class Observed:
 
     @classmethod
     def from_matrices(cls, sim_ME: Tensor, positive_ME: Tensor, negative_ME: Tensor) -> Observed:
-        """From M x E similarities; both masks are empty in the rows of queries that do not count.
+        """Sum over M x E matrices, whose masks are empty in rows of queries that do not count.
 
         `positive_ME` marks positives, `negative_ME` visible negatives.
         """
@@ -64,7 +64,7 @@ class Observed:
         positive_sum: Tensor,
         negative_sum: Tensor,
     ) -> Observed:
-        """From counts and sums over a batch.
+        """Divide counts and sums over a batch.
 
         Args:
             queries: that count; first: of them, those whose best positive is exceeded by none.

@@ -27,10 +27,3 @@ def split(x_RD: Tensor) -> Tensor:
         high_RD.copy_(x_RD[rows])
         low_RD.copy_(x_RD[rows] - high_RD)
     return split_R2W
-
-
-def split_products(row_RD: Tensor, col_CD: Tensor) -> Tensor:
-    """(R, C) float32: the products that split embeddings have, by three plain ones."""
-    row_high, row_low = split(row_RD).float().unbind(dim=1)
-    col_high, col_low = split(col_CD).float().unbind(dim=1)
-    return row_high @ col_high.T + row_high @ col_low.T + row_low @ col_high.T

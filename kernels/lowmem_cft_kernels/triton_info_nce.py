@@ -41,7 +41,7 @@ LN2 = math.log(2.0)
 HARDNESS_ON = {Negatives.HARD: 1, Negatives.IN_BATCH: 2, Negatives.ALL: 3}
 
 _FEWEST_ROWS = 512
-"""With fewer rows at once, adding to the columns' gradient costs more than a second pass."""
+"""Rows at once below which adding to the columns' gradient costs more than a second pass."""
 
 _SCALE_NUMBERS = 4096
 """Numbers that one program scales."""
@@ -52,10 +52,10 @@ _MERGE_PARTS, _MERGE_ROWS = 32, 32
 """Tiles that one program merges at a time, of so many rows."""
 
 _PLAIN_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
-"""Of kernels without products; said outright, because triton warns where it is left open."""
+"""Options of kernels without products; fusion is named because triton warns where it is not."""
 
 _LSE_ROW_BYTES = 5 * 4
-"""What the first pass writes per row and tile of columns."""
+"""Bytes that the first pass writes per row and tile of columns."""
 
 _FP16_RANGE = 2.0**13
 """Greatest d loss / d similarity after scaling, where it is held in float16."""
@@ -445,28 +445,7 @@ def block_arguments(
     row_RD, col_CD = operand(block.row_RD), operand(block.col_CD)
     row_RG = None if guide is None else operand(guide.row_RG)
     col_CG = None if guide is None else operand(guide.col_CG)
-    groups = block.row_group_R is not None
-    vectors = {
-        "pick_ptr": block.pick_R,
-        "row_inverse_ptr": block.row_inverse_R,
-        "col_inverse_ptr": block.col_inverse_C,
-        "target_ptr": block.target_RP,
-        "has_target_ptr": None
-        if block.has_target_R is None
-        else block.has_target_R.view(torch.int8),
-        "positive_ptr": problem.positive_MP if block.has_positives else None,
-        "row_group_ptr": block.row_group_R if groups else None,
-        "col_group_ptr": block.col_group_C if groups else None,
-        "row_key_ptr": block.row_key_RK,
-        "col_key_ptr": block.col_key_CL,
-        "row_bound_ptr": block.row_bound_R,
-        "col_bound_ptr": block.col_bound_C if problem.documents_choose else None,
-        "row_guide_inverse_ptr": None if guide is None else guide.row_inverse_R,
-        "col_guide_inverse_ptr": None if guide is None else guide.col_inverse_C,
-    }
-    for name, vector in vectors.items():  # kernels are told no strides of these
-        assert vector is None or vector.is_contiguous(), name
-    return vectors | {
+    return _vectors(problem, block) | {
         "row_ptr": row_RD,
         "col_ptr": col_CD,
         "row_guide_ptr": row_RG,
@@ -490,6 +469,31 @@ def block_arguments(
         # the interpreter takes bfloat16 products for integers'
         "WIDEN": interpreted() and row_RD.dtype == torch.bfloat16,
     }
+
+
+def _vectors(problem: Problem, block: Block) -> dict[str, Tensor | None]:
+    """Pointers of which kernels are told no strides."""
+    guide, groups = block.guide, block.row_group_R is not None
+    has_target_R = block.has_target_R
+    vectors = {
+        "pick_ptr": block.pick_R,
+        "row_inverse_ptr": block.row_inverse_R,
+        "col_inverse_ptr": block.col_inverse_C,
+        "target_ptr": block.target_RP,
+        "has_target_ptr": None if has_target_R is None else has_target_R.view(torch.int8),
+        "positive_ptr": problem.positive_MP if block.has_positives else None,
+        "row_group_ptr": block.row_group_R if groups else None,
+        "col_group_ptr": block.col_group_C if groups else None,
+        "row_key_ptr": block.row_key_RK,
+        "col_key_ptr": block.col_key_CL,
+        "row_bound_ptr": block.row_bound_R,
+        "col_bound_ptr": block.col_bound_C if problem.documents_choose else None,
+        "row_guide_inverse_ptr": None if guide is None else guide.row_inverse_R,
+        "col_guide_inverse_ptr": None if guide is None else guide.col_inverse_C,
+    }
+    for name, vector in vectors.items():
+        assert vector is None or vector.is_contiguous(), name
+    return vectors
 
 
 def _loop_bound(number: int) -> Any:

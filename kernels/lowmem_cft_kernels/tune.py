@@ -119,14 +119,14 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
         "32-heavy": _FULL_HEAVY,
     }.items()
 }
-"""What is tried, by bits and load, the most promising first."""
+"""Tiles that are tried, by bits and load, the most promising first."""
 
 BOUNDS = {16: 0.02, 32: 1e-5}
 """Largest difference of a gradient from the chunked path's, as a vector; 16-bit gradients are
 products of 16-bit probabilities."""
 
 _RAGGED = (257, 515)
-"""M and N of the calls whose numbers are looked at."""
+"""M and N of the calls whose numbers are compared."""
 
 
 class WrongNumbers(Exception):
@@ -134,7 +134,7 @@ class WrongNumbers(Exception):
 
 
 REFUSALS = (WrongNumbers, OutOfResources, PTXASError, CompilationError, RuntimeError)
-"""What a candidate may fail with; a lowering that fails raises a plain RuntimeError."""
+"""Errors of candidates that are left out; a lowering that fails raises a plain RuntimeError."""
 
 NOT_REFUSALS = (torch.AcceleratorError, torch.OutOfMemoryError)
 """RuntimeErrors after which the device is broken or full for the others too."""
@@ -170,7 +170,7 @@ def bits_of(entry: str) -> int:
 
 
 def present_tiles(capability: int, entries: Sequence[str] = ENTRIES) -> dict[str, Tile]:
-    """What the table has now."""
+    """The tiles that the table has now."""
     parts = {entry: entry.split("-") for entry in entries}
     return {
         entry: tile_for(capability, kernel, int(bits), load)
@@ -321,7 +321,7 @@ def installed(table: Mapping[int, Mapping[str, Tile]]) -> Iterator[None]:
 
 
 def elapsed_ms(work: Callable[[], object], device: torch.device) -> float:
-    """From an empty queue to the end of what was queued."""
+    """Milliseconds from an empty queue to the end of what the work queues."""
     torch.cuda.synchronize(device)
     make_event: Any = torch.cuda.Event
     start, end = (make_event(enable_timing=True) for _ in range(2))

@@ -1,4 +1,4 @@
-"""How much of a loss a path works on at once, from shapes alone: what it holds, and how it is cut.
+"""How much of a loss each path works on at once, from shapes alone, and so what it holds.
 
 The paths cut their work by the functions here, and `workspace_bytes` says by the same ones what a
 call will hold. The names of shapes are those of `problem`.
@@ -216,7 +216,7 @@ def picked_bytes(width: int, itemsize: int) -> int:
 
 
 def split_bytes(num_rows: int, width: int) -> int:
-    """What `Products.SPLIT_BF16` holds for so many float32 embeddings of so many numbers.
+    """Bytes that `Products.SPLIT_BF16` holds for `num_rows` float32 embeddings of `width` numbers.
 
     For a whole call, sum over queries, documents and bank, and over float32 guides, whose width may
     differ. It is as much as the embeddings take where their width is a multiple of 64.

@@ -22,12 +22,19 @@ from loss_cases import (
     singles,
 )
 from lowmem_cft_kernels import InfoNCEResult, LossPath, Products, info_nce_loss, split_bytes, tiles
-from lowmem_cft_kernels.split import split, split_products
+from lowmem_cft_kernels.split import split
 
 SETS = option_sets()
 ALONE_AND_MANY = [*singles(), *(name for name in SETS if name.startswith("a dozen"))]
 SPLIT = {"products": Products.SPLIT_BF16}
 GRADIENTS = ("d_query_MD", "d_doc_ND")
+
+
+def split_products(row_RD: torch.Tensor, col_CD: torch.Tensor) -> torch.Tensor:
+    """(R, C) float32: the products that split embeddings have, by three plain ones."""
+    row_high, row_low = split(row_RD).float().unbind(dim=1)
+    col_high, col_low = split(col_CD).float().unbind(dim=1)
+    return row_high @ col_high.T + row_high @ col_low.T + row_low @ col_high.T
 
 
 def drawn(rows: int, width: int, seed: int) -> torch.Tensor:
