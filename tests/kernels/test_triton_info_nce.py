@@ -51,19 +51,19 @@ def assert_all_agree(
     jobs: dict[str, Job], done: list[Done], bound: float = 1e-5, *, saturated: bool = False
 ) -> None:
     """Each with the formula; a failure names its job."""
-    for (name, job), one in zip(jobs.items(), done, strict=True):
+    for (name, job), job_done in zip(jobs.items(), done, strict=True):
         wanted = by_reference(job.case)
         assert torch.isfinite(wanted.loss)
         if len(job.case.query_MD) > 2 and not saturated:
             assert_substantial(wanted)
         try:
-            assert_agrees(job.case, one.result, wanted, bound)
+            assert_agrees(job.case, job_done.result, wanted, bound)
         except AssertionError as error:
             raise AssertionError(f"{name}, {job.keywords}: {error}") from error
 
 
 def launches(done: list[Done], kernel: str) -> int:
-    return sum(one.launches[kernel] for one in done)
+    return sum(job_done.launches[kernel] for job_done in done)
 
 
 # agreement
@@ -119,14 +119,14 @@ def test_float16_loses_at_most_twice_what_eager_loses(tmp_path: Path) -> None:
         Job(make_case(SETS[name], MIDDLE, torch.float16), {"workspace_bytes": WORKSPACES[i % 3]})
         for i, name in enumerate(ALONE_AND_MANY)
     ]
-    for name, job, one in zip(ALONE_AND_MANY, jobs, interpret(tmp_path, jobs), strict=True):
-        got, wanted = one.result, by_reference(job.case)
+    for name, job, job_done in zip(ALONE_AND_MANY, jobs, interpret(tmp_path, jobs), strict=True):
+        got, wanted = job_done.result, by_reference(job.case)
         assert got.d_query_MD.dtype == got.loss.dtype == torch.float32
         halves = {x: getattr(got, x).half() for x in ("d_query_MD", "d_doc_ND")}
-        found = errors(job.case, dataclasses.replace(got, **halves), wanted)
+        ours = errors(job.case, dataclasses.replace(got, **halves), wanted)
         for field, lost in errors(job.case, eagerly(job.case), wanted).items():
             assert lost > 0, "eager is exact: nothing was compared"
-            assert found[field] <= 2 * lost, f"{name}: {field}"
+            assert ours[field] <= 2 * lost, f"{name}: {field}"
 
 
 @pytest.mark.parametrize("scale", [1, 4], ids=["norm 1", "norm 4"])
@@ -152,11 +152,11 @@ def test_a_row_that_sees_its_positive_alone_has_no_gradient(tmp_path: Path) -> N
         keys = {"query_keys": torch.zeros(WIDE[0]).long(), "doc_keys": torch.zeros(WIDE[1]).long()}
         candidates = dataclasses.replace(case.candidates, **keys)
         jobs.append(Job(dataclasses.replace(case, candidates=candidates), rows=16))
-    for one in interpret(tmp_path, jobs, small_tiles=True):
-        assert one.launches["scale_kernel"]
-        assert not one.result.d_query_MD.any()
-        assert not one.result.d_doc_ND.any()
-        assert abs(float(one.result.loss)) < 1e-7
+    for job_done in interpret(tmp_path, jobs, small_tiles=True):
+        assert job_done.launches["scale_kernel"]
+        assert not job_done.result.d_query_MD.any()
+        assert not job_done.result.d_doc_ND.any()
+        assert abs(float(job_done.result.loss)) < 1e-7
 
 
 # nothing else is read or written
@@ -214,8 +214,8 @@ def test_inputs_and_gradients_amid_larger_buffers(tmp_path: Path) -> None:
         jobs[name] = Job(case, keywords, rows=16, watched=True)
     done = interpret(tmp_path, list(jobs.values()))
     assert_all_agree(jobs, done)
-    for one in done:
-        for gradient in (one.result.d_query_MD, one.result.d_doc_ND):
+    for job_done in done:
+        for gradient in (job_done.result.d_query_MD, job_done.result.d_doc_ND):
             storage = gradient.untyped_storage()
             numbers = torch.empty(0).set_(storage)
             assert numbers.numel() == (len(gradient) + 5) * (gradient.shape[1] + 5)

@@ -79,8 +79,8 @@ def test_the_fastest_of_those_that_run_is_chosen(error: Exception) -> None:
 
 def test_all_sizes_count() -> None:
     """1.1 and 1.1 is better than 1 and 2."""
-    one, other, *_ = tune.CANDIDATES["16-plain"]
-    times = {(one, SIZES[0]): 1.0, (one, SIZES[1]): 2.0, (other, SIZES[0]): 1.1}
+    uneven, other, *_ = tune.CANDIDATES["16-plain"]
+    times = {(uneven, SIZES[0]): 1.0, (uneven, SIZES[1]): 2.0, (other, SIZES[0]): 1.1}
 
     def timer(entry: str, tile: Tile, size: tune.Size) -> float:
         return times.get((tile, size), 1.1 if tile == other else 9.0)
@@ -112,7 +112,7 @@ def test_what_breaks_the_device_is_not_hidden(kind: type[Exception]) -> None:
     """What was found before it has been kept."""
     first, second, *_ = tune.CANDIDATES["16-plain"]
     timer = FakeTimer({first: 2.0, second: 1.0}, kind("an illegal memory access"))
-    kept: list[tuple[dict[str, Tile], int]] = []
+    calls: list[tuple[dict[str, Tile], int]] = []
     with pytest.raises(kind, match="illegal memory access"):
         tune.tune(
             {ENTRY: first},
@@ -121,9 +121,9 @@ def test_what_breaks_the_device_is_not_hidden(kind: type[Exception]) -> None:
             room=2**30,
             seconds=100.0,
             say=lambda _: None,
-            keep=lambda best, trials: kept.append((dict(best), len(trials))),
+            keep=lambda best, trials: calls.append((dict(best), len(trials))),
         )
-    assert kept == [({ENTRY: first}, 1), ({ENTRY: second}, 2)]
+    assert calls == [({ENTRY: first}, 1), ({ENTRY: second}, 2)]
 
 
 def test_a_table_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
