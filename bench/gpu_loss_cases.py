@@ -27,6 +27,7 @@ from lowmem_cft_kernels import (
     FalseNegatives,
     Hardness,
     InfoNCEResult,
+    LossOptions,
     LossPath,
     Negatives,
     info_nce,
@@ -130,8 +131,8 @@ class Case:
         """Gradients of queries, documents and temperature by autograd in the inputs' own dtype."""
         temperature = torch.as_tensor(self.options["temperature"], device=self.query_MD.device)
         leaves = [x.clone().requires_grad_() for x in (self.query_MD, self.doc_ND, temperature)]
-        options = {**self.options, "temperature": leaves[2]}
-        loss, _ = reference_loss(leaves[0], leaves[1], self.candidates, **options)
+        options = LossOptions(**{**self.options, "temperature": leaves[2]})
+        loss, _ = reference_loss(leaves[0], leaves[1], self.candidates, options)
         return torch.autograd.grad(loss, leaves)  # type: ignore[return-value]
 
 

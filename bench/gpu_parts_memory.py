@@ -29,7 +29,7 @@ from gpu_steps import (
 from lowmem_cft.model.attention import SeenBackends
 from lowmem_cft.model.backbone import quiet_libraries
 from lowmem_cft.planning.limits import free_limit
-from lowmem_cft.planning.planner import BatchShape
+from lowmem_cft.planning.prediction import BatchShape
 from lowmem_cft.recipe.schema import MemorySection
 from lowmem_cft_kernels import Candidates, info_nce
 from measure import synchronize

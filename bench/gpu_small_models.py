@@ -24,6 +24,7 @@ from lowmem_cft.model.configs import disable_base_dropout
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import LoraSection, LossSection
+from lowmem_cft_kernels import LossOptions
 from lowmem_cft_kernels.reference import reference_loss
 
 FAMILIES = ("llama", "gemma", "phi", "opt", "granite")
@@ -215,7 +216,8 @@ def plain_gradients(
         emb_SD = encoder(padded)[texts.place_S.to(encoder.device)]
         query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
         candidates = candidates_of(texts).to(encoder.device)
-        torch.autograd.backward(reference_loss(query_MD, doc_ND, candidates, temperature=0.1)[0])
+        options = LossOptions(temperature=0.1)
+        torch.autograd.backward(reference_loss(query_MD, doc_ND, candidates, options)[0])
     return taken_gradients(encoder.model)
 
 

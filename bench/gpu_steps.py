@@ -25,8 +25,9 @@ from lowmem_cft.machine import choose_dtype
 from lowmem_cft.model.adapter import set_checkpointing, trainable_parameters
 from lowmem_cft.model.attention import chosen_backends
 from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
-from lowmem_cft.planning.planner import SLACK, BatchShape, Planner, Prediction
+from lowmem_cft.planning.prediction import SLACK, BatchShape, Prediction
 from lowmem_cft.recipe.schema import MemorySection, Recipe
 from lowmem_cft.training.optimizer import make_optimizer
 from lowmem_cft.units import GIB

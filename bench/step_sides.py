@@ -42,15 +42,15 @@ from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainabl
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.model.precision import keep_weight_layout
+from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.limits import run_limit
 from lowmem_cft.planning.live_bytes import LiveBytes
-from lowmem_cft.planning.planner import Planner
 from lowmem_cft.planning.recipe_plan import planner_for, shape_of
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.training.demo import choose_data
 from lowmem_cft.units import GIB
-from lowmem_cft_kernels import Candidates, info_nce
+from lowmem_cft_kernels import Candidates, LossOptions, info_nce
 from lowmem_cft_kernels.reference import reference_loss
 from measure import machine, median, reset_peak, synchronize
 
@@ -219,7 +219,8 @@ def full_loss(recipe: Recipe, texts: StepTexts, emb_PD: Tensor) -> Tensor:
     emb_SD = emb_PD[texts.place_S.to(emb_PD.device)]
     query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
     candidates = candidates_of(texts).to(emb_PD.device)
-    return reference_loss(query_MD, doc_ND, candidates, temperature=recipe.loss.temperature)[0]
+    options = LossOptions(temperature=recipe.loss.temperature)
+    return reference_loss(query_MD, doc_ND, candidates, options)[0]
 
 
 class Ours:
@@ -616,7 +617,7 @@ def loss_sides(
     def formula() -> Tensor:
         leaf_SD = emb_SD.detach().requires_grad_()
         loss, _ = reference_loss(
-            leaf_SD[:rows], leaf_SD[rows:], candidates, temperature=temperature
+            leaf_SD[:rows], leaf_SD[rows:], candidates, LossOptions(temperature=temperature)
         )
         torch.autograd.backward(loss)
         return loss.detach()

@@ -22,8 +22,8 @@ from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
 from lowmem_cft.model.sources import at_hand
 from lowmem_cft.papers.stages import Effort, Kind
+from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.limits import plan_limit
-from lowmem_cft.planning.planner import Planner
 from lowmem_cft.planning.recipe_plan import plan_recipe, planner_for
 from lowmem_cft.recipe.schema import Recipe
 

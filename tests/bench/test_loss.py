@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates
+from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates, LossOptions
 from lowmem_cft_kernels.reference import reference_loss
 from numerics import relative_error
 from places import BENCH
@@ -264,9 +264,11 @@ def test_formula(loss: Any, mode: str, normalize: bool, monkeypatch: pytest.Monk
     value, _ = reference_loss(
         *leaves,
         Candidates(target=torch.arange(SIZE[0])),
-        temperature=0.1,
-        softmaxes=SYMMETRIC if task.symmetric else ONE_WAY,
-        normalize=normalize,
+        LossOptions(
+            temperature=0.1,
+            softmaxes=SYMMETRIC if task.symmetric else ONE_WAY,
+            normalize=normalize,
+        ),
     )
     wanted = torch.autograd.grad(value, leaves)
     scaled = type(task)(*(x.detach() for x in leaves), mode, 0.1, normalize)

@@ -225,7 +225,7 @@ def _run(job: Job) -> Done:
         for name, kernel in kernels.items():
             stack.enter_context(mock.patch.object(triton_info_nce, name, kernel))
         if job.rows is not None:
-            stack.enter_context(mock.patch.object(triton_info_nce, "_ROWS", job.rows))
+            stack.enter_context(mock.patch.object(triton_info_nce, "RECTANGLE_ROWS", job.rows))
             stack.enter_context(mock.patch.object(triton_info_nce, "_FEWEST_ROWS", job.rows))
         guarded = None
         if addresses is not None:

@@ -26,6 +26,7 @@ from lowmem_cft_kernels import (
     FalseNegatives,
     Hardness,
     LearnedTemperature,
+    LossOptions,
     Negatives,
 )
 from lowmem_cft_kernels.reference import reference_loss
@@ -142,8 +143,10 @@ def plain_gradients(
             query_MD,
             doc_ND,
             candidates_of(texts),
-            temperature=loss.temperature if temperature is None else temperature,
-            **reference_options(loss),
+            LossOptions(
+                temperature=loss.temperature if temperature is None else temperature,
+                **reference_options(loss),
+            ),
         )
         value.backward()
     return gradients(encoder.model)
