@@ -52,17 +52,24 @@ def plan_fits(labels: Mapping[str, npt.NDArray[np.int64]], folds: int, seed: int
     return FitPlan([rest for rest, _ in inner], [fold for _, fold in inner], final, test)
 
 
+def check_scikit_learn() -> None:
+    """Raise ValueError where scikit-learn is not installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "transfer tasks need scikit-learn, which is not here: "
+            "pip install 'lowmem-cft[transfer]'"
+        ) from None
+
+
 def _folds(
     rows: Rows, label_N: npt.NDArray[np.int64], folds: int, seed: int
 ) -> list[tuple[Rows, Rows]]:
     """(the rest, the fold) for each stratified fold of these rows."""
-    try:
-        from sklearn.model_selection import StratifiedKFold  # type: ignore[import-untyped]
-    except ImportError:
-        raise ValueError(
-            "transfer tasks take their folds from scikit-learn, which is not here; "
-            "pip install scikit-learn"
-        ) from None
+    check_scikit_learn()
+    from sklearn.model_selection import StratifiedKFold
+
     kfold = StratifiedKFold(folds, shuffle=True, random_state=seed)
     try:
         with warnings.catch_warnings():

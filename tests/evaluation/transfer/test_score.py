@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -219,6 +220,17 @@ def test_settings_without_meaning(change: dict[str, object], message: str) -> No
     with pytest.raises(ValueError, match=message):
         score_task(task, embed, settings=replace(SMALL, **change))  # type: ignore[arg-type]
     assert not embed.calls  # which may take an hour
+
+
+def test_without_scikit_learn_nothing_is_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given splits draw no folds, so that only the solver needs it."""
+    task = make_task({"train": 40, "dev": 30, "test": 30})
+    embed = Lookup(task)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match=r"made: .*pip install 'lowmem-cft\[transfer\]'"):
+        score_task(task, embed, settings=SMALL)
+    assert not embed.calls
+    assert score_task(task, embed, settings=replace(SMALL, solver="senteval")).accuracy > 0.5
 
 
 def bag_of_words(texts: Sequence[str]) -> Vectors:
