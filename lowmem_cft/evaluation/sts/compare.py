@@ -14,7 +14,7 @@ import numpy as np
 from lowmem_cft.evaluation.sts import bootstrap
 from lowmem_cft.evaluation.sts.bootstrap import Interval
 from lowmem_cft.evaluation.sts.correlation import spearman
-from lowmem_cft.evaluation.sts.report import Scores, read
+from lowmem_cft.evaluation.sts.report import StoredReport, read
 from lowmem_cft.evaluation.transfer.report import FILE_NAME as TRANSFER_REPORT
 
 
@@ -32,11 +32,34 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    a: Scores
-    b: Scores
+    """Two reports, and their paired differences per set and of the mean."""
+
+    a: StoredReport
+    b: StoredReport
     num_resamples: int
     sets: list[Difference]
     mean: Difference
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values: correlations -1 to 1; `difference` is B less A."""
+        return {
+            **{
+                side: {
+                    "model": report.model,
+                    "report": str(report.path),
+                    "float32": report.float32,
+                }
+                for side, report in (("a", self.a), ("b", self.b))
+            },
+            "protocol": self.a.label,
+            "complete": self.a.complete,
+            "mean": asdict(self.mean),
+            "sets": [
+                {**asdict(entry), "pairs_sha256": sha256}
+                for entry, sha256 in zip(self.sets, self.a.sha256, strict=True)
+            ],
+            "bootstrap": bootstrap.describe(self.num_resamples),
+        }
 
 
 def _reports(place: Path) -> dict[str, Path]:
@@ -77,7 +100,7 @@ def find_reports(a: Path, b: Path) -> tuple[Path, Path]:
     raise ValueError(f"{why} ({listed}); name the two files")
 
 
-def _check_comparable(a: Scores, b: Scores) -> None:
+def _check_comparable(a: StoredReport, b: StoredReport) -> None:
     """Raises ValueError where the two are not of the same protocol, sets and pairs."""
     if a.label != b.label:
         raise ValueError(
@@ -128,21 +151,3 @@ def compare(path_a: Path, path_b: Path, num_resamples: int = bootstrap.RESAMPLES
         bootstrap.interval(np.mean(draws, axis=0)),
     )
     return Comparison(a, b, num_resamples, sets, mean)
-
-
-def as_json(found: Comparison) -> dict[str, Any]:
-    """Correlations -1 to 1; `difference` is B less A."""
-    return {
-        **{
-            side: {"model": scores.model, "report": str(scores.path), "float32": scores.float32}
-            for side, scores in (("a", found.a), ("b", found.b))
-        },
-        "protocol": found.a.label,
-        "complete": found.a.complete,
-        "mean": asdict(found.mean),
-        "sets": [
-            {**asdict(entry), "pairs_sha256": sha256}
-            for entry, sha256 in zip(found.sets, found.a.sha256, strict=True)
-        ],
-        "bootstrap": bootstrap.describe(found.num_resamples),
-    }

@@ -7,8 +7,8 @@ choice (`TransferSettings.solver`), named in every result. docs/transfer.md has 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -133,12 +133,6 @@ def check_task(task: TransferTask, settings: TransferSettings) -> FitPlan:
         return plan_fits(labels, settings.folds, settings.seed)
     except ValueError as error:
         raise ValueError(f"{task.name}: {error}") from None
-
-
-def as_json(scores: Sequence[TransferScore]) -> dict[str, Any]:
-    """Scores with their mean accuracy; each has its protocol's name."""
-    mean = float(np.mean([score.accuracy for score in scores])) if scores else None
-    return {"mean": mean, "tasks": [asdict(score) for score in scores]}
 
 
 def _check(settings: TransferSettings) -> None:

@@ -137,7 +137,7 @@ def write_report(
         float32=float32,
         num_resamples=50,
     )
-    eval_report.write(found, path)
+    found.write(path)
     return path
 
 
@@ -371,5 +371,5 @@ def test_a_comparison_says_what_its_mean_and_precision_are(tmp_path: Path) -> No
     exact = write_report(tmp_path / "exact.json", 0.3, float32=True)
     assert "B was computed in float32, A in its model's own dtype" in shown(a, exact)
     assert "A was computed in float32, B in its model's own dtype" in shown(exact, a)
-    assert compare.as_json(compare.compare(a, exact, 10))["b"]["float32"] is True
+    assert compare.compare(a, exact, 10).to_json()["b"]["float32"] is True
     assert "float32" not in shown(exact, exact)

@@ -187,7 +187,7 @@ def test_sixteen_bit_models_agree_in_float32(make_recipe: MakeRecipe, tmp_path: 
 # --- results as mteb's ------------------------------------------------------------------------
 
 
-def small_report(names: list[str]) -> eval_report.Report:
+def small_report(names: list[str]) -> eval_report.StsReport:
     draw = np.random.default_rng(0)
     sets = []
     for name in names:

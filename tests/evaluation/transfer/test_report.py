@@ -50,7 +50,7 @@ def test_a_report_is_its_scores_and_their_mean(tmp_path: Path) -> None:
     first, second = found.scores
     assert first.accuracy != second.accuracy
     assert found.mean == pytest.approx((first.accuracy + second.accuracy) / 2, abs=1e-12)
-    transfer_report.write(found, tmp_path / "a.json")
+    found.write(tmp_path / "a.json")
     values = json.loads((tmp_path / "a.json").read_text())
     assert values["mean"] == found.mean
     assert values["mean_dev"] == pytest.approx((first.dev_accuracy + second.dev_accuracy) / 2)
@@ -111,22 +111,16 @@ def test_names_of_files_tell_reports_apart(monkeypatch: pytest.MonkeyPatch) -> N
     assert replace(found, float32=True).file_name == "eval-transfer-converged-float32.json"
 
 
-def test_the_report_so_far_is_kept_after_each_task() -> None:
+def test_after_each_task_there_is_the_report_so_far() -> None:
     tasks = [make_task({"all": 60 + i}) for i in range(3)]
     looks = [Lookup(task) for task in tasks]
     sizes = {len(look.vector): look for look in looks}
     assert len(sizes) == 3
-    kept: list[transfer_report.TransferReport] = []
-    found = transfer_report.score_tasks(
-        tasks,
-        lambda texts: sizes[len(texts)](texts),
-        model="m",
-        settings=SMALL,
-        keep=kept.append,
-    )
-    assert [len(report.scores) for report in kept] == [1, 2]
-    for report in kept:
-        assert report.scores == found.scores[: len(report.scores)]
+    embed = lambda texts: sizes[len(texts)](texts)
+    reports = list(transfer_report.partial_reports(tasks, embed, model="m", settings=SMALL))
+    assert [len(report.scores) for report in reports] == [1, 2, 3]
+    for report in reports:
+        assert report.scores == reports[-1].scores[: len(report.scores)]
         assert len(report.lengths) == len(report.scores)
 
 

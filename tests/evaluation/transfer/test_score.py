@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from lowmem_cft.evaluation.transfer.score import (
     CONVERGED,
     SENTEVAL,
     TransferSettings,
-    as_json,
     protocol_name,
     score_task,
 )
@@ -175,11 +173,8 @@ def test_a_score_says_what_it_is() -> None:
     assert score.protocol == protocol_name(task, SMALL)
     assert score.protocol.startswith("SentEval's splits (nested 3-fold), logistic regression")
     assert score.protocol.endswith("L2 from 0.0001, 0.01, 1, seed 1111; cut to 60 rows a split")
-    written = json.loads(json.dumps(as_json([score, score])))
-    assert written["mean"] == pytest.approx(score.accuracy)
-    assert written["tasks"][0]["penalties"] == list(score.penalties)
-    assert written["tasks"][0]["task_rows"] == {"all": 60}
-    assert as_json([])["mean"] is None
+    assert score.task_rows == {"all": 60}
+    assert set(score.penalties) <= set(SMALL.penalties)
 
 
 def test_the_defaults_are_sentevals() -> None:
