@@ -20,7 +20,6 @@ from scipy.stats import spearmanr
 
 from lowmem_cft.data.rows import ScoredPair
 from lowmem_cft.evaluation.search import search as icl
-from lowmem_cft.evaluation.search import trials
 from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL, Demonstration
 from lowmem_cft.evaluation.sts import bootstrap
 from lowmem_cft.evaluation.sts.sets import LoadedSet, sampled
@@ -29,12 +28,7 @@ from lowmem_cft.inference import loading
 from lowmem_cft.inference import prefix_sharing as sharing
 from lowmem_cft.inference.embed import Vectors
 from lowmem_cft.inference.loading import RECORD, load_model
-from lowmem_cft.model.adapter import attach_adapter
-from lowmem_cft.model.backbone import load_backbone
-from lowmem_cft.model.dropout import DropoutClock
-from lowmem_cft.model.identity import lora_scaling, weights_digest
 from lowmem_cft.model.prefix import NotShared
-from lowmem_cft.recipe.schema import LoraSection, ModelSection
 from running import Run
 
 WORDS = ("Riding", "Music", "Smoking", "Baking", "Swimming")
@@ -265,23 +259,6 @@ def test_damaged_cosines_of_the_plain_template_are_scored_again(
     assert not again.templates
 
 
-def test_no_damage_of_the_header_ends_a_search_otherwise(tmp_path: Path) -> None:
-    path, gold_P = tmp_path / "plain.npy", np.arange(9.0)
-    trial = trials.Trial(None, None, 1.0, 1.0, 1.0)
-    trials.save_plain(path, gold_P / 10)
-    assert np.array_equal(trials.read_plain(path, trial, gold_P), gold_P / 10)
-    data = path.read_bytes()
-    header = len(data) - gold_P.nbytes
-    bad = [data[:length] for length in range(len(data))]
-    bad += [
-        data[:i] + bytes([data[i] ^ bit]) + data[i + 1 :] for i in range(header) for bit in (1, 9)
-    ]
-    for content in bad:
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="does not hold 9 cosines"):
-            trials.read_plain(path, trial, gold_P)
-
-
 @pytest.mark.usefixtures("few_resamples")
 def test_cosines_are_on_the_disk_before_they_have_their_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -356,61 +333,6 @@ def test_sampled_pairs() -> None:
     assert places == sorted(places) != list(range(20))
     assert sampled(SET, None) is sampled(SET, 80) is SET
     assert icl.set_identity(some) != icl.set_identity(SET)
-
-
-def test_weights_digest_tells_models_apart() -> None:
-    def digest(seed: int, scale: float = 1) -> str:
-        torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).bfloat16())
-        model[1].bias.data.mul_(scale)
-        return weights_digest(model)
-
-    assert digest(0) == digest(0)
-    assert len({digest(0), digest(1), digest(0, 2)}) == 3
-
-
-def test_weights_digest_reads_every_value() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.LayerNorm(2))
-    model.register_buffer("frequencies", torch.ones(600), persistent=False)
-    seen = {weights_digest(model)}
-    for tensor in (model[0].weight, model[0].bias, model[1].weight, model.frequencies):
-        assert isinstance(tensor, torch.Tensor)
-        tensor.data.flatten()[-1] += 1e-3
-        seen.add(weights_digest(model))
-    assert len(seen) == 5
-
-
-def test_weights_digest_reads_4_bit_weights_and_their_scales(tiny_folder: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    section = ModelSection(id=str(tiny_folder), dtype="fp32", double_quantization=False)
-    model = load_backbone(section, torch.device("cpu")).model
-    weight = model.layers[2].mlp.up_proj.weight
-    assert weight.dtype == torch.uint8
-    before = weights_digest(model)
-    assert weights_digest(model) == before
-    weight.quant_state.absmax[-1] *= 2
-    scaled = weights_digest(model)
-    weight.data[-1] += 1
-    assert len({before, scaled, weights_digest(model)}) == 3
-
-
-def test_the_scaling_of_an_adapter_is_part_of_a_model(tiny_folder: Path) -> None:
-    section = ModelSection(id=str(tiny_folder), quantization="none", dtype="fp32")
-
-    def adapted(alpha: float) -> Any:
-        model = load_backbone(section, torch.device("cpu")).model
-        assert lora_scaling(model) is None
-        return attach_adapter(model, LoraSection(rank=4, alpha=alpha), DropoutClock(0), seed=0)
-
-    one, other = adapted(8), adapted(16)
-    assert weights_digest(one) == weights_digest(other)
-    assert (lora_scaling(one), lora_scaling(other)) == (2.0, 4.0)
-    one.base_model.model.layers[1].self_attn.q_proj.scaling["default"] = 3.0
-    found = lora_scaling(one)
-    assert isinstance(found, dict)
-    (changed,) = [name for name, value in found.items() if value == 3.0]
-    assert "layers.1.self_attn.q_proj" in changed
-    assert set(found.values()) == {2.0, 3.0}
 
 
 @pytest.mark.parametrize("file", ["recipe.yaml", RECORD])

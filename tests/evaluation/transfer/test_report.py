@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lowmem_cft.evaluation.clean_up import clean_up
 from lowmem_cft.evaluation.sts.compare import find_reports
@@ -19,7 +18,6 @@ from lowmem_cft.evaluation.transfer import report as transfer_report
 from lowmem_cft.evaluation.transfer import tasks as transfer_data
 from lowmem_cft.evaluation.transfer.score import CONVERGED, SENTEVAL, TransferSettings
 from lowmem_cft.evaluation.transfer.tasks import TaskSpec
-from lowmem_cft.inference import embedder
 from lowmem_cft.inference.embed import Vectors
 from made_sets import Lookup, make_task
 from running import MEAN, Run
@@ -264,23 +262,3 @@ def test_missing_tasks_are_named(
     code, _, err = command("eval", "any", "--suite", "transfer")
     assert code == 2
     assert "lacks TREC/TREC-test.tsv; make them from SentEval's data" in flat(err)
-
-
-# --- raw embeddings ---------------------------------------------------------------------------
-
-
-def test_an_embedder_with_and_without_normalisation(tiny_folder: Path) -> None:
-    texts = ["the cat sat", "a dog ran in the house", "rain"]
-    load = lambda normalize: embedder.load_embedder(
-        str(tiny_folder),
-        torch.device("cpu"),
-        lambda text: None,
-        overrides=["model.dtype=fp32", "embedding.normalize=true"],
-        normalize=normalize,
-    ).embed(texts)
-    unit, raw = load(True), load(False)
-    assert np.linalg.norm(unit, axis=1) == pytest.approx(np.ones(3), abs=1e-5)
-    lengths = np.linalg.norm(raw, axis=1, keepdims=True)
-    assert (abs(lengths - 1) > 0.01).all()
-    assert raw / lengths == pytest.approx(unit, abs=1e-5)
-    assert (load(None) == unit).all()
