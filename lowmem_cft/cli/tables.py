@@ -177,6 +177,27 @@ def report_table(report: StsReport | TransferReport) -> Table:
     return score_table(report) if isinstance(report, StsReport) else transfer_table(report)
 
 
+def trial_table(trials: Sequence[Trial], rows: int) -> Table:
+    """The best trials, and the one without a demonstration wherever it stands."""
+    table = Table(title="Spearman x 100, with 95 % intervals")
+    for column in ("", "Spearman", "interval", "gain", "interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("demonstration", overflow="fold")
+    for place, trial in enumerate(trials, 1):
+        plain = trial.sentence is None
+        if place > rows and not plain:
+            continue
+        table.add_row(
+            str(place),
+            f"{100 * trial.spearman:.2f}",
+            f"{100 * trial.low:.2f} to {100 * trial.high:.2f}",
+            "" if plain else f"{100 * trial.gain:+.2f}",
+            "" if plain else f"{100 * trial.gain_low:+.2f} to {100 * trial.gain_high:+.2f}",
+            Text("none" if plain else f"{trial.sentence} -> {trial.word}"),  # brackets and all
+        )
+    return table
+
+
 def comparison_table(comparison: Comparison) -> Table:
     """Spearman x 100 of A and B, and B less A with its interval."""
     caption = None
@@ -198,27 +219,6 @@ def comparison_table(comparison: Comparison) -> Table:
             f"{100 * entry.difference:+.2f}",
             f"{100 * entry.interval.low:+.2f} to {100 * entry.interval.high:+.2f}",
             style="bold" if entry is comparison.mean else None,
-        )
-    return table
-
-
-def trial_table(trials: Sequence[Trial], rows: int) -> Table:
-    """The best trials, and the one without a demonstration wherever it stands."""
-    table = Table(title="Spearman x 100, with 95 % intervals")
-    for column in ("", "Spearman", "interval", "gain", "interval"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("demonstration", overflow="fold")
-    for place, trial in enumerate(trials, 1):
-        plain = trial.sentence is None
-        if place > rows and not plain:
-            continue
-        table.add_row(
-            str(place),
-            f"{100 * trial.spearman:.2f}",
-            f"{100 * trial.low:.2f} to {100 * trial.high:.2f}",
-            "" if plain else f"{100 * trial.gain:+.2f}",
-            "" if plain else f"{100 * trial.gain_low:+.2f} to {100 * trial.gain_high:+.2f}",
-            Text("none" if plain else f"{trial.sentence} -> {trial.word}"),  # brackets and all
         )
     return table
 

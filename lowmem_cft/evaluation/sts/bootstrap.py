@@ -40,7 +40,7 @@ class _Ranked:
     def centred_ranks(self, times_P: Floats, num_drawn: int) -> Floats:
         """float64 (P,): the rank of each pair's value among those drawn, less the mean rank.
 
-        Of n equal values that follow c smaller ones each has the rank c + (n + 1) / 2.
+        The n equal values that follow c smaller ones all have the rank c + (n + 1) / 2.
         """
         times_U = np.bincount(self.place_P, weights=times_P, minlength=self.num_distinct)
         ranks_U = np.cumsum(times_U) - (times_U - 1) / 2

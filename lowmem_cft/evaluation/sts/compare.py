@@ -68,8 +68,8 @@ def _reports(place: Path) -> dict[str, Path]:
         raise ValueError(f"no such run folder or report: {place}")
     files = [place]
     if place.is_dir():
-        found = sorted(place.glob("eval*.json"))
-        files = [file for file in found if not file.name.startswith(TRANSFER_REPORT)]
+        reports = sorted(place.glob("eval*.json"))
+        files = [file for file in reports if not file.name.startswith(TRANSFER_REPORT)]
     if not files:
         raise ValueError(
             f"{place} holds no report of STS sets (eval*.json); write one with "
@@ -95,7 +95,7 @@ def find_reports(a: Path, b: Path) -> tuple[Path, Path]:
     for place in (a, b):
         if place.is_file():
             read(place)  # it may be no report of STS sets, and then says so
-    listed = "; ".join(f"{place}: {', '.join(found)}" for place, found in ((a, of_a), (b, of_b)))
+    listed = "; ".join(f"{place}: {', '.join(names)}" for place, names in ((a, of_a), (b, of_b)))
     why = "several reports could be meant" if common else "no report of the same name in both"
     raise ValueError(f"{why} ({listed}); name the two files")
 
@@ -138,8 +138,8 @@ def compare(path_a: Path, path_b: Path, num_resamples: int = bootstrap.RESAMPLES
             bootstrap.resampled_spearman(name, gold_P, cosines, num_resamples), axis=0
         )[0]
         score_a, score_b = (spearman(cosine_P, gold_P) for cosine_P in cosines)
-        found = bootstrap.interval(drawn_B)
-        sets.append(Difference(name, len(gold_P), score_a, score_b, score_b - score_a, found))
+        interval = bootstrap.interval(drawn_B)
+        sets.append(Difference(name, len(gold_P), score_a, score_b, score_b - score_a, interval))
         draws.append(drawn_B)
     mean_a, mean_b = (float(np.mean([getattr(s, side) for s in sets])) for side in "ab")
     mean = Difference(

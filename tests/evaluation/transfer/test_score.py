@@ -22,7 +22,6 @@ from lowmem_cft.evaluation.transfer.score import (
 from lowmem_cft.evaluation.transfer.tasks import (
     SPECS,
     load_tasks,
-    tasks_in,
 )
 from lowmem_cft.inference.embed import Vectors
 from made_sets import Lookup, make_task
@@ -240,7 +239,7 @@ def bag_of_words(texts: Sequence[str]) -> Vectors:
 @pytest.mark.parametrize("settings", [SENTEVAL, CONVERGED], ids=lambda s: s.solver)
 @pytest.mark.parametrize("name", ["CR", "SST2", "TREC"])
 def test_real_tasks_are_learnt(data_folder: Path, name: str, settings: TransferSettings) -> None:
-    if name not in tasks_in(data_folder):
+    if not (data_folder / name).is_dir():
         pytest.skip(f"{data_folder} does not hold {name}")
     (task,) = load_tasks(data_folder, [name], limit=800)
     score = score_task(task, bag_of_words, settings=replace(settings, folds=4))
