@@ -172,7 +172,7 @@ def evaluate(
             "`recipe`, `overrides` and `float32` say how a model is loaded, and this one is: give "
             "them to load(), or evaluate its name"
         )
-    read = read_suite(
+    loaded_suite = read_suite(
         suite,
         sets,
         clean_up=clean_up,
@@ -193,9 +193,9 @@ def evaluate(
             recipe_name=recipe,
             overrides=overrides,
             float32=float32,
-            normalize=read.normalize,
+            normalize=loaded_suite.normalize,
         )
-    *_, report = read.score(model, name, progress)
+    *_, report = loaded_suite.score(model, name, progress)
     return report
 
 
@@ -209,7 +209,8 @@ def compare(
         resamples: how often the pairs are drawn for the intervals.
 
     Returns:
-        The comparison: `.mean` and `.sets`, each with `.a`, `.b`, `.difference` and `.interval`.
+        The comparison: `.mean` and `.sets`, each with `.a`, `.b`, `.difference` and `.interval`;
+        `.write("compared.json")` writes it.
 
     Raises:
         ValueError: a report is missing or damaged, or the two are not of the same pairs.

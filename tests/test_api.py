@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,8 @@ def test_reports_are_written_and_compared(tiny_folder: Path, tmp_path: Path) -> 
     comparison = lc.compare(a, b, resamples=20)
     assert comparison.num_resamples == 20
     assert comparison.mean.difference == comparison.mean.b - comparison.mean.a != 0
+    comparison.write(tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text())["mean"]["a"] == comparison.mean.a
     assert lc.compare(str(b), str(a)).mean.difference == -comparison.mean.difference
     with pytest.raises(ValueError, match="no such run folder or report"):
         lc.compare(a, tmp_path / "gone.json")

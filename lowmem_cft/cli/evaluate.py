@@ -65,6 +65,24 @@ Solver = Annotated[
     Optional[str],
     typer.Option(help="Transfer: senteval (Adam, stopped early; the default) or converged."),
 ]
+Demonstrations = Annotated[
+    Optional[Path],
+    typer.Option(help="File with columns sentence and word; the 72 shipped if absent."),
+]
+Template = Annotated[
+    Optional[str],
+    typer.Option(help="Put demonstrations before this; the model's own, else PromptEOL's."),
+]
+SetName = Annotated[
+    str,
+    typer.Option("--set-name", "-s", help="STS set, file of pairs, or demo (embedded pairs)."),
+]
+PairLimit = Annotated[
+    Optional[int], typer.Option(min=2, help="Score on this many of its pairs, drawn once.")
+]
+TrialsFolder = Annotated[
+    Optional[Path], typer.Option(help="Folder of the scores; icl/MODEL if absent.")
+]
 
 
 def evaluate_model(
@@ -87,13 +105,11 @@ def evaluate_model(
     check_json_name(out)
     go_offline(offline)
     from lowmem_cft.cli.tables import report_table
-    from lowmem_cft.evaluation.sts.mteb_results import write_task_results
-    from lowmem_cft.evaluation.sts.report import StsReport
     from lowmem_cft.evaluation.suites import read_suite
     from lowmem_cft.inference.embedder import load_embedder
     from lowmem_cft.machine import choose_device
 
-    read = read_suite(
+    loaded_suite = read_suite(
         suite,
         names or [],
         clean_up=clean_up,
@@ -120,15 +136,24 @@ def evaluate_model(
             recipe_name=recipe,
             overrides=overrides or [],
             float32=float32,
-            normalize=read.normalize,
+            normalize=loaded_suite.normalize,
         )
-        report = _write_each(read.score(embedder, model, screen.say), place_of, screen.say)
+        reports = loaded_suite.score(embedder, model, screen.say)
+        report = _write_each(reports, place_of, screen.say)
     print_table(report_table(report))
     if (place := place_of(report)) is not None:
         typer.echo(f"written: {place}")
-    if mteb_out is not None and isinstance(report, StsReport):
-        files = write_task_results(report, mteb_out)
-        typer.echo(f"written: {len(files)} files in {mteb_out}")
+    if mteb_out is not None:
+        _write_mteb(report, mteb_out)
+
+
+def _write_mteb(report: Report, folder: Path) -> None:
+    from lowmem_cft.evaluation.sts.mteb_results import write_task_results
+    from lowmem_cft.evaluation.sts.report import StsReport
+
+    assert isinstance(report, StsReport), "checked when the suite was read"
+    files = write_task_results(report, folder)
+    typer.echo(f"written: {len(files)} files in {folder}")
 
 
 def _write_each(
@@ -145,10 +170,11 @@ def _write_each(
     try:
         for report in reports:
             if (place := place_of(report)) is not None:
-                previous, unfinished = unfinished, place.with_name(f"unfinished-{place.name}")
-                report.write(unfinished)
-                if previous != unfinished:
-                    _remove(previous)
+                target = place.with_name(f"unfinished-{place.name}")
+                report.write(target)
+                if unfinished != target:
+                    _remove(unfinished)
+                unfinished = target
         if place is not None:
             report.write(place)
     except BaseException:  # Ctrl-C too
@@ -176,7 +202,6 @@ def compare(
     """Compare two evaluated models: the paired difference of their scores, with its interval."""
     from lowmem_cft.cli.tables import comparison_table
     from lowmem_cft.evaluation.sts import compare as comparing
-    from lowmem_cft.files import write_json
 
     comparison = comparing.compare(a, b, resamples)
     check_writable(out)
@@ -184,7 +209,7 @@ def compare(
     typer.echo(f"A: {comparison.a.model} ({comparison.a.path})")
     typer.echo(f"B: {comparison.b.model} ({comparison.b.path})")
     if out is not None:
-        write_json(out, comparison.to_json())
+        comparison.write(out)
         typer.echo(f"written: {out}")
 
 
@@ -224,28 +249,15 @@ def embed(
 
 def icl_search(
     model: Model,
-    demonstrations: Annotated[
-        Optional[Path],
-        typer.Option(help="File with columns sentence and word; the 72 shipped if absent."),
-    ] = None,
-    template: Annotated[
-        Optional[str],
-        typer.Option(help="Put demonstrations before this; the model's own, else PromptEOL's."),
-    ] = None,
-    set_name: Annotated[
-        str,
-        typer.Option("--set-name", "-s", help="STS set, file of pairs, or demo (embedded pairs)."),
-    ] = "STSBenchmark-dev",
-    limit: Annotated[
-        Optional[int], typer.Option(min=2, help="Score on this many of its pairs, drawn once.")
-    ] = None,
+    demonstrations: Demonstrations = None,
+    template: Template = None,
+    set_name: SetName = "STSBenchmark-dev",
+    limit: PairLimit = None,
     clean_up: Annotated[
         bool, typer.Option("--clean-up", help="PromptEOL's text clean-up.")
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="How many to list.")] = 10,
-    out: Annotated[
-        Optional[Path], typer.Option(help="Folder of the scores; icl/MODEL if absent.")
-    ] = None,
+    out: TrialsFolder = None,
     recipe: Recipe = None,
     overrides: Overrides = None,
     offline: Offline = False,

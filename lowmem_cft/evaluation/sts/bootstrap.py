@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from lowmem_cft.evaluation.sts.correlation import Floats
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -26,6 +25,8 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Interval:
+    """Bounds of a correlation or a difference of two."""
+
     low: float
     high: float
 

@@ -6,6 +6,7 @@ Both models are resampled with the same draws, so that what a hard pair does to 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lowmem_cft.evaluation.sts.bootstrap import Interval
 from lowmem_cft.evaluation.sts.correlation import spearman
 from lowmem_cft.evaluation.sts.report import StoredReport, read
 from lowmem_cft.evaluation.transfer.report import FILE_NAME as TRANSFER_REPORT
+from lowmem_cft.files import write_json
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class Comparison:
             ],
             "bootstrap": bootstrap.describe(self.num_resamples),
         }
+
+    def write(self, path: str | PathLike[str]) -> None:
+        """Write it as JSON, never half of it."""
+        write_json(Path(path), self.to_json())
 
 
 def _reports(place: Path) -> dict[str, Path]:

@@ -167,9 +167,20 @@ def partial_reports(
         )
 
 
-def score_tasks(tasks: Sequence[TransferTask], embed: Embed, **options: Any) -> TransferReport:
+def score_tasks(
+    tasks: Sequence[TransferTask],
+    embed: Embed,
+    *,
+    model: str,
+    settings: TransferSettings = SENTEVAL,
+    device: torch.device | str = "cpu",
+    cleaned_up: bool = False,
+    say: Say = lambda line: None,
+) -> TransferReport:
     """The whole report of tasks, at least one; arguments and errors as in `partial_reports`."""
-    *_, report = partial_reports(tasks, embed, **options)
+    *_, report = partial_reports(
+        tasks, embed, model=model, settings=settings, device=device, cleaned_up=cleaned_up, say=say
+    )
     return report
 
 

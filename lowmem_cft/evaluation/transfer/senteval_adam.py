@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-Rows = npt.NDArray[np.int64]
+from lowmem_cft.evaluation.transfer.folds import Rows
 
 
 @dataclass(frozen=True)
