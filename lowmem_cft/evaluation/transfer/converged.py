@@ -41,8 +41,8 @@ def solve_logistic(
     Args:
         features_ND: floating.
         label_N: int64 class numbers.
-        train: the row numbers of each set, of at least two classes. A class without rows is never
-            predicted.
+        train: the row numbers of each set, of at least two classes. A class without rows has the
+            weights 0 and is never predicted: the logits of the others add up to 0.
         penalty_FR: greater than 0.
         max_iterations: Newton steps of a fit.
 
@@ -55,7 +55,6 @@ def solve_logistic(
     x_NE = functional.pad(features_ND.cpu().double(), (0, 1), value=1.0).numpy()
     labels = label_N.cpu().numpy()
     weight_FRKE = torch.zeros((*penalty_FR.shape, num_classes, x_NE.shape[1]), dtype=torch.float64)
-    weight_FRKE[..., -1] = -torch.inf
     num_cut_off = 0
     for f, rows in enumerate(train):
         x_TE, label_T = x_NE[rows], labels[rows]
