@@ -1,4 +1,4 @@
-"""What tells one loaded model from another."""
+"""What tells one loaded model from another: every value of its weights, and the adapter's scaling."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def test_weights_digest_reads_4_bit_weights_and_their_scales(tiny_folder: Path) 
     model = load_backbone(section, torch.device("cpu")).model
     weight = model.layers[2].mlp.up_proj.weight
     assert weight.dtype == torch.uint8
-    before = weights_digest(model)
-    assert weights_digest(model) == before
+    loaded = weights_digest(model)
+    assert weights_digest(model) == loaded
     weight.quant_state.absmax[-1] *= 2
     scaled = weights_digest(model)
     weight.data[-1] += 1
-    assert len({before, scaled, weights_digest(model)}) == 3
+    assert len({loaded, scaled, weights_digest(model)}) == 3
 
 
 def test_the_scaling_of_an_adapter_is_part_of_a_model(tiny_folder: Path) -> None:
@@ -59,12 +59,12 @@ def test_the_scaling_of_an_adapter_is_part_of_a_model(tiny_folder: Path) -> None
         assert lora_scaling(model) is None
         return attach_adapter(model, LoraSection(rank=4, alpha=alpha), DropoutClock(0), seed=0)
 
-    one, other = adapted(8), adapted(16)
-    assert weights_digest(one) == weights_digest(other)
-    assert (lora_scaling(one), lora_scaling(other)) == (2.0, 4.0)
-    one.base_model.model.layers[1].self_attn.q_proj.scaling["default"] = 3.0
-    found = lora_scaling(one)
-    assert isinstance(found, dict)
-    (changed,) = [name for name, value in found.items() if value == 3.0]
+    model_a, model_b = adapted(8), adapted(16)
+    assert weights_digest(model_a) == weights_digest(model_b)
+    assert (lora_scaling(model_a), lora_scaling(model_b)) == (2.0, 4.0)
+    model_a.base_model.model.layers[1].self_attn.q_proj.scaling["default"] = 3.0
+    scaling = lora_scaling(model_a)
+    assert isinstance(scaling, dict)
+    (changed,) = [name for name, value in scaling.items() if value == 3.0]
     assert "layers.1.self_attn.q_proj" in changed
-    assert set(found.values()) == {2.0, 3.0}
+    assert set(scaling.values()) == {2.0, 3.0}
