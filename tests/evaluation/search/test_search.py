@@ -335,16 +335,6 @@ def test_sampled_pairs() -> None:
     assert icl.set_identity(some) != icl.set_identity(SET)
 
 
-@pytest.mark.parametrize("file", ["recipe.yaml", RECORD])
-@pytest.mark.parametrize("given", [{"recipe_name": "demo"}, {"overrides": ["text.max_tokens=9"]}])
-def test_a_recipe_beside_a_folders_own_is_refused(tmp_path: Path, file: str, given: Any) -> None:
-    (tmp_path / file).write_text("{}")
-    with pytest.raises(
-        ValueError, match="says itself how it embeds; leave out `recipe` and `overrides`"
-    ):
-        load_model(str(tmp_path), torch.device("cpu"), print, **given)
-
-
 # --- the command ------------------------------------------------------------------------------
 
 OWN = "sentence\tword\n" + "".join(
