@@ -23,7 +23,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "cli/machine": "cli/test_app.py",
     "cli/options": "cli/test_app.py",
     "cli/progress": "cli/test_app.py",
-    "cli/reproduce": "papers/test_reproduction.py",
     "cli/tables": "cli/test_evaluate.py",
     "cli/train": "cli/test_app.py",
     "data/chunks": "data/test_tokens.py",

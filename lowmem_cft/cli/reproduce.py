@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from lowmem_cft.cli.files import check_writable
 from lowmem_cft.cli.options import Offline, Overrides, go_offline, make_screen, print_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lowmem_cft.papers.reproduction import Estimate
 
 
 def reproduce(
@@ -57,7 +65,6 @@ def reproduce(
 ) -> None:
     """Run a paper stage by stage and report beside its figures; the same command goes on."""
     go_offline(offline)
-    from lowmem_cft.cli.tables import stage_table
     from lowmem_cft.papers.reproduction import Reproduction
     from lowmem_cft.papers.request import Request
 
@@ -81,9 +88,39 @@ def reproduce(
             screen.say(f"missing: {missing}")
         if not dry_run:
             check_writable(folder, folder=True)
-            report = asked.run(screen, redo=redo or [])
+            command = shlex.join(["lowmem-cft", *sys.argv[1:]])
+            files = asked.run(screen, redo=redo or [], command=command)
     if dry_run:
         print_table(stage_table(asked.estimates()))
         return
-    for file in report:
+    for file in files:
         typer.echo(f"written: {file}")
+
+
+def stage_table(estimates: Sequence[Estimate]) -> Table:
+    """Stages with their estimates, and the sum of what is left."""
+    from rich.table import Table
+
+    table = Table(title="Stages (estimates)")
+    # one column of names, as --stage takes them, and words: both whole in 80 columns
+    for column in ("stage", "TFLOP", "hours here", "GiB", ""):
+        table.add_column(
+            column, justify="left" if column in ("stage", "") else "right", overflow="fold"
+        )
+
+    def numbers(flops: float, hours: float, memory_bytes: int) -> list[str]:
+        return [f"{flops / 1e12:,.0f}", f"{hours:.2f}", f"{memory_bytes / 2**30:.1f}"]
+
+    for row in estimates:
+        flops, memory_bytes = row.effort.flops, row.effort.memory_bytes
+        effort = numbers(flops, row.hours, memory_bytes) if memory_bytes else [""] * 3
+        name = f"{row.stage.name}\n  {row.stage.what}"
+        table.add_row(name, *effort, "done" if row.done else "")
+    left = [row for row in estimates if not row.done]
+    total = numbers(
+        sum(row.effort.flops for row in left),
+        sum(row.hours for row in left),
+        max((row.effort.memory_bytes for row in left), default=0),
+    )
+    table.add_row("left", *total, "", style="bold")
+    return table

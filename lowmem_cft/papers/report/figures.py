@@ -13,13 +13,22 @@ from statistics import fmean
 from lowmem_cft.evaluation.sts import compare
 from lowmem_cft.evaluation.sts.bootstrap import Interval
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
-from lowmem_cft.papers.published import Figure, Published, Variant, find, paper_facts
-from lowmem_cft.papers.report.records import Evaluation, Records, SetResult, TaskScore, Transfer
+from lowmem_cft.papers.paper import (
+    BASE,
+    EVALUATE,
+    TRANSFER_BASE,
+    TRANSFER_TRAINED,
+    WITH_DEMONSTRATION,
+    Paper,
+)
+from lowmem_cft.papers.published import Figure, Published, Variant
+from lowmem_cft.papers.records import Records
+from lowmem_cft.papers.results import Evaluation, SetResult, TaskScore, Transfer
 
 SIDES: dict[str, tuple[str, Variant]] = {
-    "base": ("base", "base"),
-    "icl": ("evaluate-icl", "icl"),
-    "trained": ("evaluate", "fine-tuned"),
+    "base": (BASE, "base"),
+    "icl": (WITH_DEMONSTRATION, "icl"),
+    "trained": (EVALUATE, "fine-tuned"),
 }
 """What is set side by side: the stage that has ours, and the published variant."""
 
@@ -79,28 +88,27 @@ class TransferTable:
 # --- STS, set by set ----------------------------------------------------------------------
 
 
-def sts_table(records: Records) -> StsTable:
-    """Every set of the protocol, and any other that was scored."""
-    asked = records.reproduction
-    facts = paper_facts(asked.paper)
-    sides = [side for side in SIDES if side != "icl" or asked.paper == "prompteol"]
-    ours = {side: records.get(SIDES[side][0], Evaluation) for side in sides}
-    published = {side: find(asked.paper, asked.model, SIDES[side][1]) for side in sides}
-    wanted = next(p for p in PROTOCOLS.values() if p.name == facts.protocol)
-    names = [entry.name for entry in wanted.sets]
-    found = [one.name for scored in ours.values() if scored for one in scored.sets]
-    names += [name for name in dict.fromkeys(found) if name not in names]
+def sts_table(records: Records, paper: Paper, model: str) -> StsTable:
+    """Every set of the paper's protocol, and any other that was scored."""
+    sides = [side for side, (stage, _) in SIDES.items() if stage in paper.stages]
+    ours = {side: records.find(SIDES[side][0], Evaluation) for side in sides}
+    published = {side: paper.published(model, SIDES[side][1]) for side in sides}
+    wanted = paper.facts.protocol
+    scored = [
+        result.name for evaluation in ours.values() if evaluation for result in evaluation.sets
+    ]
+    names = [entry.name for entry in PROTOCOLS[wanted].sets]
+    names += [name for name in dict.fromkeys(scored) if name not in names]
     rows = [Row(name, _pairs(name, ours), *_by_side(name, ours, published), {}) for name in names]
     mean = Row("mean", None, *_means(ours, published))
-    problems = _protocol_problems(facts.protocol, ours)
-    base = ours["base"]
-    for side in sides[1:]:
-        here = ours[side]
-        if base is not None and here is not None:
+    problems = _protocol_problems(wanted, ours)
+    base = ours.get("base")
+    for side, here in ours.items():
+        if side != "base" and base is not None and here is not None:
             problems += _add_differences(records.folder, base, here, side, [*rows, mean])
     known = {side: row for side, row in published.items() if row is not None}
     return StsTable(
-        facts.protocol,
+        wanted,
         sides,
         rows,
         mean,
@@ -124,16 +132,11 @@ def score(value: float, interval: Interval, whole: bool = True) -> Score:
     return Score(100 * value, 100 * interval.low, 100 * interval.high, whole)
 
 
-def is_whole(one: SetResult) -> bool:
-    """Whether the set is the protocol's: all pairs, its text."""
-    return one.own_text and one.set_pairs in (None, one.num_pairs)
-
-
 def _by_side(
     name: str, ours: dict[str, Evaluation | None], published: dict[str, Published | None]
 ) -> tuple[dict[str, Score], dict[str, Figure]]:
     scores = {
-        side: score(one.spearman, one.interval, is_whole(one))
+        side: score(one.spearman, one.interval, one.is_whole)
         for side, scored in ours.items()
         if (one := _set_of(scored, name))
     }
@@ -148,7 +151,7 @@ def _means(
     for side, scored in ours.items():
         row = published[side]
         if scored is not None:
-            whole = scored.complete and all(is_whole(one) for one in scored.sets)
+            whole = scored.complete and all(one.is_whole for one in scored.sets)
             scores[side] = score(scored.mean, scored.mean_interval, whole)
         mean = None if row is None else _published_mean(row, scored)
         if mean is not None:
@@ -212,31 +215,29 @@ def compared(folder: Path, a: Evaluation, b: Evaluation) -> compare.Comparison:
     return compare.compare(folder / a.report, folder / b.report, resamples)
 
 
-def other_models(records: Records) -> list[OtherModel]:
+def other_models(paper: Paper, model: str) -> list[OtherModel]:
     """Fine-tuned figures of the paper's models, where it has none of this one."""
-    asked = records.reproduction
-    if find(asked.paper, asked.model, "fine-tuned") is not None:
+    if paper.published(model, "fine-tuned") is not None:
         return []
     return [
         OtherModel(name, row)
-        for key, name in paper_facts(asked.paper).models.items()
-        if (row := find(asked.paper, key, "fine-tuned")) is not None
+        for key, name in paper.facts.models.items()
+        if (row := paper.published(key, "fine-tuned")) is not None
     ]
 
 
 # --- transfer tasks -----------------------------------------------------------------------
 
 
-def transfer_table(records: Records) -> TransferTable | None:
+def transfer_table(records: Records, paper: Paper, model: str) -> TransferTable | None:
     """None where neither side was scored and nothing is published."""
-    asked = records.reproduction
-    found = {side: records.get(f"transfer-{side}", Transfer) for side in ("base", "trained")}
-    row = find(asked.paper, asked.model, "transfer")
-    tasks = {
-        side: {task.name: task for task in scored.tasks} for side, scored in found.items() if scored
-    }
-    if not tasks and row is None:
+    stages = {"base": TRANSFER_BASE, "trained": TRANSFER_TRAINED}
+    results = {side: records.find(stage, Transfer) for side, stage in stages.items()}
+    scored = {side: result for side, result in results.items() if result is not None}
+    row = paper.published(model, "transfer")
+    if not scored and row is None:
         return None
+    tasks = {side: {task.name: task for task in result.tasks} for side, result in scored.items()}
     figures = {} if row is None else row.sets
     names = dict.fromkeys([*figures, *(name for side in tasks.values() for name in side)])
     rows = []
@@ -245,7 +246,7 @@ def transfer_table(records: Records) -> TransferTable | None:
         rows.append(
             Row(
                 name,
-                max((_test_rows(task) for task in here.values()), default=None),
+                max((task.test_rows for task in here.values()), default=None),
                 {side: _accuracy(task) for side, task in here.items()},
                 {"base": figures[name]} if name in figures else {},
                 _gain({side: task.accuracy for side, task in here.items()}),
@@ -253,22 +254,17 @@ def transfer_table(records: Records) -> TransferTable | None:
         )
     protocols = [task.protocol for listed in tasks.values() for task in listed.values()]
     note = "" if row is None else row.note
-    return TransferTable(list(dict.fromkeys(protocols)), rows, _transfer_mean(found, row), note)
-
-
-def _test_rows(task: TaskScore) -> int:
-    """Every row of a cross-validated task is tested once."""
-    return task.num_rows.get("test", sum(task.num_rows.values()))
+    return TransferTable(list(dict.fromkeys(protocols)), rows, _transfer_mean(scored, row), note)
 
 
 def _accuracy(task: TaskScore) -> Score:
     """With Wilson's interval (JASA 22, 1927): test rows as independent draws."""
     from scipy.stats import binomtest
 
-    rows = _test_rows(task)
-    found = binomtest(min(rows, round(task.accuracy * rows)), rows).proportion_ci(method="wilson")
-    whole = task.num_rows == task.task_rows
-    return Score(100 * task.accuracy, 100 * found.low, 100 * found.high, whole)
+    rows = task.test_rows
+    test = binomtest(min(rows, round(task.accuracy * rows)), rows)
+    interval = test.proportion_ci(method="wilson")
+    return Score(100 * task.accuracy, 100 * interval.low, 100 * interval.high, task.is_whole)
 
 
 def _gain(accuracies: dict[str, float]) -> dict[str, Score]:
@@ -277,16 +273,14 @@ def _gain(accuracies: dict[str, float]) -> dict[str, Score]:
     return {"trained": Score(100 * (accuracies["trained"] - accuracies["base"]), None, None)}
 
 
-def _transfer_mean(found: dict[str, Transfer | None], row: Published | None) -> Row:
+def _transfer_mean(scored: dict[str, Transfer], row: Published | None) -> Row:
     """Without intervals: a mean over tasks. The published one only beside all of its tasks."""
-    means, ours, tasks = {}, {}, {}
-    for side, scored in found.items():
-        if scored is None or scored.mean is None:
-            continue
-        whole = all(task.num_rows == task.task_rows for task in scored.tasks)
-        means[side] = scored.mean
-        ours[side] = Score(100 * scored.mean, None, None, whole)
-        tasks[side] = {task.name for task in scored.tasks}
+    means = {side: result.mean for side, result in scored.items() if result.mean is not None}
+    tasks = {side: {task.name for task in scored[side].tasks} for side in means}
+    ours = {
+        side: Score(100 * mean, None, None, all(task.is_whole for task in scored[side].tasks))
+        for side, mean in means.items()
+    }
     figures = {}
     if row is not None and row.mean is not None and tasks.get("base") in (None, set(row.sets)):
         figures["base"] = row.mean

@@ -77,7 +77,7 @@ def _what(found: Report) -> list[str]:
         said.append(_steps(found, "Training", "train", share.training_steps))
     if share.ablation_steps is not None:
         done = [one.name for one in found.ablations.others]
-        name = done[0] if done else asked.baseline
+        name = done[0] if done else found.paper.ablations_from(asked.ablation_baseline)[0]
         said.append(_steps(found, "An ablation", name, share.ablation_steps))
     if found.data is not None:
         said.append(f"The data: {share_of(found.data.rows, found.data.published_rows)} rows.")
@@ -92,7 +92,7 @@ def _what(found: Report) -> list[str]:
     limits = [] if share.hours is None else [f"{share.hours:g} h"]
     limits += [] if share.budget is None else [f"{share.budget} of memory"]
     said.append(f"Asked for: {' and '.join(limits) or 'the whole run, without limits'}.")
-    planned = len(asked.own_stages)
+    planned = len(found.paper.own_stages(asked.ablation_baseline))
     said.append(f"Done: {planned - len(found.not_run)} of the paper's {planned} stages.")
     return [" ".join(said)]
 
@@ -103,9 +103,7 @@ def _steps(found: Report, what: str, stage: str, planned: tuple[int, int | None]
     steps = planned[0] if training is None else training.steps
     of = f"{steps:,}" if not planned[1] else f"{share_of(steps, planned[1])}"
     note = "planned, not done yet" if training is None else "done"
-    # the first paper does not say how many its released adapters had
-    of_what = "one epoch's" if found.reproduction.paper == "cft" else "the published"
-    of_what = "the published" if stage != "train" else of_what
+    of_what = "the published" if stage != "train" else found.paper.published_length
     return f"{what}: {of} of {of_what} optimizer steps, {note}."
 
 

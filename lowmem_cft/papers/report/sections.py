@@ -3,8 +3,8 @@ data, the stages themselves."""
 
 from __future__ import annotations
 
+from lowmem_cft.papers.paper import SEARCH, WITH_DEMONSTRATION, Paper
 from lowmem_cft.papers.report.ablations import Ablation
-from lowmem_cft.papers.report.records import Search
 from lowmem_cft.papers.report.summary import Report
 from lowmem_cft.papers.report.text import (
     NONE,
@@ -16,18 +16,12 @@ from lowmem_cft.papers.report.text import (
     table,
     text_table,
 )
+from lowmem_cft.papers.results import Search
 
 _TOP = 10
 """Demonstrations in the table; report.json has all."""
 _STEPS = 25
 """Rows of the table by step, at most."""
-
-_TITLES = {
-    "train.learning_rate": "Learning rate",
-    "text.template": "Prompt or none",
-    "loss.hard_negatives": "With and without hard negatives",
-}
-
 
 # --- ablations ----------------------------------------------------------------------------
 
@@ -35,20 +29,21 @@ _TITLES = {
 def ablations(found: Report) -> list[str]:
     """A table for each key, then whether that key alone was changed."""
     baseline, others = found.ablations.baseline, found.ablations.others
-    if found.reproduction.paper != "cft":
+    if not found.paper.ablations:
         return []
     lines = ["## Ablations", ""]
     if baseline is None and not others:
         return [*lines, "None was run."]
     lines += [
-        f"Each is held against `{found.reproduction.baseline}`, on the same pairs. The published "
+        f"Each is held against `{_baseline(found)}`, on the same pairs. The published "
         "ablations have no figures to put beside them. Each run was trained once: an interval "
         "covers the choice of pairs, not that of a seed.",
     ]
-    for key, title in _TITLES.items():
+    for key, title in {a.key: a.title for a in found.paper.ablations}.items():
         here = [one for one in others if one.key == key]
         if not here:
-            names = [name for name in found.not_run if _is_of(name, key)]
+            of_key = [a.name for a in found.paper.ablations if a.key == key and a.value is not None]
+            names = [name for name in found.not_run if name in of_key]
             if names:
                 lines += ["", f"### {title}", "", f"Not run: {', '.join(names)}."]
             continue
@@ -58,15 +53,14 @@ def ablations(found: Report) -> list[str]:
     return lines
 
 
-def _is_of(name: str, key: str) -> bool:
-    part = {"train.learning_rate": "-lr-", "text.template": "-prompt"}.get(key, "-hard-negatives")
-    return name.startswith("ablation") and part in name
+def _baseline(found: Report) -> str:
+    return found.paper.ablations_from(found.reproduction.ablation_baseline)[0]
 
 
 def _ablation_table(key: str, rows: list[Ablation], found: Report) -> list[str]:
     sets = ", ".join(dict.fromkeys(one.scored_on for one in rows if one.scored_on)) or "no set"
     header = ("run", f"`{key}`", "steps", f"Spearman x 100, {sets}", "difference to baseline")
-    baseline = found.reproduction.baseline
+    baseline = _baseline(found)
     values = _values(key, rows)
     return table(
         header,
@@ -168,7 +162,7 @@ def trainings(found: Report) -> list[str]:
 
 def demonstrations(found: Report) -> list[str]:
     """The best ones, and none; nothing where no search belongs to the paper or was done."""
-    if found.search is None and found.reproduction.paper != "prompteol":
+    if found.search is None and SEARCH not in found.paper.stages:
         return []
     lines = ["## Demonstrations for in-context learning", ""]
     chosen = found.published_demonstration
@@ -180,10 +174,10 @@ def demonstrations(found: Report) -> list[str]:
         ]
     if found.search is None:
         return [*lines, f"The search: {NOT_RUN}."]
-    return lines + _search(found.search, found.reproduction.paper)
+    return lines + _search(found.search, found.paper)
 
 
-def _search(search: Search, paper: str) -> list[str]:
+def _search(search: Search, paper: Paper) -> list[str]:
     with_one = [trial for trial in search.trials if trial.sentence is not None]
     helpful = sum(trial.gain > 0 for trial in with_one)
     lines = [
@@ -192,7 +186,7 @@ def _search(search: Search, paper: str) -> list[str]:
         "so its score here flatters it: "
         + (
             "what it does on the other sets stands above."
-            if paper == "prompteol"
+            if WITH_DEMONSTRATION in paper.stages
             else "it was not scored on others."
         ),
         "",
@@ -233,7 +227,7 @@ def data(found: Report) -> list[str]:
         "",
     ]
     rows = [
-        (source.path, f"{source.rows:,}", f"`{source.sha256}`" if source.sha256 else NONE)
+        (source.name, f"{source.rows:,}", f"`{source.sha256}`" if source.sha256 else NONE)
         for source in one.sources
     ]
     return lines + text_table(("source", "rows", "sha256"), rows)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
-from lowmem_cft.papers.published import ChosenDemonstration, PaperFacts, find, paper_facts
+from lowmem_cft.papers.paper import DATA, SEARCH, Paper, PaperFacts
+from lowmem_cft.papers.published import ChosenDemonstration
+from lowmem_cft.papers.records import Records, RunRecord, StageRecord
 from lowmem_cft.papers.report.ablations import Ablations, ablations
 from lowmem_cft.papers.report.figures import (
     OtherModel,
@@ -15,17 +18,11 @@ from lowmem_cft.papers.report.figures import (
     sts_table,
     transfer_table,
 )
-from lowmem_cft.papers.report.records import (
-    Data,
-    Evaluation,
-    Records,
-    Reproduction,
-    Search,
-    Training,
-)
+from lowmem_cft.papers.request import find_paper
+from lowmem_cft.papers.results import Data, Evaluation, Search, Training
 
+# models that no paper has
 _OTHER_NAMES = {"smollm2-135m": "SmolLM2-135M-Instruct"}
-"""Of models that neither paper has."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class StageLine:
 class Report:
     """All that the report says; correlations are Spearman x 100, accuracies percent."""
 
-    reproduction: Reproduction
+    reproduction: RunRecord
     facts: PaperFacts
     model_name: str
     stages: list[StageLine]
@@ -61,6 +58,10 @@ class Report:
     transfer: TransferTable | None
     data: Data | None
     resamples: list[int]
+
+    @property
+    def paper(self) -> Paper:
+        return find_paper(self.reproduction.paper)
 
     @property
     def seconds(self) -> float:
@@ -79,38 +80,44 @@ def summarise(records: Records) -> Report:
     """What there is to say, whichever stages were run.
 
     Raises:
-        ValueError: a stage's result is of another kind than its name says.
+        ValueError: a record is damaged, or of another kind than its name says.
     """
-    asked = records.reproduction
-    facts = paper_facts(asked.paper)
-    icl = find(asked.paper, asked.model, "icl")
-    stages = [
-        StageLine(
-            one.name,
-            one.kind,
-            one.what,
-            one.inputs_sha256,
-            one.seconds,
-            one.flops or None,
-            one.finished,
-            one.versions,
-        )
-        for one in records.stages.values()
-    ]
+    run = records.run()
+    paper = find_paper(run.paper)
+    own = paper.own_stages(run.ablation_baseline)
+    order = [*own, *paper.beyond]
+    names = records.names()
+    names.sort(key=lambda name: order.index(name) if name in order else len(order))
+    stages = [stage for name in names if (stage := records.get(name)) is not None]
+    icl = paper.published(run.model, "icl")
+    results = [stage.result for stage in stages]
     return Report(
-        asked,
-        facts,
-        facts.models.get(asked.model) or _OTHER_NAMES.get(asked.model, asked.model),
-        stages,
-        records.not_run,
-        [name for name in asked.stages_beyond if name not in records.stages],
-        sts_table(records),
-        other_models(records),
-        ablations(records),
-        records.all(Training),
-        records.get("icl-search", Search),
+        run,
+        paper.facts,
+        paper.facts.models.get(run.model) or _OTHER_NAMES.get(run.model, run.model),
+        [_line(stage) for stage in stages],
+        [name for name in own if name not in names],
+        [name for name in paper.beyond if name not in names],
+        sts_table(records, paper, run.model),
+        other_models(paper, run.model),
+        ablations(records, paper, run.ablation_baseline),
+        {stage.name: stage.result for stage in stages if isinstance(stage.result, Training)},
+        records.find(SEARCH, Search),
         None if icl is None else icl.demonstration,
-        transfer_table(records),
-        records.get("data", Data),
-        sorted({one.bootstrap.resamples for one in records.all(Evaluation).values()}),
+        transfer_table(records, paper, run.model),
+        records.find(DATA, Data),
+        sorted({r.bootstrap.resamples for r in results if isinstance(r, Evaluation)}),
+    )
+
+
+def _line(stage: StageRecord[Any]) -> StageLine:
+    return StageLine(
+        stage.name,
+        stage.kind,
+        stage.what,
+        stage.inputs_sha256,
+        stage.seconds,
+        stage.flops or None,
+        stage.finished,
+        stage.versions,
     )

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from lowmem_cft.files import whole_file, write_json
+from lowmem_cft.papers.records import Records
 from lowmem_cft.papers.report import plots as reproduce_plots
 from lowmem_cft.papers.report.markdown import markdown
-from lowmem_cft.papers.report.records import read
 from lowmem_cft.papers.report.summary import Report, summarise
 
 FOLDER = "report"
@@ -36,7 +36,7 @@ def write_report(folder: Path) -> list[Path]:
     Raises:
         ValueError: the folder has no `reproduction.json`, or a record is damaged.
     """
-    found = summarise(read(folder))
+    found = summarise(Records(folder))
     out = folder / FOLDER
     out.mkdir(exist_ok=True)
     drawn = _draw(found, out)
@@ -60,10 +60,34 @@ def _draw(found: Report, out: Path) -> list[Path] | None:
     return drawn
 
 
+_REPORTED = {
+    "data": ("sources", "rows", "published_rows", "distinct_texts", "texts_in_evaluation"),
+    "source": ("path", "rows", "sha256"),
+    "training": (
+        *("run", "steps", "published_steps", "learning_rate", "logical_batch", "rows", "losses"),
+        *("curve", "metrics"),
+    ),
+    "metrics": ("train_seconds", "rows_per_s", "peak_bytes", "plan", "device"),
+}
+"""What report.json has of results; their own files have all."""
+
+
 def as_json(found: Report) -> dict[str, Any]:
     """The whole report as JSON values."""
     values: dict[str, Any] = TypeAdapter(Report).dump_python(found, mode="json")
     dates = found.dates
+    values["reproduction"].pop("request")
+    for training in values["trainings"].values():
+        training["metrics"] = _picked(training["metrics"], "metrics")
+    values["trainings"] = {
+        name: _picked(training, "training") for name, training in values["trainings"].items()
+    }
+    if found.data is not None:
+        values["data"] = _picked(values["data"], "data")
+        values["data"]["sources"] = [
+            _picked({**source.model_dump(), "path": source.name}, "source")
+            for source in found.data.sources
+        ]
     return {
         "units": UNITS,
         "seconds": found.seconds,
@@ -71,3 +95,7 @@ def as_json(found: Report) -> dict[str, Any]:
         "finished": None if dates is None else dates[1].isoformat(),
         **values,
     }
+
+
+def _picked(values: dict[str, Any], what: str) -> dict[str, Any]:
+    return {key: values[key] for key in _REPORTED[what]}
