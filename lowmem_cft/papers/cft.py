@@ -7,21 +7,8 @@ from __future__ import annotations
 
 import json
 
-from lowmem_cft.papers.paper import (
-    BASE,
-    DATA,
-    EVALUATE,
-    SEARCH,
-    TRAIN,
-    TRANSFER_BASE,
-    TRANSFER_TRAINED,
-    Ablation,
-    Paper,
-    PaperFacts,
-    Share,
-    TrainingData,
-    preset_recipes,
-)
+from lowmem_cft.papers import names
+from lowmem_cft.papers.paper import Ablation, Paper, PaperFacts, Share, TrainingData, preset_recipes
 from lowmem_cft.papers.published import published_rows
 from lowmem_cft.recipe.schema import Recipe
 
@@ -79,8 +66,8 @@ CFT = Paper(
     clean_up=False,
     data=NLI,
     recipes=preset_recipes("cft"),
-    stages=(DATA, BASE, TRAIN, EVALUATE),
-    beyond=(SEARCH, TRANSFER_BASE, TRANSFER_TRAINED),
+    stages=(names.DATA, names.BASE, names.TRAIN, names.EVALUATE),
+    beyond=(names.SEARCH, names.TRANSFER_BASE, names.TRANSFER_TRAINED),
     ablations=(
         *(_learning_rate(rate) for rate in ("5e-5", "5e-4", "5e-3")),
         Ablation(

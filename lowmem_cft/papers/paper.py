@@ -7,18 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lowmem_cft.evaluation.sts.protocols import ProtocolName
+from lowmem_cft.papers import names
 from lowmem_cft.papers.published import Published, Variant
 from lowmem_cft.papers.results import Record
 from lowmem_cft.recipe.load import preset_names
 from lowmem_cft.recipe.schema import Recipe
-
-# the stages that a paper can have, beside those of its ablations (see `paper_stages`)
-DATA, BASE, TRAIN, EVALUATE = "data", "base", "train", "evaluate"
-SEARCH, WITH_DEMONSTRATION = "icl-search", "evaluate-icl"
-TRANSFER_BASE, TRANSFER_TRAINED = "transfer-base", "transfer-trained"
-
-DEV_SET, DEV_PAIRS = "STSBenchmark-dev", 1500
-"""The set by which ablations, curves and the choice of a demonstration are scored."""
 
 
 class Share(Record):
@@ -42,6 +35,13 @@ class Share(Record):
         if self.ablation_steps is not None:
             said += "; ablations of {:,} of {:,} steps".format(*self.ablation_steps)
         return said
+
+    @property
+    def limits(self) -> str:
+        """What was asked for."""
+        hours = [] if self.hours is None else [f"{self.hours:g} h"]
+        budget = [] if self.budget is None else [f"{self.budget} of memory"]
+        return " and ".join([*hours, *budget]) or "the whole run, without limits"
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,6 @@ class Ablation:
         return [] if self.value is None else [f"{self.key}={self.value}"]
 
 
-def evaluation_of(ablation: str) -> str:
-    """The stage that scores an ablation."""
-    return f"evaluate-{ablation}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Paper:
     """A paper whose run can be repeated.
@@ -132,13 +127,25 @@ class Paper:
 
     def ablations_from(self, baseline: str | None) -> list[str]:
         """Names of the ablations, the baseline first; it is the first one if none is given."""
-        names = [ablation.name for ablation in self.ablations if ablation.value is not None]
-        return list(dict.fromkeys([baseline or names[0], *names])) if names else []
+        listed = [ablation.name for ablation in self.ablations if ablation.value is not None]
+        return list(dict.fromkeys([baseline or listed[0], *listed])) if listed else []
+
+    @property
+    def ablations_by_key(self) -> list[tuple[str, str, list[Ablation]]]:
+        """Keys of the recipe with their titles and ablations, for the report."""
+        titles = {ablation.key: ablation.title for ablation in self.ablations}
+        return [
+            (key, title, [ablation for ablation in self.ablations if ablation.key == key])
+            for key, title in titles.items()
+        ]
 
     def own_stages(self, baseline: str | None) -> list[str]:
         """Names of the paper's stages in the order of the report."""
-        names = self.ablations_from(baseline)
-        return [*self.stages, *(stage for name in names for stage in (name, evaluation_of(name)))]
+        ablations = self.ablations_from(baseline)
+        return [
+            *self.stages,
+            *(stage for name in ablations for stage in (name, names.evaluation_of(name))),
+        ]
 
     def published(self, model: str, variant: Variant) -> Published | None:
         """The published row of a model and variant, if it is known."""

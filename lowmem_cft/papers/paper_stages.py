@@ -15,23 +15,10 @@ from lowmem_cft.evaluation.search.demonstrations import SHIPPED, Demonstration, 
 from lowmem_cft.evaluation.sts.sets import LoadedSet, data_folder, load_set, load_sets, sampled
 from lowmem_cft.evaluation.transfer.tasks import SPECS, TransferTask, load_tasks
 from lowmem_cft.files import digest, sha256_of
+from lowmem_cft.papers import names
 from lowmem_cft.papers import work as stage_work
 from lowmem_cft.papers.effort import Efforts
-from lowmem_cft.papers.paper import (
-    BASE,
-    DATA,
-    DEV_PAIRS,
-    DEV_SET,
-    EVALUATE,
-    SEARCH,
-    TRAIN,
-    TRANSFER_BASE,
-    TRANSFER_TRAINED,
-    WITH_DEMONSTRATION,
-    Ablation,
-    Share,
-    evaluation_of,
-)
+from lowmem_cft.papers.paper import Ablation, Share
 from lowmem_cft.papers.records import Records
 from lowmem_cft.papers.request import Request
 from lowmem_cft.papers.results import Data, Evaluation, Search, Training, Transfer
@@ -67,19 +54,23 @@ class PaperStages:
         """The paper's stages and, after them, those beyond it."""
         limit = share.transfer_rows_per_split
         make: dict[str, Callable[[], Stage]] = {
-            DATA: self._data,
-            BASE: partial(self._evaluation, BASE, "the base model on every set"),
-            SEARCH: partial(self._search, share.icl_pairs[0]),
-            WITH_DEMONSTRATION: self._evaluation_with_demonstration,
-            TRAIN: partial(self._training, TRAIN, "training", share.training_steps),
-            EVALUATE: partial(
-                self._evaluation, EVALUATE, "the trained model on every set", of=TRAIN
+            names.DATA: self._data,
+            names.BASE: partial(self._evaluation, names.BASE, "the base model on every set"),
+            names.SEARCH: partial(self._search, share.icl_pairs[0]),
+            names.WITH_DEMONSTRATION: self._evaluation_with_demonstration,
+            names.TRAIN: partial(self._training, names.TRAIN, "training", share.training_steps),
+            names.EVALUATE: partial(
+                self._evaluation, names.EVALUATE, "the trained model on every set", of=names.TRAIN
             ),
-            TRANSFER_BASE: partial(
-                self._transfer, TRANSFER_BASE, "transfer tasks, base model", limit
+            names.TRANSFER_BASE: partial(
+                self._transfer, names.TRANSFER_BASE, "transfer tasks, base model", limit
             ),
-            TRANSFER_TRAINED: partial(
-                self._transfer, TRANSFER_TRAINED, "transfer tasks, trained model", limit, of=TRAIN
+            names.TRANSFER_TRAINED: partial(
+                self._transfer,
+                names.TRANSFER_TRAINED,
+                "transfer tasks, trained model",
+                limit,
+                of=names.TRAIN,
             ),
         }
         stages = [make[name]() for name in self.paper.stages]
@@ -113,9 +104,13 @@ class PaperStages:
 
     def _ablation(self, ablation: Ablation, steps: tuple[int, int]) -> list[Stage]:
         changed = ablation.assignments
-        what = f"{ablation.what}, on {DEV_SET}"
+        what = f"{ablation.what}, on {names.DEV_SET}"
         evaluated = self._evaluation(
-            evaluation_of(ablation.name), what, of=ablation.name, changed=changed, on_dev_set=True
+            names.evaluation_of(ablation.name),
+            what,
+            of=ablation.name,
+            changed=changed,
+            on_dev_set=True,
         )
         return [self._training(ablation.name, ablation.what, steps, changed), evaluated]
 
@@ -128,7 +123,9 @@ class PaperStages:
 
     @cached_property
     def _dev_set(self) -> LoadedSet:
-        return load_set(DEV_SET, data_folder(), offline=self.offline, cleaned_up=self._clean_up)
+        return load_set(
+            names.DEV_SET, data_folder(), offline=self.offline, cleaned_up=self._clean_up
+        )
 
     def _sets(self, on_dev_set: bool) -> list[LoadedSet]:
         return [self._dev_set] if on_dev_set else self._all_sets
@@ -151,12 +148,14 @@ class PaperStages:
         """Score the base model under the template that the search found."""
 
         def recipe() -> Recipe:
-            template = self.records.result(SEARCH, Search).best_template
+            template = self.records.result(names.SEARCH, Search).best_template
             text = self.recipe.text.model_copy(update={"template": template})
             return self.recipe.model_copy(update={"text": text})
 
         what = "with the best demonstration"
-        return self._scoring(WITH_DEMONSTRATION, what, SEARCH, recipe, None, on_dev_set=False)
+        return self._scoring(
+            names.WITH_DEMONSTRATION, what, names.SEARCH, recipe, None, on_dev_set=False
+        )
 
     def _scoring(
         self,
@@ -207,7 +206,7 @@ class PaperStages:
 
     @cached_property
     def _effort_of_dev_set(self) -> Effort:
-        return self._effort_of(lambda: [self._dev_set], DEV_PAIRS)
+        return self._effort_of(lambda: [self._dev_set], names.DEV_PAIRS)
 
     def _effort_of(self, load: Callable[[], list[LoadedSet]], num_pairs: int) -> Effort:
         try:
@@ -247,13 +246,13 @@ class PaperStages:
                 raise ValueError(missing)
             # as they are in the files: training texts are not cleaned up
             sets = load_sets(self.request.protocol, None, offline=self.offline)
-            sets.append(load_set(DEV_SET, data_folder(), offline=self.offline))
+            sets.append(load_set(names.DEV_SET, data_folder(), offline=self.offline))
             texts, rows = set(_texts(sets)), self.paper.data.rows
             data = stage_work.describe_data(self.recipe, texts, rows, offline=self.offline)
             observer.say(f"{data.rows:,} rows, {data.distinct_texts:,} distinct texts")
             return data
 
-        return Stage(DATA, "data", "what is trained on", inputs, work)
+        return Stage(names.DATA, "data", "what is trained on", inputs, work)
 
     def _training(
         self, name: str, what: str, steps: tuple[int, int], changed: Sequence[str] = ()
@@ -264,7 +263,7 @@ class PaperStages:
             values = recipe.model_dump(mode="json")
             return {
                 "recipe": {key: values[key] for key in values if key not in _NOT_INPUTS},
-                "rows_sha256": self.records.result(DATA, Data).rows_sha256,
+                "rows_sha256": self.records.result(names.DATA, Data).rows_sha256,
             }
 
         def work(observer: Observer) -> Training:
@@ -278,14 +277,14 @@ class PaperStages:
 
         what = f"{what}, {steps[0]:,} steps"
         forget = partial(stage_work.put_away, self.folder / "runs" / name)
-        return Stage(name, "train", what, inputs, work, (DATA,), effort, forget)
+        return Stage(name, "train", what, inputs, work, (names.DATA,), effort, forget)
 
     def _training_recipe(self, name: str, steps: tuple[int, int], changed: Sequence[str]) -> Recipe:
         """The paper's recipe over so many steps, its warm-up cut alike, scored on the way."""
         ours, published = steps
-        whole = self.request.whole_steps if name == TRAIN else published
+        whole = self.request.whole_steps if name == names.TRAIN else published
         warmup = round(self.recipe.train.warmup_steps * ours / whole)
-        points = _TRAIN_POINTS if name == TRAIN else _ABLATION_POINTS
+        points = _TRAIN_POINTS if name == names.TRAIN else _ABLATION_POINTS
         every = self.recipe.eval.every
         if every is None or ours < whole:
             every = max(1, ours // points)
@@ -295,11 +294,11 @@ class PaperStages:
                 "train.epochs=null",
                 f"train.warmup_steps={warmup}",
                 f"train.save_every={max(1, ours // _CHECKPOINTS)}",
-                f"eval.sets=[{DEV_SET}]",
+                f"eval.sets=[{names.DEV_SET}]",
                 f"eval.every={every}",
                 f"output.folder={json.dumps(str(self.folder / 'runs'))}",
                 f"output.name={name}",
-                f"output.export={'adapter' if name == TRAIN else 'none'}",
+                f"output.export={'adapter' if name == names.TRAIN else 'none'}",
                 *changed,
             ]
         )
@@ -324,7 +323,7 @@ class PaperStages:
         recipe = self._search_recipe
 
         def scored_set() -> LoadedSet:
-            whole = load_set(DEV_SET, data_folder(), offline=self.offline, cleaned_up=True)
+            whole = load_set(names.DEV_SET, data_folder(), offline=self.offline, cleaned_up=True)
             return sampled(whole, num_pairs)
 
         def inputs() -> dict[str, Any]:
@@ -350,9 +349,9 @@ class PaperStages:
                 2 * num_pairs * (1 + tries)
             )
 
-        what = f"{tries} demonstrations on {num_pairs:,} pairs of {DEV_SET}"
+        what = f"{tries} demonstrations on {num_pairs:,} pairs of {names.DEV_SET}"
         forget = partial(stage_work.put_away, self.folder / "icl")
-        return Stage(SEARCH, "search", what, inputs, work, (), effort, forget)
+        return Stage(names.SEARCH, "search", what, inputs, work, (), effort, forget)
 
     # -- transfer tasks -------------------------------------------------------------------------
 

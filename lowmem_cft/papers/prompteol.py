@@ -5,21 +5,9 @@ arXiv 2307.16645 (PromptEOL): OPT and LLaMA, with a demonstration, and trained; 
 
 from __future__ import annotations
 
+from lowmem_cft.papers import names
 from lowmem_cft.papers.cft import NLI
-from lowmem_cft.papers.paper import (
-    BASE,
-    DATA,
-    EVALUATE,
-    SEARCH,
-    TRAIN,
-    TRANSFER_BASE,
-    TRANSFER_TRAINED,
-    WITH_DEMONSTRATION,
-    Paper,
-    PaperFacts,
-    Share,
-    preset_recipes,
-)
+from lowmem_cft.papers.paper import Paper, PaperFacts, Share, preset_recipes
 from lowmem_cft.papers.published import published_rows
 from lowmem_cft.recipe.schema import Recipe
 
@@ -67,14 +55,14 @@ PROMPTEOL = Paper(
     data=NLI,
     recipes=preset_recipes("prompteol"),
     stages=(
-        DATA,
-        BASE,
-        SEARCH,
-        WITH_DEMONSTRATION,
-        TRAIN,
-        EVALUATE,
-        TRANSFER_BASE,
-        TRANSFER_TRAINED,
+        names.DATA,
+        names.BASE,
+        names.SEARCH,
+        names.WITH_DEMONSTRATION,
+        names.TRAIN,
+        names.EVALUATE,
+        names.TRANSFER_BASE,
+        names.TRANSFER_TRAINED,
     ),
     departures=_departures,
     rows=published_rows("prompteol"),

@@ -18,7 +18,8 @@ import torch
 
 from lowmem_cft.evaluation.transfer.tasks import SPECS
 from lowmem_cft.machine import choose_device, library_versions
-from lowmem_cft.papers.paper import DEV_PAIRS, Share
+from lowmem_cft.papers import names
+from lowmem_cft.papers.paper import Share
 from lowmem_cft.papers.paper_stages import PaperStages
 from lowmem_cft.papers.records import Records, RunRecord
 from lowmem_cft.papers.report.write import write_report
@@ -105,14 +106,14 @@ class Reproduction:
             most = max(size for spec in SPECS.values() for size in spec.splits.values())
             rows = max(_LEAST_ROWS, round(factor * most))
         if pairs is None:
-            pairs = max(_LEAST_PAIRS, round(factor * DEV_PAIRS))
+            pairs = max(_LEAST_PAIRS, round(factor * names.DEV_PAIRS))
         steps = request.of_paper.ablation_steps
         ablation = (max(1, round(factor * steps)), steps) if steps else None
         return Share(
             training_steps=(max(1, round(factor * request.whole_steps)), request.published_steps),
             ablation_steps=ablation,
             transfer_rows_per_split=rows,
-            icl_pairs=(min(pairs, DEV_PAIRS), DEV_PAIRS),
+            icl_pairs=(min(pairs, names.DEV_PAIRS), names.DEV_PAIRS),
         )
 
     def _factor(self) -> float:

@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, Protocol
+from lowmem_cft.papers import names
 from lowmem_cft.papers.cft import CFT
-from lowmem_cft.papers.paper import (
-    DEV_SET,
-    SEARCH,
-    TRANSFER_BASE,
-    TRANSFER_TRAINED,
-    Paper,
-    Share,
-    num_steps,
-)
+from lowmem_cft.papers.paper import Paper, Share, num_steps
 from lowmem_cft.papers.prompteol import PROMPTEOL
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
@@ -107,18 +100,18 @@ def departures(request: Request, share: Share, selected: Sequence[str]) -> list[
     ablation = share.ablation_steps
     if ablation and ablation[0] < ablation[1]:
         sentences.append("Ablations are cut to {:,} of {:,} steps.".format(*ablation))
-    names = ", ".join(Path(source.path).name for source in recipe.data.sources)
-    if names != paper.data.name:
+    files = ", ".join(Path(source.path).name for source in recipe.data.sources)
+    if files != paper.data.name:
         sentences.append(
-            f"Trained on {names} instead of {paper.data.name} ({paper.data.rows:,} rows)."
+            f"Trained on {files} instead of {paper.data.name} ({paper.data.rows:,} rows)."
         )
     sentences += paper.departures(recipe, share)
     rows = share.transfer_rows_per_split
-    if rows is not None and {TRANSFER_BASE, TRANSFER_TRAINED} & set(selected):
+    if rows is not None and {names.TRANSFER_BASE, names.TRANSFER_TRAINED} & set(selected):
         sentences.append(f"Transfer tasks have at most {rows:,} rows a split.")
     pairs, all_pairs = share.icl_pairs
-    if SEARCH in selected and pairs < all_pairs:
+    if names.SEARCH in selected and pairs < all_pairs:
         sentences.append(
-            f"Demonstrations are chosen by {pairs:,} of {all_pairs:,} pairs of {DEV_SET}."
+            f"Demonstrations are chosen by {pairs:,} of {all_pairs:,} pairs of {names.DEV_SET}."
         )
     return sentences + [f"Set by the user: {assignment}." for assignment in request.overrides]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_cft.papers.paper import Paper, evaluation_of
+from lowmem_cft.papers import names
+from lowmem_cft.papers.paper import Paper
 from lowmem_cft.papers.records import Records
 from lowmem_cft.papers.report.figures import Score, compared, score
 from lowmem_cft.papers.results import Evaluation, Training
@@ -49,6 +50,16 @@ class Ablations:
     baseline: Ablation | None
     others: list[Ablation]
 
+    def of(self, key: str) -> list[tuple[Ablation, str]]:
+        """The ablations of a key after the baseline, each with its value of it; else none."""
+        of_key = [ablation for ablation in self.others if ablation.key == key]
+        if not of_key or self.baseline is None:
+            return [(ablation, ablation.value) for ablation in of_key]
+        known = {change.key: change.baseline for ab in of_key for change in ab.changes}
+        same = self.baseline.key == key
+        value = self.baseline.value if same else known.get(key, "the same")
+        return [(self.baseline, value), *((ablation, ablation.value) for ablation in of_key)]
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -63,11 +74,11 @@ class _Run:
 def ablations(records: Records, paper: Paper, baseline: str | None) -> Ablations:
     """All that were run, with what differs from the baseline in their inputs."""
     keys = {ablation.name: ablation.key for ablation in paper.ablations}
-    names = paper.ablations_from(baseline)
-    runs = {name: run for name in names if (run := _read(records, name)) is not None}
-    if not names:
+    order = paper.ablations_from(baseline)
+    runs = {name: run for name in order if (run := _read(records, name)) is not None}
+    if not order:
         return Ablations(None, [])
-    base, scored = runs.pop(names[0], None), records.find(evaluation_of(names[0]), Evaluation)
+    base, scored = runs.pop(order[0], None), records.find(names.evaluation_of(order[0]), Evaluation)
     others = []
     for name, run in runs.items():
         changes, problems = _changes(base, run, keys[name])
@@ -93,7 +104,7 @@ def _read(records: Records, name: str) -> _Run | None:
     recipe = inputs.pop("recipe", {})
     done = {"steps": training.steps, "logical_batch": training.logical_batch, "rows": training.rows}
     facts = dict(_flat({**recipe, "inputs": inputs, "result": done}))
-    return _Run(name, training, records.find(evaluation_of(name), Evaluation), facts)
+    return _Run(name, training, records.find(names.evaluation_of(name), Evaluation), facts)
 
 
 def _ablation(

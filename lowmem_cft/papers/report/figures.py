@@ -13,22 +13,16 @@ from statistics import fmean
 from lowmem_cft.evaluation.sts import compare
 from lowmem_cft.evaluation.sts.bootstrap import Interval
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
-from lowmem_cft.papers.paper import (
-    BASE,
-    EVALUATE,
-    TRANSFER_BASE,
-    TRANSFER_TRAINED,
-    WITH_DEMONSTRATION,
-    Paper,
-)
+from lowmem_cft.papers import names
+from lowmem_cft.papers.paper import Paper
 from lowmem_cft.papers.published import Figure, Published, Variant
 from lowmem_cft.papers.records import Records
 from lowmem_cft.papers.results import Evaluation, SetResult, TaskScore, Transfer
 
 SIDES: dict[str, tuple[str, Variant]] = {
-    "base": (BASE, "base"),
-    "icl": (WITH_DEMONSTRATION, "icl"),
-    "trained": (EVALUATE, "fine-tuned"),
+    "base": (names.BASE, "base"),
+    "icl": (names.WITH_DEMONSTRATION, "icl"),
+    "trained": (names.EVALUATE, "fine-tuned"),
 }
 """What is set side by side: the stage that has ours, and the published variant."""
 
@@ -231,7 +225,7 @@ def other_models(paper: Paper, model: str) -> list[OtherModel]:
 
 def transfer_table(records: Records, paper: Paper, model: str) -> TransferTable | None:
     """None where neither side was scored and nothing is published."""
-    stages = {"base": TRANSFER_BASE, "trained": TRANSFER_TRAINED}
+    stages = {"base": names.TRANSFER_BASE, "trained": names.TRANSFER_TRAINED}
     results = {side: records.find(stage, Transfer) for side, stage in stages.items()}
     scored = {side: result for side, result in results.items() if result is not None}
     row = paper.published(model, "transfer")
@@ -239,10 +233,10 @@ def transfer_table(records: Records, paper: Paper, model: str) -> TransferTable 
         return None
     tasks = {side: {task.name: task for task in result.tasks} for side, result in scored.items()}
     figures = {} if row is None else row.sets
-    names = dict.fromkeys([*figures, *(name for side in tasks.values() for name in side)])
+    listed = dict.fromkeys([*figures, *(name for side in tasks.values() for name in side)])
     rows = []
-    for name in names:
-        here = {side: listed[name] for side, listed in tasks.items() if name in listed}
+    for name in listed:
+        here = {side: of_side[name] for side, of_side in tasks.items() if name in of_side}
         rows.append(
             Row(
                 name,
@@ -252,7 +246,7 @@ def transfer_table(records: Records, paper: Paper, model: str) -> TransferTable 
                 _gain({side: task.accuracy for side, task in here.items()}),
             )
         )
-    protocols = [task.protocol for listed in tasks.values() for task in listed.values()]
+    protocols = [task.protocol for of_side in tasks.values() for task in of_side.values()]
     note = "" if row is None else row.note
     return TransferTable(list(dict.fromkeys(protocols)), rows, _transfer_mean(scored, row), note)
 

@@ -17,8 +17,7 @@ from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, Protocol
 from lowmem_cft.evaluation.sts.score import ScoredSet, SetScore
 from lowmem_cft.papers.report import plots as reproduce_plots
 from lowmem_cft.papers.report.plots import EFFICIENCY, LOSSES, NAMES, SETS, running_mean
-from lowmem_cft.papers.report.text import share_of
-from lowmem_cft.papers.report.write import write_report
+from lowmem_cft.papers.report.write import share_of, write_report
 from lowmem_cft.papers.request import PAPERS
 
 MTEB, SENTEVAL = PROTOCOLS["mteb"], PROTOCOLS["senteval"]
