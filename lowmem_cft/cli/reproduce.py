@@ -19,47 +19,55 @@ if TYPE_CHECKING:
     from lowmem_cft.papers.reproduction import Estimate
 
 
+PaperName = Annotated[str, typer.Argument(help="cft (arXiv 2408.00690) or prompteol (2307.16645).")]
+Model = Annotated[str, typer.Option(help="minicpm-2b, opt-1.3b, ...; a wrong one lists them.")]
+Out = Annotated[
+    Optional[Path], typer.Option(help="Folder of it all; reproductions/PAPER-MODEL if absent.")
+]
+Hours = Annotated[
+    Optional[float],
+    typer.Option(help="Fit it all into about so many hours here: fewer steps, less data to score."),
+]
+Budget = Annotated[
+    Optional[str],
+    typer.Option(help="Memory, such as 12GiB. Changes time only, and what --hours has room for."),
+]
+Stages = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--stage", help="Do only these; of cft also icl-search, transfer-base and transfer-trained."
+    ),
+]
+Redo = Annotated[
+    Optional[list[str]],
+    typer.Option(help="Do this stage from its beginning, once; the others stay."),
+]
+TransferRows = Annotated[
+    Optional[int], typer.Option(min=20, help="Cut transfer tasks to so many rows a split.")
+]
+IclPairs = Annotated[
+    Optional[int], typer.Option(min=2, help="Choose demonstrations by so many pairs.")
+]
+Demonstrations = Annotated[
+    Optional[Path], typer.Option(help="File with columns sentence and word.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show stages, FLOPs, time and memory, and stop.")
+]
+
+
 def reproduce(
-    paper: Annotated[str, typer.Argument(help="cft (arXiv 2408.00690) or prompteol (2307.16645).")],
-    model: Annotated[str, typer.Option(help="minicpm-2b, opt-1.3b, ...; a wrong one lists them.")],
-    out: Annotated[
-        Optional[Path], typer.Option(help="Folder of it all; reproductions/PAPER-MODEL if absent.")
-    ] = None,
-    hours: Annotated[
-        Optional[float],
-        typer.Option(
-            help="Fit it all into about so many hours here: fewer steps, less data to score."
-        ),
-    ] = None,
-    budget: Annotated[
-        Optional[str],
-        typer.Option(
-            help="Memory, such as 12GiB. Changes time only, and what --hours has room for."
-        ),
-    ] = None,
-    stages: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--stage",
-            help="Do only these; of cft also icl-search, transfer-base and transfer-trained.",
-        ),
-    ] = None,
-    redo: Annotated[
-        Optional[list[str]],
-        typer.Option(help="Do this stage from its beginning, once; the others stay."),
-    ] = None,
-    transfer_rows: Annotated[
-        Optional[int], typer.Option(min=20, help="Cut transfer tasks to so many rows a split.")
-    ] = None,
-    icl_pairs: Annotated[
-        Optional[int], typer.Option(min=2, help="Choose demonstrations by so many pairs.")
-    ] = None,
-    demonstrations: Annotated[
-        Optional[Path], typer.Option(help="File with columns sentence and word.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show stages, FLOPs, time and memory, and stop.")
-    ] = False,
+    paper: PaperName,
+    model: Model,
+    out: Out = None,
+    hours: Hours = None,
+    budget: Budget = None,
+    stages: Stages = None,
+    redo: Redo = None,
+    transfer_rows: TransferRows = None,
+    icl_pairs: IclPairs = None,
+    demonstrations: Demonstrations = None,
+    dry_run: DryRun = False,
     overrides: Overrides = None,
     offline: Offline = False,
 ) -> None:
@@ -80,18 +88,18 @@ def reproduce(
     )
     folder = out or Path("reproductions") / f"{paper}-{model}"
     with make_screen() as screen:
-        asked = Reproduction(request, folder, stages, offline=offline)
-        screen.say(asked.share.describe())
-        for departure in asked.departures():
+        run = Reproduction(request, folder, stages, offline=offline)
+        screen.say(run.share.describe())
+        for departure in run.departures():
             screen.say(f"not as published: {departure}")
-        if dry_run and (missing := asked.missing_data()) is not None:
+        if dry_run and (missing := run.missing_data()) is not None:
             screen.say(f"missing: {missing}")
         if not dry_run:
             check_writable(folder, folder=True)
             command = shlex.join(["lowmem-cft", *sys.argv[1:]])
-            files = asked.run(screen, redo=redo or [], command=command)
+            files = run.run(screen, redo=redo or [], command=command)
     if dry_run:
-        print_table(stage_table(asked.estimates()))
+        print_table(stage_table(run.estimates()))
         return
     for file in files:
         typer.echo(f"written: {file}")

@@ -53,31 +53,32 @@ class PaperStages:
     def make(self, share: Share) -> list[Stage]:
         """The paper's stages and, after them, those beyond it."""
         limit = share.transfer_rows_per_split
-        make: dict[str, Callable[[], Stage]] = {
+        base, trained, of = "base model", "trained model", names.TRAIN
+        scored = partial(self._evaluation, recipe=lambda: self.recipe)
+        make: dict[str, Callable[[str], Stage]] = {
             names.DATA: self._data,
-            names.BASE: partial(self._evaluation, names.BASE, "the base model on every set"),
-            names.SEARCH: partial(self._search, share.icl_pairs[0]),
-            names.WITH_DEMONSTRATION: self._evaluation_with_demonstration,
-            names.TRAIN: partial(self._training, names.TRAIN, "training", share.training_steps),
-            names.EVALUATE: partial(
-                self._evaluation, names.EVALUATE, "the trained model on every set", of=names.TRAIN
+            names.BASE: partial(scored, what=f"the {base} on every set"),
+            names.SEARCH: partial(self._search, num_pairs=share.icl_pairs[0]),
+            names.WITH_DEMONSTRATION: partial(
+                self._evaluation,
+                what="with the best demonstration",
+                recipe=self._recipe_with_demonstration,
+                needs=(names.SEARCH,),
             ),
+            names.TRAIN: partial(self._training, what="training", steps=share.training_steps),
+            names.EVALUATE: partial(scored, what=f"the {trained} on every set", of=of),
             names.TRANSFER_BASE: partial(
-                self._transfer, names.TRANSFER_BASE, "transfer tasks, base model", limit
+                self._transfer, what=f"transfer tasks, {base}", limit=limit
             ),
             names.TRANSFER_TRAINED: partial(
-                self._transfer,
-                names.TRANSFER_TRAINED,
-                "transfer tasks, trained model",
-                limit,
-                of=names.TRAIN,
+                self._transfer, what=f"transfer tasks, {trained}", limit=limit, of=of
             ),
         }
-        stages = [make[name]() for name in self.paper.stages]
+        stages = [make[name](name) for name in self.paper.stages]
         if share.ablation_steps is not None:
             for ablation in self.ablations:
                 stages += self._ablation(ablation, share.ablation_steps)
-        return stages + [make[name]() for name in self.paper.beyond]
+        return stages + [make[name](name) for name in self.paper.beyond]
 
     def is_own(self, stage: Stage) -> bool:
         """Whether the paper itself has it."""
@@ -103,16 +104,16 @@ class PaperStages:
         ]
 
     def _ablation(self, ablation: Ablation, steps: tuple[int, int]) -> list[Stage]:
-        changed = ablation.assignments
-        what = f"{ablation.what}, on {names.DEV_SET}"
-        evaluated = self._evaluation(
-            names.evaluation_of(ablation.name),
-            what,
-            of=ablation.name,
-            changed=changed,
+        name, changed = ablation.name, ablation.assignments
+        recipe = self.request.recipe(changed)
+        evaluation = self._evaluation(
+            names.evaluation_of(name),
+            f"{ablation.what}, on {names.DEV_SET}",
+            lambda: recipe,
+            of=name,
             on_dev_set=True,
         )
-        return [self._training(ablation.name, ablation.what, steps, changed), evaluated]
+        return [self._training(name, ablation.what, steps, changed), evaluation]
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -130,42 +131,25 @@ class PaperStages:
     def _sets(self, on_dev_set: bool) -> list[LoadedSet]:
         return [self._dev_set] if on_dev_set else self._all_sets
 
+    def _recipe_with_demonstration(self) -> Recipe:
+        """How texts are embedded under the template that the search found."""
+        template = self.records.result(names.SEARCH, Search).best_template
+        text = self.recipe.text.model_copy(update={"template": template})
+        return self.recipe.model_copy(update={"text": text})
+
     def _evaluation(
         self,
         name: str,
         what: str,
+        recipe: Callable[[], Recipe],
         *,
         of: str | None = None,
-        changed: Sequence[str] = (),
+        needs: tuple[str, ...] = (),
         on_dev_set: bool = False,
     ) -> Stage:
-        """Score the base model, or the one that a stage trained, under the recipe as changed."""
+        """Score the base model, or the one that the stage `of` trained."""
         adapter = None if of is None else self._adapter(of)
-        recipe = self.request.recipe(changed)
-        return self._scoring(name, what, of, lambda: recipe, adapter, on_dev_set)
 
-    def _evaluation_with_demonstration(self) -> Stage:
-        """Score the base model under the template that the search found."""
-
-        def recipe() -> Recipe:
-            template = self.records.result(names.SEARCH, Search).best_template
-            text = self.recipe.text.model_copy(update={"template": template})
-            return self.recipe.model_copy(update={"text": text})
-
-        what = "with the best demonstration"
-        return self._scoring(
-            names.WITH_DEMONSTRATION, what, names.SEARCH, recipe, None, on_dev_set=False
-        )
-
-    def _scoring(
-        self,
-        name: str,
-        what: str,
-        of: str | None,
-        recipe: Callable[[], Recipe],
-        adapter: Path | None,
-        on_dev_set: bool,
-    ) -> Stage:
         def inputs() -> dict[str, Any]:
             return {
                 **_how_embedded(recipe(), adapter),
@@ -185,7 +169,7 @@ class PaperStages:
                 cleaned_up=self._clean_up,
             )
 
-        needs = () if of is None else (of,)
+        needs = needs if of is None else (of,)
         forget = self._forget_unfinished(name)
 
         def effort() -> Effort:
@@ -231,7 +215,7 @@ class PaperStages:
             "name rows of your own with `overrides` data.sources.0.path=FILE"
         )
 
-    def _data(self) -> Stage:
+    def _data(self, name: str) -> Stage:
         def inputs() -> dict[str, Any]:
             paths = [section.path for section in self.recipe.data.sources]
             sets = [*self._all_sets, self._dev_set]
@@ -252,7 +236,7 @@ class PaperStages:
             observer.say(f"{data.rows:,} rows, {data.distinct_texts:,} distinct texts")
             return data
 
-        return Stage(names.DATA, "data", "what is trained on", inputs, work)
+        return Stage(name, "data", "what is trained on", inputs, work)
 
     def _training(
         self, name: str, what: str, steps: tuple[int, int], changed: Sequence[str] = ()
@@ -318,7 +302,7 @@ class PaperStages:
         like = load_recipe(self.paper.search_recipe)
         return self.recipe.model_copy(update={"text": like.text, "embedding": like.embedding})
 
-    def _search(self, num_pairs: int) -> Stage:
+    def _search(self, name: str, num_pairs: int) -> Stage:
         """Search on the base model."""
         recipe = self._search_recipe
 
@@ -351,7 +335,7 @@ class PaperStages:
 
         what = f"{tries} demonstrations on {num_pairs:,} pairs of {names.DEV_SET}"
         forget = partial(stage_work.put_away, self.folder / "icl")
-        return Stage(names.SEARCH, "search", what, inputs, work, (), effort, forget)
+        return Stage(name, "search", what, inputs, work, (), effort, forget)
 
     # -- transfer tasks -------------------------------------------------------------------------
 

@@ -82,43 +82,101 @@ class TransferTable:
 # --- STS, set by set ----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Side:
+    """What there is of a side; either may be absent."""
+
+    name: str
+    ours: Evaluation | None
+    published: Published | None
+
+    def result(self, set_name: str) -> SetResult | None:
+        results = [] if self.ours is None else self.ours.sets
+        return next((result for result in results if result.name == set_name), None)
+
+    def mean(self) -> Score | None:
+        if self.ours is None:
+            return None
+        whole = self.ours.complete and all(result.is_whole for result in self.ours.sets)
+        return score(self.ours.mean, self.ours.mean_interval, whole)
+
+    def published_mean(self) -> Figure | None:
+        """Over the sets that we scored, where these are not all; None where one is not known."""
+        if self.published is None or self.ours is None or self.ours.complete:
+            return None if self.published is None else self.published.mean
+        known = self.published.sets
+        figures = [known[result.name] for result in self.ours.sets if result.name in known]
+        if len(figures) < len(self.ours.sets):
+            return None
+        return Figure(
+            value=fmean(figure.value for figure in figures),
+            source="; ".join(dict.fromkeys(figure.source for figure in figures)),
+            verified=all(figure.verified for figure in figures),
+            note=f"computed here over the {len(figures)} sets that we scored",
+        )
+
+    def problem(self, protocol: str) -> str | None:
+        """Why our mean is not comparable with a published one by the protocol."""
+        if self.ours is None:
+            return None
+        if self.ours.protocol_name != protocol:
+            return (
+                f"{self.name}: scored by another protocol ({self.ours.protocol}) than the "
+                f"published figures ({protocol}): the two are not comparable."
+            )
+        if self.ours.complete:
+            return None
+        return (
+            f"{self.name}: our mean is over {len(self.ours.sets)} sets instead of the protocol's."
+        )
+
+
 def sts_table(records: Records, paper: Paper, model: str) -> StsTable:
     """Every set of the paper's protocol, and any other that was scored."""
-    sides = [side for side, (stage, _) in SIDES.items() if stage in paper.stages]
-    ours = {side: records.find(SIDES[side][0], Evaluation) for side in sides}
-    published = {side: paper.published(model, SIDES[side][1]) for side in sides}
-    wanted = paper.facts.protocol
-    scored = [
-        result.name for evaluation in ours.values() if evaluation for result in evaluation.sets
-    ]
-    names = [entry.name for entry in PROTOCOLS[wanted].sets]
-    names += [name for name in dict.fromkeys(scored) if name not in names]
-    rows = [Row(name, _pairs(name, ours), *_by_side(name, ours, published), {}) for name in names]
-    mean = Row("mean", None, *_means(ours, published))
-    problems = _protocol_problems(wanted, ours)
-    base = ours.get("base")
-    for side, here in ours.items():
-        if side != "base" and base is not None and here is not None:
-            problems += _add_differences(records.folder, base, here, side, [*rows, mean])
-    known = {side: row for side, row in published.items() if row is not None}
+    sides = {
+        name: _Side(name, records.find(stage, Evaluation), paper.published(model, variant))
+        for name, (stage, variant) in SIDES.items()
+        if stage in paper.stages
+    }
+    protocol = paper.facts.protocol
+    scored = [result.name for side in sides.values() if side.ours for result in side.ours.sets]
+    listed = dict.fromkeys([*(entry.name for entry in PROTOCOLS[protocol].sets), *scored])
+    rows = [_row(name, list(sides.values())) for name in listed]
+    mean = Row(
+        "mean",
+        None,
+        {name: ours for name, side in sides.items() if (ours := side.mean())},
+        {name: figure for name, side in sides.items() if (figure := side.published_mean())},
+    )
+    problems = [problem for side in sides.values() if (problem := side.problem(protocol))]
+    base = sides["base"].ours if "base" in sides else None
+    for name, side in sides.items():
+        if name != "base" and base is not None and side.ours is not None:
+            problems += _add_differences(records.folder, base, side.ours, name, [*rows, mean])
+    published = {name: side.published for name, side in sides.items() if side.published}
     return StsTable(
-        wanted,
-        sides,
+        protocol,
+        list(sides),
         rows,
         mean,
-        {side: row.bug for side, row in known.items() if row.bug},
-        {side: row.note for side, row in known.items() if row.note},
+        {name: row.bug for name, row in published.items() if row.bug},
+        {name: row.note for name, row in published.items() if row.note},
         problems,
     )
 
 
-def _set_of(scored: Evaluation | None, name: str) -> SetResult | None:
-    return next((one for one in scored.sets if one.name == name), None) if scored else None
-
-
-def _pairs(name: str, ours: dict[str, Evaluation | None]) -> int | None:
-    sizes = [one.num_pairs for scored in ours.values() if (one := _set_of(scored, name))]
-    return sizes[0] if sizes else None
+def _row(set_name: str, sides: Sequence[_Side]) -> Row:
+    results = {side.name: result for side in sides if (result := side.result(set_name))}
+    return Row(
+        set_name,
+        next((result.num_pairs for result in results.values()), None),
+        {name: score(r.spearman, r.interval, r.is_whole) for name, r in results.items()},
+        {
+            side.name: side.published.sets[set_name]
+            for side in sides
+            if side.published and set_name in side.published.sets
+        },
+    )
 
 
 def score(value: float, interval: Interval, whole: bool = True) -> Score:
@@ -126,76 +184,17 @@ def score(value: float, interval: Interval, whole: bool = True) -> Score:
     return Score(100 * value, 100 * interval.low, 100 * interval.high, whole)
 
 
-def _by_side(
-    name: str, ours: dict[str, Evaluation | None], published: dict[str, Published | None]
-) -> tuple[dict[str, Score], dict[str, Figure]]:
-    scores = {
-        side: score(one.spearman, one.interval, one.is_whole)
-        for side, scored in ours.items()
-        if (one := _set_of(scored, name))
-    }
-    figures = {side: row.sets[name] for side, row in published.items() if row and name in row.sets}
-    return scores, figures
-
-
-def _means(
-    ours: dict[str, Evaluation | None], published: dict[str, Published | None]
-) -> tuple[dict[str, Score], dict[str, Figure]]:
-    scores, figures = {}, {}
-    for side, scored in ours.items():
-        row = published[side]
-        if scored is not None:
-            whole = scored.complete and all(one.is_whole for one in scored.sets)
-            scores[side] = score(scored.mean, scored.mean_interval, whole)
-        mean = None if row is None else _published_mean(row, scored)
-        if mean is not None:
-            figures[side] = mean
-    return scores, figures
-
-
-def _published_mean(row: Published, scored: Evaluation | None) -> Figure | None:
-    """Over the sets that we scored, where these are not all; None where one is not known."""
-    if scored is None or scored.complete:
-        return row.mean
-    names = [one.name for one in scored.sets]
-    if any(name not in row.sets for name in names):
-        return None
-    figures = [row.sets[name] for name in names]
-    return Figure(
-        value=fmean(figure.value for figure in figures),
-        source="; ".join(dict.fromkeys(figure.source for figure in figures)),
-        verified=all(figure.verified for figure in figures),
-        note=f"computed here over the {len(names)} sets that we scored",
-    )
-
-
-def _protocol_problems(wanted: str, ours: dict[str, Evaluation | None]) -> list[str]:
-    found = []
-    for side, scored in ours.items():
-        if scored is None:
-            continue
-        if scored.protocol_name != wanted:
-            found.append(
-                f"{side}: scored by another protocol ({scored.protocol}) than the published "
-                f"figures ({wanted}): the two are not comparable."
-            )
-        elif not scored.complete:
-            sizes = f"{len(scored.sets)} sets instead of the protocol's"
-            found.append(f"{side}: our mean is over {sizes}.")
-    return found
-
-
 def _add_differences(
     folder: Path, base: Evaluation, here: Evaluation, side: str, rows: Sequence[Row]
 ) -> list[str]:
     """Put the paired differences into the rows; gives what prevented it."""
     try:
-        found = compared(folder, base, here)
+        comparison = compared(folder, base, here)
     except ValueError as error:
         return [f"{side} - base: no paired difference ({error})."]
-    for entry in (*found.sets, found.mean):
-        row = next(row for row in rows if row.name == entry.name)
-        row.differences[side] = score(entry.difference, entry.interval)
+    of_row = {row.name: row for row in rows}
+    for entry in (*comparison.sets, comparison.mean):
+        of_row[entry.name].differences[side] = score(entry.difference, entry.interval)
     return []
 
 

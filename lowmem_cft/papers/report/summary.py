@@ -30,20 +30,6 @@ _OTHER_NAMES = {"smollm2-135m": "SmolLM2-135M-Instruct"}
 
 
 @dataclass(frozen=True)
-class StageLine:
-    """A stage that was run, without its result."""
-
-    name: str
-    kind: str
-    what: str
-    inputs_sha256: str
-    seconds: float
-    flops: float | None
-    finished: datetime
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Curves:
     """Spearman (-1 to 1) by step and run, on one set."""
 
@@ -72,7 +58,7 @@ class Report:
     reproduction: RunRecord
     facts: PaperFacts
     model_name: str
-    stages: list[StageLine]
+    stages: list[StageRecord[Any]]
     not_run: list[str]
     beyond_not_run: list[str]
     sts: StsTable
@@ -142,12 +128,11 @@ class Report:
     @property
     def curves(self) -> list[Curves]:
         """The scores by step of every training run, by set."""
-        curves = [(name, t.curve) for name, t in self.trainings.items() if t.curve is not None]
         by_set: dict[str, dict[str, dict[int, float]]] = {}
-        for name, curve in curves:
-            if curve.points:
-                by_set.setdefault(curve.set, {})[name] = dict(curve.points)
-        return [Curves(name, points) for name, points in by_set.items()]
+        for name, training in self.trainings.items():
+            if training.curve is not None and training.curve.points:
+                by_set.setdefault(training.curve.set, {})[name] = dict(training.curve.points)
+        return [Curves(set_name, points) for set_name, points in by_set.items()]
 
     @property
     def seconds(self) -> float:
@@ -158,8 +143,8 @@ class Report:
         """From the first stage's start to the last one's end."""
         if not self.stages:
             return None
-        first = min(one.finished - timedelta(seconds=one.seconds) for one in self.stages)
-        return first, max(one.finished for one in self.stages)
+        starts = [stage.finished - timedelta(seconds=stage.seconds) for stage in self.stages]
+        return min(starts), max(stage.finished for stage in self.stages)
 
 
 def summarise(records: Records) -> Report:
@@ -182,7 +167,7 @@ def summarise(records: Records) -> Report:
         run,
         paper.facts,
         paper.facts.models.get(run.model) or _OTHER_NAMES.get(run.model, run.model),
-        [_line(stage) for stage in stages],
+        stages,
         [name for name in own if name not in done],
         [name for name in paper.beyond if name not in done],
         sts_table(records, paper, run.model),
@@ -194,17 +179,4 @@ def summarise(records: Records) -> Report:
         transfer_table(records, paper, run.model),
         records.find(names.DATA, Data),
         sorted({r.bootstrap.resamples for r in results if isinstance(r, Evaluation)}),
-    )
-
-
-def _line(stage: StageRecord[Any]) -> StageLine:
-    return StageLine(
-        stage.name,
-        stage.kind,
-        stage.what,
-        stage.inputs_sha256,
-        stage.seconds,
-        stage.flops or None,
-        stage.finished,
-        stage.versions,
     )

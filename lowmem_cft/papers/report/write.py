@@ -22,8 +22,6 @@ from lowmem_cft.papers.report import plots
 from lowmem_cft.papers.report.figures import Score
 from lowmem_cft.papers.report.summary import Report, summarise
 
-FOLDER = "report"
-
 UNITS = {
     "sts, ablations": "Spearman x 100",
     "transfer": "accuracy in percent",
@@ -42,21 +40,21 @@ def write_report(folder: Path) -> list[Path]:
     Raises:
         ValueError: the folder has no `reproduction.json`, or a record is damaged.
     """
-    found = summarise(Records(folder))
-    out = folder / FOLDER
+    report = summarise(Records(folder))
+    out = folder / "report"
     out.mkdir(exist_ok=True)
-    drawn = _draw(found, out)
+    drawn = _draw(report, out)
     text, values = out / "report.md", out / "report.json"
-    write_json(values, as_json(found))
+    write_json(values, as_json(report))
     with whole_file(text) as partial:
-        partial.write_text(markdown(found, drawn), encoding="utf-8")
+        partial.write_text(markdown(report, drawn), encoding="utf-8")
     return [text, values, *(drawn or [])]
 
 
-def _draw(found: Report, out: Path) -> list[Path] | None:
+def _draw(report: Report, out: Path) -> list[Path] | None:
     """None without matplotlib. A plot that is not drawn now is no longer this report's."""
     try:
-        drawn = plots.draw(found, out)
+        drawn = plots.draw(report, out)
     except ImportError:
         drawn = None
     for name in plots.NAMES:
@@ -75,17 +73,8 @@ def markdown(report: Report, drawn: Sequence[Path] | None) -> str:
         drawn: the plots that lie beside it; None without matplotlib.
     """
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {
-        "cell": cell,
-        "difference": difference,
-        "hours": hours,
-        "number": number,
-        "ours": ours,
-        "paragraph": lambda text: " ".join(text.split()),
-        "points": points,
-        "published": published,
-        "share_of": share_of,
-    }
+    filters = (cell, difference, hours, number, ours, paragraph, points, published, share_of)
+    environment.filters |= {function.__name__: function for function in filters}
     source = resources.files(__package__) / "report.md.j2"
     text = environment.from_string(source.read_text(encoding="utf-8")).render(
         report=report,
@@ -97,9 +86,14 @@ def markdown(report: Report, drawn: Sequence[Path] | None) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def paragraph(text: str) -> str:
+    """Text on one line."""
+    return " ".join(text.split())
+
+
 def cell(text: str) -> str:
     """Text that does not end its cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return paragraph(text).replace("|", "\\|")
 
 
 def number(value: int | None) -> str:
@@ -152,42 +146,36 @@ def hours(seconds: float) -> str:
 
 # --- JSON ---------------------------------------------------------------------------------
 
-_REPORTED = {
-    "data": ("sources", "rows", "published_rows", "distinct_texts", "texts_in_evaluation"),
-    "source": ("path", "rows", "sha256"),
-    "training": (
-        *("run", "steps", "published_steps", "learning_rate", "logical_batch", "rows", "losses"),
-        *("curve", "metrics"),
-    ),
-    "metrics": ("train_seconds", "rows_per_s", "peak_bytes", "plan", "device"),
-}
-"""What report.json has of results; their own files have all."""
+# what report.json has of records, whose own files have all
+_OF_STAGE = ("name", "kind", "what", "inputs_sha256", "seconds", "flops", "finished", "versions")
+_OF_TRAINING = (
+    *("run", "steps", "published_steps", "learning_rate", "logical_batch", "rows", "losses"),
+    *("curve", "metrics"),
+)
+_OF_METRICS = ("train_seconds", "rows_per_s", "peak_bytes", "plan", "device")
+_OF_DATA = ("sources", "rows", "published_rows", "distinct_texts", "texts_in_evaluation")
 
 
-def as_json(found: Report) -> dict[str, Any]:
+def as_json(report: Report) -> dict[str, Any]:
     """The whole report as JSON values."""
-    values: dict[str, Any] = TypeAdapter(Report).dump_python(found, mode="json")
-    dates = found.dates
+    values: dict[str, Any] = TypeAdapter(Report).dump_python(report, mode="json")
     values["reproduction"].pop("request")
-    for training in values["trainings"].values():
-        training["metrics"] = _picked(training["metrics"], "metrics")
-    values["trainings"] = {
-        name: _picked(training, "training") for name, training in values["trainings"].items()
-    }
-    if found.data is not None:
-        values["data"] = _picked(values["data"], "data")
+    values["stages"] = [_picked(stage, _OF_STAGE) for stage in values["stages"]]
+    for stage in values["stages"]:
+        stage["flops"] = stage["flops"] or None
+    for name, training in values["trainings"].items():
+        training["metrics"] = _picked(training["metrics"], _OF_METRICS)
+        values["trainings"][name] = _picked(training, _OF_TRAINING)
+    if report.data is not None:
+        values["data"] = _picked(values["data"], _OF_DATA)
         values["data"]["sources"] = [
-            _picked({**source.model_dump(), "path": source.name}, "source")
-            for source in found.data.sources
+            {"path": source.name, "rows": source.rows, "sha256": source.sha256}
+            for source in report.data.sources
         ]
-    return {
-        "units": UNITS,
-        "seconds": found.seconds,
-        "began": None if dates is None else dates[0].isoformat(),
-        "finished": None if dates is None else dates[1].isoformat(),
-        **values,
-    }
+    began, finished = (date.isoformat() for date in report.dates) if report.dates else (None, None)
+    times = {"seconds": report.seconds, "began": began, "finished": finished}
+    return {"units": UNITS, **times, **values}
 
 
-def _picked(values: dict[str, Any], what: str) -> dict[str, Any]:
-    return {key: values[key] for key in _REPORTED[what]}
+def _picked(values: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: values[key] for key in keys}

@@ -38,5 +38,6 @@ def test_only_plots_that_have_figures(tmp_path: Path) -> None:
 
 
 def test_running_mean() -> None:
-    assert running_mean([4.0, 2.0, 0.0, 1.0], 2) == [4.0, 3.0, 1.0, 0.5]
-    assert running_mean([4.0, 2.0], 1) == [4.0, 2.0]
+    assert running_mean([4.0, 2.0, 0.0, 1.0], 2).tolist() == [4.0, 3.0, 1.0, 0.5]
+    assert running_mean([4.0, 2.0], 1).tolist() == [4.0, 2.0]
+    assert running_mean([4.0, 2.0], 3).tolist() == [4.0, 3.0]
