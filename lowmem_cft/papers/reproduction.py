@@ -68,10 +68,10 @@ class Reproduction:
         self._begun = self._begun_as()
         self._maker = PaperStages(request, folder, self.records, offline=offline)
         self._chosen = selected
-        names = [stage.name for stage in self._maker.make(self._cut(1.0))]
+        known = [stage.name for stage in self._maker.make(self._cut(1.0))]
         for name in selected or ():
-            if name not in names:
-                raise ValueError(f"`stages`: got {name!r}, wanted one of {', '.join(names)}")
+            if name not in known:
+                raise ValueError(f"`stages`: got {name!r}, wanted one of {', '.join(known)}")
 
     def _begun_as(self) -> RunRecord | None:
         """What the folder was begun as; None while nothing was done that another could spoil."""

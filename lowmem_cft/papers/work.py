@@ -49,7 +49,7 @@ from lowmem_cft.training.records import read_lines, read_metrics
 
 @contextmanager
 def _loaded(recipe: Recipe, adapter: Path | None, observer: Observer) -> Iterator[Embedder]:
-    """The model, and its memory back afterwards: a later stage loads another."""
+    """Load the model; give its memory back afterwards, since a later stage loads another."""
     device = choose_device()
     loaded = load_by_recipe(recipe, device, observer.say, adapter)
     try:
