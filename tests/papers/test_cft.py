@@ -18,10 +18,10 @@ def test_the_first_paper_whole(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> Non
             ask(overrides=fast).run(Heard())
     run = ask(overrides=fast)
     assert set(records_of(run)) == {"base", "data"}
-    before = run.records.path("base").stat().st_mtime_ns
+    first_done = run.records.path("base").stat().st_mtime_ns
     files = run.run(Heard())
     records = records_of(run)
-    assert run.records.path("base").stat().st_mtime_ns == before
+    assert run.records.path("base").stat().st_mtime_ns == first_done
     ablations = [name for name in records if name.startswith("ablation")]
     assert len(ablations) == 5
     assert set(records) == {

@@ -37,15 +37,15 @@ def test_all_rows_are_there() -> None:
 def test_sets_are_those_of_the_protocol_or_the_tasks() -> None:
     for row in every_row():
         if row.variant == "transfer":
-            wanted = set(SPECS)
+            names = set(SPECS)
         else:
             protocol = PROTOCOLS[PAPERS[row.paper].facts.protocol]
-            wanted = {entry.name for entry in protocol.sets}
+            names = {entry.name for entry in protocol.sets}
         if row.model == "gemma-2b":
-            assert set(row.sets) < wanted
+            assert set(row.sets) < names
             assert row.note
         else:
-            assert set(row.sets) == wanted, (row.model, row.variant)
+            assert set(row.sets) == names, (row.model, row.variant)
 
 
 def test_means_recompute() -> None:
@@ -77,7 +77,7 @@ def test_mean_without_a_demonstration_is_that_with_one_less_the_gain() -> None:
 
 
 def test_the_spread_that_is_quoted_is_over_sets() -> None:
-    values = [one.value for one in row_of("cft", "minicpm-2b", "fine-tuned").sets.values()]
+    values = [figure.value for figure in row_of("cft", "minicpm-2b", "fine-tuned").sets.values()]
     assert statistics.pstdev(values) == pytest.approx(4.27, abs=0.005)
     assert any("spread over the nine sets" in note for note in PAPERS["cft"].facts.notes)
 
@@ -96,10 +96,12 @@ def test_what_is_verified() -> None:
         for figure in figures:
             unread = any(words in figure.source for words in ("second hand", "less what"))
             assert figure.verified is not unread
-    assert all(one.verified for one in row_of("cft", "minicpm-2b", "base").sets.values())
-    assert not any(one.verified for one in row_of("cft", "gemma-2b", "fine-tuned").sets.values())
+    assert all(figure.verified for figure in row_of("cft", "minicpm-2b", "base").sets.values())
+    assert not any(
+        figure.verified for figure in row_of("cft", "gemma-2b", "fine-tuned").sets.values()
+    )
     base = row_of("prompteol", "opt-6.7b", "transfer")
-    assert not any(one.verified for one in base.sets.values())
+    assert not any(figure.verified for figure in base.sets.values())
     assert base.mean is not None
     assert base.mean.verified
 

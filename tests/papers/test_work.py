@@ -14,16 +14,16 @@ from running import Heard
 
 def test_transfer_reads_raw_embeddings(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ask(stages=["transfer-base"])
-    found: list[bool] = []
+    normalized: list[bool] = []
 
     def loads(recipe: Any, *arguments: Any) -> Any:
-        found.append(recipe.embedding.normalize)
+        normalized.append(recipe.embedding.normalize)
         return load(recipe, *arguments)
 
     load = stage_work.load_by_recipe
     monkeypatch.setattr(stage_work, "load_by_recipe", loads)
     run.run(Heard())
-    assert found == [False]
+    assert normalized == [False]
 
 
 def test_a_stopped_training_goes_on(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,20 +100,26 @@ class Fabricated:
         set_pairs: int = 60,
     ) -> dict[str, Any]:
         """Sets of 60 pairs, of the same gold scores whatever the noise."""
-        wanted = names or tuple(entry.name for entry in (protocol or MTEB).sets)
+        listed = names or tuple(entry.name for entry in (protocol or MTEB).sets)
         sets = []
-        for one in wanted:
-            draw = np.random.default_rng(sum(map(ord, one)))
+        for set_name in listed:
+            draw = np.random.default_rng(sum(map(ord, set_name)))
             gold = draw.uniform(0, 5, 60)
             cosine = gold / 5 + noise * draw.normal(size=60)
             score = SetScore(
-                one, spearman(cosine, gold), 60, set_pairs, "made up", pearson(cosine, gold), "v1"
+                set_name,
+                spearman(cosine, gold),
+                60,
+                set_pairs,
+                "made up",
+                pearson(cosine, gold),
+                "v1",
             )
             sets.append(ScoredSet(score, cosine, gold, "f" * 64))
-        found = eval_report.report(name, sets, protocol=protocol, num_resamples=RESAMPLES)
+        report = eval_report.report(name, sets, protocol=protocol, num_resamples=RESAMPLES)
         path = self.folder / "evals" / f"{name}.json"
-        eval_report.write(found, path)
-        result = {**eval_report.as_json(found), "report": f"evals/{name}.json"}
+        eval_report.write(report, path)
+        result = {**eval_report.as_json(report), "report": f"evals/{name}.json"}
         self.stage(name, "evaluate", result)
         return result
 

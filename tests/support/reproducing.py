@@ -90,7 +90,7 @@ def ask(
     }
     monkeypatch.setattr(request, "PROTOCOLS", protocols)
     monkeypatch.setattr(sts_data, "SETS", SETS)
-    monkeypatch.setattr(reproduce_plots, "draw", lambda found, out: [])  # they have their own test
+    monkeypatch.setattr(reproduce_plots, "draw", lambda report, out: [])  # they have their own test
     for module in (paper_stages, reproduce, transfer_data):
         monkeypatch.setattr(module, "SPECS", TASKS)
     shorten(monkeypatch, rows=32, ablation_steps=2)

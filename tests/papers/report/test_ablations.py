@@ -35,8 +35,8 @@ def test_ablations_beside_their_baseline(phi: Fabricated) -> None:
         assert cells[4] == f"{100 * paired.difference:+.2f} ({low:+.2f} to {high:+.2f})"
         assert paired.difference < -0.01
     titles = ("### Learning rate", "### Prompt or none", "### With and without hard negatives")
-    wanted = ("`5e-05`", "`{text}`", "`batch`")
-    for title, value in zip(titles, wanted, strict=True):
+    values = ("`5e-05`", "`{text}`", "`batch`")
+    for title, value in zip(titles, values, strict=True):
         cells = row_of(part, "ablation-lr-5e-5", title)
         assert (cells[1], cells[4]) == (value, "baseline")
 

@@ -27,14 +27,14 @@ def test_the_table_has_the_records_figures(phi: Fabricated) -> None:
     paired = compare.compare(folder / "evals/base.json", folder / "evals/evaluate.json", RESAMPLES)
     published = PAPERS["cft"].published("phi-2", "fine-tuned")
     assert published is not None
-    for i, one in enumerate(trained["sets"]):
-        cells = row_of(text, one["name"])
+    for i, after in enumerate(trained["sets"]):
+        cells = row_of(text, after["name"])
         before, difference = base["sets"][i], paired.sets[i]
         assert cells[1] == "60"
-        for place, side in ((2, before), (4, one)):
+        for place, side in ((2, before), (4, after)):
             low, high = (100 * side["interval"][end] for end in ("low", "high"))
             assert cells[place] == f"{100 * side['spearman']:.2f} ({low:.2f} to {high:.2f})"
-        assert cells[5] == f"{published.sets[one['name']].value:.2f} ‡"
+        assert cells[5] == f"{published.sets[after['name']].value:.2f} ‡"
         low, high = (100 * end for end in (difference.interval.low, difference.interval.high))
         assert cells[6] == f"{100 * difference.difference:+.2f} ({low:+.2f} to {high:+.2f})"
         assert difference.difference > 0.05

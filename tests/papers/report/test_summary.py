@@ -45,7 +45,7 @@ def test_nothing_run_yet(tmp_path: Path, paper: str) -> None:
 
 
 def test_any_one_stage_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce_plots, "draw", lambda found, out: [])  # for time
+    monkeypatch.setattr(reproduce_plots, "draw", lambda report, out: [])  # for time
     made = whole_cft(tmp_path / "run")
     stages = sorted((made.folder / "stages").glob("*.json"))
     assert len(stages) == 14
@@ -73,9 +73,9 @@ def test_many_steps_are_thinned_in_the_table_only(tmp_path: Path) -> None:
     values = json.loads(path.read_text())
     values["result"]["curve"]["points"] = [[step, step / 1000] for step in range(101)]
     path.write_text(json.dumps(values))
-    text, found = made.report()
+    text, values = made.report()
     assert "Every 5th step that was scored" in text
     assert row_of(text, "100")[1] == "10.00"
     assert row_of(text, "5")[1] == "0.50"
     assert "\n| 4 |" not in text
-    assert len(found["trainings"]["train"]["curve"]["points"]) == 101
+    assert len(values["trainings"]["train"]["curve"]["points"]) == 101

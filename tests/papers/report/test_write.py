@@ -19,8 +19,8 @@ from lowmem_cft.papers.report.write import share_of, write_report
 
 def test_circumstances_and_stages(phi: Fabricated) -> None:
     text = read_text(phi)
-    for wanted in ("A made-up chip", "torch 9.9", "--model phi-2 --hours 2", "2026-01-02 03:00 to"):
-        assert wanted in text
+    for fact in ("A made-up chip", "torch 9.9", "--model phi-2 --hours 2", "2026-01-02 03:00 to"):
+        assert fact in text
     assert "In all 0.23 hours." in text
     cells = row_of(text, "data", "## Stages")
     assert cells[1:3] == ["what data is", "60"]
@@ -65,7 +65,7 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("part", "whole", "wanted"),
+    ("part", "whole", "text"),
     [
         (300, 4593, "300 of 4,593 (6.5 %)"),
         (50, 500, "50 of 500 (10 %)"),
@@ -75,5 +75,5 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (1000, 500, "1,000 of 500 (200 %)"),
     ],
 )
-def test_share(part: int, whole: int, wanted: str) -> None:
-    assert share_of(part, whole) == wanted
+def test_share(part: int, whole: int, text: str) -> None:
+    assert share_of(part, whole) == text
