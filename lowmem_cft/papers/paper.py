@@ -69,12 +69,12 @@ class Ablation:
     """One changed value of the recipe.
 
     Args:
-        name: of the stage that trains it; `evaluate-NAME` scores it.
-        what: it in words.
-        key: of the recipe.
-        value: as an assignment on the command line has it. None is the recipe as it is, which is
-            trained where no ablation before this one is that.
-        title: of the key's section in the report.
+        name: the stage that trains it; `evaluate-NAME` scores it.
+        what: the change in words.
+        key: the recipe's key that is changed.
+        value: its value as the command line takes it. None stands for the recipe as it is, which
+            is trained only where no ablation listed before this one is the same.
+        title: the heading of the key's section in the report.
     """
 
     name: str
@@ -93,18 +93,16 @@ class Paper:
     """A paper whose run can be repeated.
 
     Args:
-        name: as commands and files have it.
+        name: the paper's name in commands and files.
         clean_up: whether texts are cleaned up before they are embedded.
-        recipes: the recipe of a run by model.
-        stages: names of the paper's stages, in their order, less those of its ablations, which come
-            last.
-        beyond: names of stages that the paper does not have, but its models can do.
-        ablations: one of them is the baseline of the others.
-        ablation_steps: optimizer steps of an ablation.
-        search_recipe: the recipe under whose template a demonstration is searched for, if it is not
-            the run's own.
-        published_length: whose steps those of a training run are held against.
-        departures: in what a run of a recipe and share is not the paper's, a sentence each.
+        recipes: names or files of recipes, by model.
+        stages: names of the paper's stages in their order, without its ablations, which come last.
+        beyond: names of stages that the paper does not have, but that its models can do.
+        ablations: single changes; one of them is the baseline of the others.
+        ablation_steps: optimizer steps of each ablation.
+        search_recipe: the recipe whose template demonstrations are put before; None for the run's.
+        published_length: what the steps of training are a share of, in the report's words.
+        departures: gives a sentence for each thing that a run does otherwise than the paper.
         rows: the published figures.
     """
 
