@@ -105,11 +105,10 @@ class PaperStages:
 
     def _ablation(self, ablation: Ablation, steps: tuple[int, int]) -> list[Stage]:
         name, changed = ablation.name, ablation.assignments
-        recipe = self.request.recipe(changed)
         evaluation = self._evaluation(
             names.evaluation_of(name),
             f"{ablation.what}, on {names.DEV_SET}",
-            lambda: recipe,
+            partial(self.request.recipe, changed),
             of=name,
             on_dev_set=True,
         )
