@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -220,30 +219,4 @@ def comparison_table(comparison: Comparison) -> Table:
             f"{100 * entry.interval.low:+.2f} to {100 * entry.interval.high:+.2f}",
             style="bold" if entry is comparison.mean else None,
         )
-    return table
-
-
-def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Stages of a reproduction with their estimates, and the sum of what is left."""
-    table = Table(title="Stages (estimates)")
-    # one column of names, as --stage takes them, and words: both whole in 80 columns
-    for column in ("stage", "TFLOP", "hours here", "GiB", ""):
-        table.add_column(
-            column, justify="left" if column in ("stage", "") else "right", overflow="fold"
-        )
-    for row in rows:
-        effort = [f"{row['tflop']:,.0f}", f"{row['hours']:.2f}", f"{row['memory_gib']:.1f}"]
-        if not row["memory_gib"]:
-            effort = ["", "", ""]
-        name = f"{row['stage']}\n  {row['what']}"
-        table.add_row(name, *effort, "done" if row["done"] else "")
-    left = [row for row in rows if not row["done"]]
-    table.add_row(
-        "left",
-        f"{sum(row['tflop'] for row in left):,.0f}",
-        f"{sum(row['hours'] for row in left):.2f}",
-        f"{max((row['memory_gib'] for row in left), default=0.0):.1f}",
-        "",
-        style="bold",
-    )
     return table
