@@ -911,9 +911,8 @@ def test_tiles_are_reported_beside_the_shipped_ones(
 
 def test_a_model_that_others_train_is_left_as_it_is(check: Any, part: Any) -> None:
     """After our warm-up their training forward sees all rows of chunks of any size."""
-    from transformers import AutoModel
-
     import vs_sentence_transformers
+    from transformers import AutoModel
 
     recipe = part("real_models").make_recipe("demo")
     assert recipe.embedding.pooling in ("last", "eos")

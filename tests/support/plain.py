@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bench.peers import use_plain_layers
 from lowmem_cft.data.batches import NO_TEXT, RowTable, StepTexts, step_texts
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.gradient.step import ContrastiveStep, StepReport
-from lowmem_cft.model.adapter import attach_adapter, trainable_parameters
+from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.configs import disable_base_dropout
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
@@ -53,6 +53,13 @@ class Batch:
         )
 
 
+class Stored(Protocol):
+    """Something with texts' token ids."""
+
+    @property
+    def store(self) -> TokenStore: ...
+
+
 def make_batch(
     rows: int, negatives: int, *, texts: int = 9, longest: int = 12, seed: int = 0
 ) -> Batch:
@@ -83,32 +90,36 @@ def make_encoder(
         config = tiny_config(family)
         disable_base_dropout(config)
         base = AutoModel.from_config(config).to(dtype)
+    draw = torch.Generator().manual_seed(3)
+    return with_adapter(base, dropout, pooling=pooling, draw=draw, targets=targets)
+
+
+def with_adapter(
+    base: Any,
+    dropout: float,
+    *,
+    pooling: Any,
+    draw: torch.Generator,
+    targets: Any = "all-linear",
+    round_to: torch.dtype | None = None,
+) -> Encoder:
+    """An encoder around a base model with an adapter that is not zero anywhere.
+
+    `round_to`: a dtype that the adapter's weights are rounded to.
+    """
     base.requires_grad_(False)
-    if dtype == torch.float64:
+    if base.dtype == torch.float64:
         compute_norms_in_float64(base)
+    section = LoraSection(rank=4, dropout=dropout, targets=targets)
     clock = DropoutClock(seed=5)
-    model = attach_adapter(
-        base, LoraSection(rank=4, dropout=dropout, targets=targets), clock, seed=2
-    )
-    generator = torch.Generator().manual_seed(3)
+    model = attach_adapter(base, section, clock, seed=2)
     for name, parameter in model.named_parameters():
-        if "lora" in name:
+        if "lora_" in name:
             # B is zero at the start, which would hide errors in the gradient of A. Drawn in
             # float32 whatever the dtype, so that models of two dtypes have one adapter.
-            drawn = 0.05 * torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(drawn)
+            drawn = 0.05 * torch.randn(parameter.shape, generator=draw)
+            parameter.data.copy_(drawn.to(round_to or torch.float32))
     return Encoder(model, pooling=pooling, normalize=True, clock=clock)
-
-
-def use_plain_layers(model: Any) -> None:
-    """Take our training forwards out, so that transformers' and peft's arithmetic is the standard."""
-    names = {"lora": 0, "last": 0}
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, partial):
-            names["last" if forward.func.__module__.endswith("last_layer") else "lora"] += 1
-            del module.__dict__["forward"]
-    assert names["lora"], "LoRA layers had no forward of ours"
 
 
 LOSS = LossSection(temperature=0.1)
@@ -135,35 +146,38 @@ def reference_options(section: LossSection) -> dict[str, Any]:
 
 def plain_gradients(
     encoder: Encoder,
-    batch: Batch,
+    batch: Stored,
     texts: StepTexts,
     loss: LossSection = LOSS,
     temperature: Tensor | None = None,
+    during: AbstractContextManager[Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Of one forward over all texts at once and one backward. Spends the encoder's lean layers.
+    """Gradients of one forward over all texts at once and one backward; ends our own layers.
 
     `temperature` stands in for the recipe's and gets a gradient too, which is for the caller.
+    `during` is entered for the step and nothing else.
     """
     use_plain_layers(encoder.model)
     encoder.model.zero_grad()
-    with encoder.training_mode(STEP):
+    set_checkpointing(encoder.model, 0)
+    with encoder.training_mode(STEP), during or nullcontext():
         padded = pad(batch.store, texts.text_P, PAD, "left")
-        emb_SD = encoder(padded)[texts.place_S]
+        emb_SD = encoder(padded)[texts.place_S.to(encoder.device)]
         query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
         value, _ = reference_loss(
             query_MD,
             doc_ND,
-            texts.candidates,
+            texts.candidates.to(encoder.device),
             temperature=loss.temperature if temperature is None else temperature,
             **reference_options(loss),
         )
-        value.backward()
+        torch.autograd.backward(value)
     return gradients(encoder.model)
 
 
 def planned_gradients(
     encoder: Encoder,
-    batch: Batch,
+    batch: Stored,
     texts: StepTexts,
     plan: StepPlan,
     *,
@@ -172,9 +186,7 @@ def planned_gradients(
     gradient_scale: float = 1.0,
     during: AbstractContextManager[Any] | None = None,
 ) -> tuple[dict[str, Tensor], StepReport]:
-    """The same by the plan; `during` is entered for the step and nothing else."""
-    from lowmem_cft.model.adapter import set_checkpointing
-
+    """Gradients of one step by the plan; `during` is entered for the step and nothing else."""
     step = ContrastiveStep(
         encoder,
         batch.store,

@@ -1,0 +1,176 @@
+"""What all measurements share: turns, fresh processes, facts of the machine, one line of JSON.
+
+Importing it loads nothing heavy. That matters: on Linux a child process starts with its parent's
+peak resident memory as its own, so whoever starts measured processes has to stay small itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parents[1]
+STARTED = time.perf_counter()
+
+LIBRARIES = (
+    "lowmem-cft",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "sentence-transformers",
+    "datasets",
+    "numpy",
+)
+
+
+def say(text: str) -> None:
+    """A line on standard error, after the seconds since this process began."""
+    print(f"[{time.perf_counter() - STARTED:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def median(values: Sequence[float]) -> float:
+    return float(statistics.median(values))
+
+
+def digits(value: float) -> float:
+    """The value to four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def in_turn(sides: Sequence[T], round_index: int) -> list[T]:
+    """The order of the sides in a round: each of them goes first in one round after another."""
+    first = round_index % max(1, len(sides))
+    return [*sides[first:], *sides[:first]]
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of a module or class is another one while the block runs."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+# -- facts ----------------------------------------------------------------------------------------
+
+
+def versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Versions of the libraries that are installed, and Python's."""
+    by_name = {"python": platform.python_version()}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            by_name[name] = version(name)
+    return by_name
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Names of the device and the CPU, cores and threads."""
+    import torch
+
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
+
+
+def _cpu_name() -> str:
+    facts = Path("/proc/cpuinfo")
+    if facts.is_file():
+        for line in facts.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+def run_fresh(module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run a module in a process of its own and give the JSON object it wrote.
+
+    The file to write it to comes last, as `--result FILE`; what it prints goes to standard error.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", module, *arguments, "--result", str(result)]
+        done = subprocess.run(command, stdout=sys.stderr, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{module} {' '.join(arguments)} failed: {done.returncode}")
+        values: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return values
+
+
+def run_limited(script: Path, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
+    """What a script that may fail had written by its end, and an `error`.
+
+    The script overwrites `--result FILE` as it goes, by `write_whole`. It is killed after `seconds`,
+    with all processes that it started.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, str(script), *arguments, "--result", str(result)]
+        error = None
+        process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
+        try:
+            code = process.wait(seconds)
+            if code:
+                error = f"its process ended with {code}"
+        except subprocess.TimeoutExpired:
+            error = f"killed after {seconds:.0f} s"
+        finally:  # also of a script that has ended: what it left behind
+            end_group(process)
+        values: dict[str, Any] = {}
+        if result.is_file():
+            values = json.loads(result.read_text(encoding="utf-8"))
+        return values if error is None else {"error": error, **values}
+
+
+def end_group(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that leads a session, with all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+def print_line(values: Mapping[str, Any]) -> None:
+    """One line of JSON on standard output."""
+    print(json.dumps(values), flush=True)
+
+
+def write_whole(path: Path, values: Mapping[str, Any]) -> None:
+    """Values as JSON, never half of them."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
