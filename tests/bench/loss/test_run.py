@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates
-from lowmem_cft_kernels.reference import reference_loss
-from numerics import relative_error
-from places import BENCH
+from bench.loss import __main__ as command
+from bench.loss import run
+from bench.loss.cases import BOUNDS, exact_gradients, make_task
+from bench.loss.cases import relative_error as case_error
+from bench.loss.sides import Side, make_sides
 
 CPU = torch.device("cpu")
 SIZE = (24, 48, 32)
 FIGURES = ("ms_median", "ms_p20", "ms_p80", "extra_bytes", "useful_tflops", "share_of_peak")
 
 
-@pytest.fixture
-def loss(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(BENCH))
-    import loss
-
-    monkeypatch.setitem(loss.PEAK_SIZE, "cpu", 64)
-    monkeypatch.setattr(loss, "keep_freed_memory", lambda: None)  # would last for all other tests
-    yield loss
-    for name in ("loss", "loss_sides", "measure"):
-        sys.modules.pop(name, None)
-
-
-def make_side(loss: Any, **variants: Callable[[Any], Any]) -> Any:
+def make_side(**variants: Callable[[Any], Any]) -> Any:
     """An implementation whose variants are functions of the task."""
 
-    class Other(loss.Side):
+    class Other(Side):
         name = "other"
 
         def variants(self, task: Any) -> Any:
@@ -100,9 +88,7 @@ def fails(task: Any) -> Any:
     raise RuntimeError("it does not\nwork")
 
 
-def test_rows_line_and_picture(
-    loss: Any, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_rows_line_and_picture(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     out, picture = tmp_path / "found.json", tmp_path / "found.png"
@@ -123,7 +109,7 @@ def test_rows_line_and_picture(
         "cpu",
     ]
     arguments += ["--mini-batches", "5", "24", "--sides", *here, *rivals]
-    code = loss.main([*arguments, "--out", str(out), "--plot", str(picture)])
+    code = command.main([*arguments, "--out", str(out), "--plot", str(picture)])
     shown = capfd.readouterr()
     found = json.loads(shown.out.splitlines()[-1])
     assert code == 0, shown.err
@@ -165,10 +151,10 @@ def test_rows_line_and_picture(
         a_row_short,
     ],
 )
-def test_wrong_is_caught(loss: Any, wrong: Callable[[Any], Any]) -> None:
-    sides = [make_side(loss, it=right), make_side(loss, it=wrong)]
+def test_wrong_is_caught(wrong: Callable[[Any], Any]) -> None:
+    sides = [make_side(it=right), make_side(it=wrong)]
     dtypes = [torch.float32, torch.bfloat16]
-    found = loss.run(CPU, [SIZE], dtypes, sides=sides, rounds=3)
+    found = run.run(CPU, [SIZE], dtypes, sides=sides, rounds=3)
     assert len(found["rows"]) == 8
     for good, bad in zip(found["rows"][::2], found["rows"][1::2], strict=True):
         assert good["status"] == "ok", good
@@ -178,9 +164,9 @@ def test_wrong_is_caught(loss: Any, wrong: Callable[[Any], Any]) -> None:
     json.dumps(found, allow_nan=False)
 
 
-def test_a_correct_variant_stands_for_the_others(loss: Any) -> None:
-    sides = [make_side(loss, bad=colder, none=fails, good=right), make_side(loss, none=fails)]
-    one, other = loss.run(CPU, [SIZE], modes=["one_way"], sides=sides, rounds=3)["rows"]
+def test_a_correct_variant_stands_for_the_others() -> None:
+    sides = [make_side(bad=colder, none=fails, good=right), make_side(none=fails)]
+    one, other = run.run(CPU, [SIZE], modes=["one_way"], sides=sides, rounds=3)["rows"]
     assert one["status"] == "ok"
     assert one["note"].startswith("good (bad: off by")
     assert "none: RuntimeError: it does not" in one["note"]
@@ -188,49 +174,47 @@ def test_a_correct_variant_stands_for_the_others(loss: Any) -> None:
     assert other["note"] == "none: RuntimeError: it does not"
 
 
-def test_torch_without_the_function_is_named(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_the_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-    sides = [side for side in loss.make_sides() if side.name == "torch_linear"]
-    (row,) = loss.run(CPU, [SIZE], modes=["one_way"], sides=sides)["rows"]
+    sides = [side for side in make_sides() if side.name == "torch_linear"]
+    (row,) = run.run(CPU, [SIZE], modes=["one_way"], sides=sides)["rows"]
     assert row["status"] == "absent"
     assert row["note"] == f"not in torch {torch.__version__}, from 2.13 on"
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch before 2.13")
-def test_variants_of_torchs_own_are_judged(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_of_torchs_own_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both do the same work; one that does not is wrong and stands for nothing."""
-    sides = [side for side in loss.make_sides() if side.name == "torch_linear"]
-    task = loss.make_task(SIZE, "symmetric", torch.bfloat16, CPU, 0.05, True)
-    wanted = loss.wanted_gradients(task)
+    sides = [side for side in make_sides() if side.name == "torch_linear"]
+    task = make_task(SIZE, "symmetric", torch.bfloat16, CPU, 0.05, True)
+    wanted = exact_gradients(task)
     for name, prepare in sides[0].variants(task).items():
-        error = max(loss.relative_error(*pair) for pair in zip(prepare()(), wanted, strict=True))
-        assert error < loss.BOUNDS[torch.bfloat16], name
+        error = max(case_error(*pair) for pair in zip(prepare()(), wanted, strict=True))
+        assert error < BOUNDS[torch.bfloat16], name
     right = F.linear_cross_entropy
     monkeypatch.setattr(F, "linear_cross_entropy", lambda *a, **k: right(*a, **k) * 1.1)
-    for row in loss.run(CPU, [SIZE], sides=sides)["rows"]:
+    for row in run.run(CPU, [SIZE], sides=sides)["rows"]:
         assert row["status"] == "wrong"
 
 
 @pytest.mark.parametrize("when", ["judged", "measured"])
-def test_who_breaks_the_device_is_named(
-    loss: Any, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
+def test_who_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """Rows of the sizes before stay; others are not blamed."""
     calls: list[Any] = []
 
     def breaks(task: Any) -> Any:
         calls.append(task)
         if task.size != SIZE and (when == "judged" or len(calls) > 12):
-            monkeypatch.setattr(loss, "synchronize", fails)
+            monkeypatch.setattr(run, "synchronize", fails)
             raise RuntimeError("an illegal memory access was encountered")
         return right(task)
 
-    breaking = make_side(loss, it=breaks)
+    breaking = make_side(it=breaks)
     breaking.name = "breaking"
-    ours = make_side(loss, it=right)
+    ours = make_side(it=right)
     ours.name = "ours"
     sizes = [SIZE, (8, 16, 32), (8, 8, 8)]
-    found = loss.run(CPU, sizes, modes=["one_way"], sides=[ours, breaking], rounds=3)
+    found = run.run(CPU, sizes, modes=["one_way"], sides=[ours, breaking], rounds=3)
     assert found["stopped"].startswith("breaking broke the device: RuntimeError: an illegal")
     rows = [(row["m"], row["impl"], row["status"]) for row in found["rows"]]
     assert rows == [
@@ -242,54 +226,25 @@ def test_who_breaks_the_device_is_named(
     json.dumps(found, allow_nan=False)
 
 
-def test_what_needs_too_much_is_left_out(loss: Any) -> None:
-    found = loss.run(CPU, [SIZE], sides=loss.make_sides()[:1], limit_bytes=1000)
+def test_what_needs_too_much_is_left_out() -> None:
+    found = run.run(CPU, [SIZE], sides=make_sides()[:1], limit_bytes=1000)
     assert [row["status"] for row in found["rows"]] == ["skipped"] * 2
     assert found["speedup_vs_st"] is None
 
 
-def test_ours_failing_is_an_error(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = make_side(loss, chunked=fails)
+def test_ours_failing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = make_side(chunked=fails)
     broken.name = "ours"
-    monkeypatch.setattr(loss, "make_sides", lambda *args: [broken])
-    assert loss.main(["--sizes", "24x48x32", "--device", "cpu"]) == 1
+    monkeypatch.setattr(command, "make_sides", lambda *args: [broken])
+    assert command.main(["--sizes", "24x48x32", "--device", "cpu"]) == 1
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("mode", ["one_way", "symmetric"])
-def test_formula(loss: Any, mode: str, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_BLOCK", 10 * SIZE[1] * 8)  # blocks of 10, 10 and 4 queries
-    task = loss.make_task(SIZE, mode, torch.float32, CPU, 0.1, normalize)
-    leaves = [x.double().mul(3).requires_grad_() for x in (task.query_MD, task.doc_ND)]
-    value, _ = reference_loss(
-        *leaves,
-        Candidates(target=torch.arange(SIZE[0])),
-        temperature=0.1,
-        softmaxes=SYMMETRIC if task.symmetric else ONE_WAY,
-        normalize=normalize,
-    )
-    wanted = torch.autograd.grad(value, leaves)
-    scaled = type(task)(*(x.detach() for x in leaves), mode, 0.1, normalize)
-    for got, gradient in zip(loss.wanted_gradients(scaled), wanted, strict=True):
-        assert gradient.abs().max() > 0
-        assert relative_error(got, gradient) < 1e-12
-
-
-@pytest.mark.parametrize("size", [SIZE, (512, 512, 384), (1024, 2048, 768)])
-def test_inputs_have_gradients_of_both_kinds(loss: Any, size: tuple[int, int, int]) -> None:
-    task = loss.make_task(size, "one_way", torch.float32, CPU, 0.05, True)
-    assert relative_error(task.doc_ND.norm(dim=1), torch.ones(size[1])) < 1e-5
-    logit_MN = task.query_MD @ task.doc_ND.T / 0.05
-    share_M = logit_MN.softmax(dim=1).diagonal()
-    assert 0.2 < float(share_M.median()) < 0.8
-
-
-def test_headline(loss: Any) -> None:
+def test_headline() -> None:
     def row(m: int, by_ours: float | None, **other: str) -> dict[str, Any]:
         size = {"m": m, "n": 2 * m, "d": 16, "dtype": "float32", "mode": "one_way"}
         return {"impl": "st", "by_ours": by_ours, **size, **other}
 
     rows = [row(8, 2.0), row(64, 3.0), row(99, 9.0, mode="symmetric"), row(200, None)]
-    assert loss.speedup(rows, "st", (8, 16, 16), "float32") == (2.0, "8x16x16 float32 one_way")
-    assert loss.speedup(rows, "st", (8, 16, 16), "bfloat16") == (3.0, "64x128x16 float32 one_way")
-    assert loss.speedup(rows, "eager", (8, 16, 16), "float32") == (None, "none")
+    assert run.speedup(rows, "st", (8, 16, 16), "float32") == (2.0, "8x16x16 float32 one_way")
+    assert run.speedup(rows, "st", (8, 16, 16), "bfloat16") == (3.0, "64x128x16 float32 one_way")
+    assert run.speedup(rows, "eager", (8, 16, 16), "float32") == (None, "none")
