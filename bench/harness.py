@@ -119,39 +119,35 @@ def run_fresh(module: str, arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", module, *arguments, "--result", str(result)]
-        done = subprocess.run(command, stdout=sys.stderr, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{module} {' '.join(arguments)} failed: {done.returncode}")
-        values: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return values
+    values = run_limited(["-m", module, *arguments])
+    if "error" in values:
+        raise RuntimeError(f"{module} {' '.join(arguments)}: {values['error']}")
+    return values
 
 
-def run_limited(script: Path, arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What a script that may fail had written by its end, and an `error`.
+def run_limited(command: Sequence[str], seconds: float | None = None) -> dict[str, Any]:
+    """What Python, called so, had written by its end, and an `error` where it failed.
 
-    The script overwrites `--result FILE` as it goes, by `write_whole`. It is killed after `seconds`,
-    with all processes that it started.
+    It overwrites `--result FILE`, which comes last, as it goes, by `write_whole`. It is killed after
+    `seconds`, with all processes that it started.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, str(script), *arguments, "--result", str(result)]
-        error = None
-        process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, *command, "--result", str(result)],
+            stdout=sys.stderr,
+            start_new_session=True,
+        )
+        error: dict[str, Any] = {}
         try:
-            code = process.wait(seconds)
-            if code:
-                error = f"its process ended with {code}"
+            if code := process.wait(seconds):
+                error = {"error": f"its process ended with {code}"}
         except subprocess.TimeoutExpired:
-            error = f"killed after {seconds:.0f} s"
-        finally:  # also of a script that has ended: what it left behind
+            error = {"error": f"killed after {seconds:.0f} s"}
+        finally:  # also of a process that has ended: what it left behind
             end_group(process)
-        values: dict[str, Any] = {}
-        if result.is_file():
-            values = json.loads(result.read_text(encoding="utf-8"))
-        return values if error is None else {"error": error, **values}
+        written = result.read_text(encoding="utf-8") if result.is_file() else "{}"
+        return {**error, **json.loads(written)}
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:

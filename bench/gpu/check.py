@@ -6,7 +6,7 @@
     python bench/gpu_check.py --only memory --rows 16384 --leave-gib 7.7
     python bench/gpu_check.py --tiny                               # all of it on any machine
 
-README.md beside this file says which packages a GPU machine without a network needs, and how they
+bench/README.md says which packages a GPU machine without a network needs, and how they
 are carried there; what one part lacks fails that part alone.
 
 Parts run in the order below, each in a process and a time budget of its own; a part that ends early
@@ -258,7 +258,8 @@ def run_apart(name: str, values: argparse.Namespace, seconds: float) -> dict[str
     start = time.perf_counter()
     left = total_seconds(values) - _CLOSING - (start - STARTED)
     limit = min(_START + seconds + _GRACE, left)
-    result = run_limited(SCRIPT, part_arguments(name, values, seconds), max(5.0, limit))
+    command = [str(SCRIPT), *part_arguments(name, values, seconds)]
+    result = run_limited(command, max(5.0, limit))
     result = {"ok": False, **result, "seconds": round(time.perf_counter() - start, 1)}
     if result.pop("unfinished", False) or "error" in result:
         result["ok"] = False

@@ -178,20 +178,9 @@ def make_case(words: frozenset[str], shape: Shape) -> Case:
         target_MP[1::3] = NO_TARGET
     bank = None
     if "bank" in words:
-        bank = Bank(
-            doc_CD=unit * embeddings(4 + num_docs // 3),
-            keys_C=integers(0, num_docs, 4 + num_docs // 3) if words & {"key", "keys"} else None,
-            guide_CG=doc_guide_NG[: 4 + num_docs // 3] if "guides" in words else None,
-        )
-    false_negatives = None
-    if words & (MARGINS | {"guides"}):
-        step = 1 / 8 if "guides" in words else unit**2
-        guides = {"query_guide_MG": query_guide_MG, "doc_guide_NG": doc_guide_NG}
-        false_negatives = FalseNegatives(
-            margin=_margin(words, step, draw, num_queries),
-            relative="relative" in words,
-            **(guides if "guides" in words else {}),
-        )
+        bank = _bank(words, unit * embeddings(4 + num_docs // 3), doc_guide_NG, draw)
+    guides = {"query_guide_MG": query_guide_MG, "doc_guide_NG": doc_guide_NG}
+    false_negatives = _false_negatives(words, unit, guides, draw)
     if normalize:  # by powers of two: still on a grid
         query_MD *= 2.0 ** integers(-1, 2, num_queries, 1)
         doc_ND *= 2.0 ** integers(-1, 2, num_docs, 1)
@@ -210,6 +199,31 @@ def make_case(words: frozenset[str], shape: Shape) -> Case:
     candidates = _candidates(words, target_MP, num_docs, draw)
     strided = "strided" in words
     return Case(unit * query_MD, unit * doc_ND, candidates, options, strided)
+
+
+def _bank(
+    words: frozenset[str], doc_CD: Tensor, doc_guide_NG: Tensor, draw: torch.Generator
+) -> Bank:
+    size, num_docs = len(doc_CD), len(doc_guide_NG)
+    keyed = words & {"key", "keys"}
+    return Bank(
+        doc_CD=doc_CD,
+        keys_C=torch.randint(0, num_docs, (size,), generator=draw) if keyed else None,
+        guide_CG=doc_guide_NG[:size] if "guides" in words else None,
+    )
+
+
+def _false_negatives(
+    words: frozenset[str], unit: float, guides: dict[str, Tensor], draw: torch.Generator
+) -> FalseNegatives | None:
+    if not words & (MARGINS | {"guides"}):
+        return None
+    guided = "guides" in words
+    return FalseNegatives(
+        margin=_margin(words, 1 / 8 if guided else unit**2, draw, len(guides["query_guide_MG"])),
+        relative="relative" in words,
+        **(guides if guided else {}),
+    )
 
 
 def _margin(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,17 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import plain
 from bench.gpu.options import Options
 from lowmem_cft.data.batches import RowTable, StepTexts, step_texts
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import StepPlan
-from lowmem_cft.gradient.step import StepReport
 from lowmem_cft.model.configs import disable_base_dropout
 from lowmem_cft.model.encoder import Encoder
-from plain import PAD, STEP, with_adapter
-
-__all__ = ["PAD", "STEP"]
+from plain import PAD, with_adapter
 
 FAMILIES = ("llama", "gemma", "phi", "opt", "granite")
 POOLING = {"gemma": "mean", "phi": "weighted-mean"}
@@ -132,26 +127,6 @@ def batch_for(options: Options) -> Batch:
 
 
 Gradients = dict[str, Tensor]
-
-
-def planned_gradients(
-    encoder: Encoder,
-    batch: Batch,
-    plan: StepPlan,
-    during: AbstractContextManager[Any] | None = None,
-) -> tuple[Gradients, StepReport]:
-    """Gradients of one step by the plan; `during` is entered for the step and nothing else."""
-    return plain.planned_gradients(encoder, batch, batch.texts, plan, during=during)
-
-
-def plain_gradients(
-    encoder: Encoder, batch: Batch, during: AbstractContextManager[Any] | None = None
-) -> Gradients:
-    """Gradients of one forward over all texts and one backward by the libraries' own layers.
-
-    The encoder has no layers of ours any more after it.
-    """
-    return plain.plain_gradients(encoder, batch, batch.texts, during=during)
 
 
 def greatest_error(got: Gradients, exact: Gradients) -> float:

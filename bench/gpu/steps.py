@@ -17,7 +17,7 @@ from bench.gpu.options import MODELS, Options
 from bench.gpu.phases import PhaseClock, Sample, watched
 from bench.gpu.profile import profiled
 from bench.gpu.real_models import attach, build_base, config_for, weight_bytes
-from bench.gpu.small_models import STEP, Batch
+from bench.gpu.small_models import Batch
 from lowmem_cft.data.batches import RowTable, step_texts
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TokenStore
@@ -32,6 +32,7 @@ from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import MemorySection, Recipe
 from lowmem_cft.training.optimizer import make_optimizer
 from lowmem_cft.units import GIB
+from plain import STEP
 
 RATES = ("seconds_by_phase", "tokens_per_s", "tflops", "share_of_matrix_peak")
 """Keys of a step that its time decides."""

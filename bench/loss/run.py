@@ -50,6 +50,17 @@ SIZES: dict[str, list[Size]] = {
 }
 LIMIT_BYTES = {"cpu": 16 * 2**30, "cuda": 12 * 2**30}
 
+_LIBRARIES = (
+    "lowmem-cft",
+    "torch",
+    "triton",
+    "sentence-transformers",
+    "memeff",
+    "inf-cl",
+    "cut-cross-entropy",
+    "liger-kernel",
+)
+
 
 @dataclass
 class Entry:
@@ -272,7 +283,7 @@ def run(
     temperature: float = 0.05,
     normalize: bool = True,
 ) -> dict[str, Any]:
-    """Compare at every size, dtype and mode; the values of the JSON line (see the module).
+    """Compare at every size, dtype and mode; the values of the JSON line, as `__main__.py` says.
 
     Args:
         sizes, dtypes, sides: those of the device, float16 or float32, and `make_sides()` if None.
@@ -281,11 +292,11 @@ def run(
         limit_bytes: who may need more on a CPU is left out; on CUDA nobody gets more.
     """
     started, kind = time.perf_counter(), device.type
-    headline_dtype = HEADLINE[kind][1]
     sizes = SIZES[kind] if sizes is None else sizes
-    dtypes = [getattr(torch, headline_dtype)] if dtypes is None else dtypes
+    dtypes = [getattr(torch, HEADLINE[kind][1])] if dtypes is None else dtypes
     sides = make_sides() if sides is None else sides
     limit_bytes = LIMIT_BYTES[kind] if limit_bytes is None else limit_bytes
+    options: dict[str, Any] = {"rounds": rounds, "budget_s": budget_s, "limit_bytes": limit_bytes}
     rows: list[Row] = []
     stopped: dict[str, str] = {}
     with capped(device, limit_bytes):
@@ -296,14 +307,7 @@ def run(
                 continue
             task = make_task(size, mode, dtype, device, temperature, normalize)
             try:
-                rows += compare(
-                    task,
-                    sides,
-                    rounds=rounds,
-                    budget_s=budget_s,
-                    limit_bytes=limit_bytes,
-                    peak_tflops=peaks[dtype],
-                )
+                rows += compare(task, sides, peak_tflops=peaks[dtype], **options)
             except DeviceBroken as problem:
                 rows += problem.rows
                 stopped = {"stopped": str(problem)}
@@ -312,8 +316,6 @@ def run(
             del task
             release()
             say(f"{size}, {dtype}, {mode}")
-    packages = ("lowmem-cft", "torch", "triton", "sentence-transformers")
-    rivals = ("memeff", "inf-cl", "cut-cross-entropy", "liger-kernel")
     return {
         "benchmark": "loss",
         **stopped,
@@ -323,5 +325,5 @@ def run(
         "normalize": normalize,
         "rows": rows,
         "machine": machine(device),
-        "versions": versions((*packages, *rivals)),
+        "versions": versions(_LIBRARIES),
     }

@@ -18,9 +18,7 @@ from bench.gpu.options import Options
 from bench.gpu.real_models import attach, build_base, nudge_adapter
 from bench.gpu.small_models import (
     FAMILIES,
-    PAD,
     POOLING,
-    STEP,
     Batch,
     FailAt,
     Gradients,
@@ -28,8 +26,6 @@ from bench.gpu.small_models import (
     greatest_error,
     make_batch,
     make_encoder,
-    plain_gradients,
-    planned_gradients,
     plans_for,
     small_config,
     summed_error,
@@ -45,6 +41,7 @@ from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.units import GIB
 from lowmem_cft_kernels import info_nce
 from lowmem_cft_kernels.dropout import identity_dropout, reference_dropout
+from plain import PAD, STEP, plain_gradients, planned_gradients
 
 _INJECTIONS = 5
 """Operations of a step at which memory is made to run out; a step takes a GPU's host a second."""
@@ -59,11 +56,11 @@ def check_plans(options: Options, checks: Checks, dtype: torch.dtype, bound: flo
         encoder = make_encoder(config, dtype, options.device, pooling=pooling)
         plans, gradients = list(plans_for(batch).items()), {}
         for name, plan in plans[place % 3 :: 3] if options.tiny else plans:
-            gradients[name], report = planned_gradients(encoder, batch, plan)
+            gradients[name], report = planned_gradients(encoder, batch, batch.texts, plan)
             checks.holds("plan left as it was", f"{family}, {name}", report.plan == plan)
-        wanted = plain_gradients(encoder, batch)
+        expected = plain_gradients(encoder, batch, batch.texts)
         for name, got in gradients.items():
-            checks.at_most(kind, f"{family}, {name}", greatest_error(got, wanted), bound)
+            checks.at_most(kind, f"{family}, {name}", greatest_error(got, expected), bound)
 
 
 def check_bfloat16(options: Options, checks: Checks) -> None:
@@ -73,13 +70,15 @@ def check_bfloat16(options: Options, checks: Checks) -> None:
     for family in FAMILIES:
         config = small_config(family, options.tiny)
         make = partial(make_encoder, config, device=options.device, round_to=half, dropout=0.1)
-        wanted = plain_gradients(make(dtype=torch.float64), batch)
+        expected = plain_gradients(make(dtype=torch.float64), batch, batch.texts)
         autocast = torch.autocast(options.device.type, half)
-        error = summed_error(plain_gradients(make(dtype=half), batch, autocast), wanted)
+        error = summed_error(
+            plain_gradients(make(dtype=half), batch, batch.texts, during=autocast), expected
+        )
         encoder = make(dtype=half)
         for name in ("checkpointed",) if options.tiny else ("some kept", "checkpointed"):
-            got, _ = planned_gradients(encoder, batch, plans[name])
-            ratio = summed_error(got, wanted) / error
+            got, _ = planned_gradients(encoder, batch, batch.texts, plans[name])
+            ratio = summed_error(got, expected) / error
             checks.at_most("bf16 error by plain's", f"{family}, {name}", ratio, 1.5)
 
 
@@ -126,10 +125,10 @@ def check_dropout(options: Options, checks: Checks) -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             x_LF = torch.randn(num_features, num_tokens, generator=draw).to(dtype).T
             for rate in (0.05, 0.5):
-                wanted = reference_dropout(x_LF, *host, rate)
+                expected = reference_dropout(x_LF, *host, rate)
                 got = identity_dropout(x_LF.to(options.device), *there, rate)
                 name = f"{shape}, {dtype_name(dtype)}, rate {rate}"
-                checks.holds("dropout on the device", name, same_bits(got, wanted))
+                checks.holds("dropout on the device", name, same_bits(got, expected))
 
 
 def check_injected(options: Options, checks: Checks) -> None:
@@ -142,11 +141,13 @@ def check_injected(options: Options, checks: Checks) -> None:
     changed: set[str] = set()
     for plan_name, given in {"none kept": plan, "some kept": kept}.items():
         count = FailAt(0)
-        planned_gradients(encoder, batch, given, count)
+        planned_gradients(encoder, batch, batch.texts, given, during=count)
         for k in np.linspace(1, -count.left, _INJECTIONS).astype(int).tolist():
             name = f"{plan_name}, operation {k} of {-count.left}"
             try:
-                got, report = planned_gradients(encoder, batch, given, FailAt(k))
+                got, report = planned_gradients(
+                    encoder, batch, batch.texts, given, during=FailAt(k)
+                )
             except DoesNotFit:  # right where a single text was in work
                 continue
             gradients.append((name, got))
@@ -154,9 +155,9 @@ def check_injected(options: Options, checks: Checks) -> None:
             now = report.plan.to_json()
             changed |= {key for key, value in given.to_json().items() if value != now[key]}
     gradients.append(("loss", _failing_loss(encoder, batch, plan, changed)))
-    wanted = plain_gradients(encoder, batch)
+    expected = plain_gradients(encoder, batch, batch.texts)
     for name, got in gradients:
-        checks.at_most("out of memory", name, greatest_error(got, wanted), 1e-10)
+        checks.at_most("out of memory", name, greatest_error(got, expected), 1e-10)
     for key in ("forward_tokens", "backward_tokens", "kept_tokens", "workspace_bytes"):
         checks.holds("phases that ran out", key, key in changed)
 
@@ -173,7 +174,7 @@ def _failing_loss(encoder: Encoder, batch: Batch, plan: StepPlan, changed: set[s
         return result
 
     with replaced(step, "info_nce", failing):
-        got, report = planned_gradients(encoder, batch, plan)
+        got, report = planned_gradients(encoder, batch, batch.texts, plan)
     if report.plan.workspace_bytes < plan.workspace_bytes:
         changed.add("workspace_bytes")
     return got
@@ -189,19 +190,19 @@ def check_real_out_of_memory(options: Options, checks: Checks) -> None:
     batch = make_batch(128, 300, 40)
     encoder = make_encoder(config, torch.float32, options.device)
     plan = StepPlan(backward_tokens=10**6, forward_tokens=10**6, kept_tokens=None)
-    planned_gradients(encoder, batch, plan)  # cuBLAS takes its workspace
+    planned_gradients(encoder, batch, batch.texts, plan)  # cuBLAS takes its workspace
     release()
     reserved = torch.cuda.memory_reserved(options.device)
     torch.cuda.reset_peak_memory_stats(options.device)
-    wanted, _ = planned_gradients(encoder, batch, plan)
+    expected, _ = planned_gradients(encoder, batch, batch.texts, plan)
     rise = torch.cuda.max_memory_reserved(options.device) - reserved
     release()
     room = reserved + int(0.4 * rise)
     with capped(options.device, room):
-        got, report = planned_gradients(encoder, batch, plan)
+        got, report = planned_gradients(encoder, batch, batch.texts, plan)
     say(f"  {rise / GIB:.2f} GiB wanted, 40 % given: {report.plan.describe()}")
     checks.holds("plan took notice", "of the allocator", report.plan != plan)
-    checks.at_most("out of memory, real", "float32", greatest_error(got, wanted), 1e-5)
+    checks.at_most("out of memory, real", "float32", greatest_error(got, expected), 1e-5)
 
 
 def check_repeatable(options: Options, checks: Checks) -> None:
@@ -211,8 +212,8 @@ def check_repeatable(options: Options, checks: Checks) -> None:
         for family in FAMILIES[:1] if options.tiny else FAMILIES:
             encoder = make_encoder(small_config(family, options.tiny), dtype, options.device)
             plan = plans_for(batch)["checkpointed"]
-            first, report = planned_gradients(encoder, batch, plan)
-            second, again = planned_gradients(encoder, batch, plan)
+            first, report = planned_gradients(encoder, batch, batch.texts, plan)
+            second, again = planned_gradients(encoder, batch, batch.texts, plan)
             same = all(torch.equal(first[name], second[name]) for name in first)
             name = f"{family}, {dtype_name(dtype)}"
             checks.holds("second run", name, same and torch.equal(report.loss, again.loss))
@@ -233,10 +234,10 @@ def check_nf4(options: Options, checks: Checks) -> None:
         nudge_adapter(encoder)
         names = ("checkpointed",) if options.tiny else ("some kept", "checkpointed")
         plans = [plans_for(batch)[name] for name in names]
-        gradients = [planned_gradients(encoder, batch, plan)[0] for plan in plans]
-        wanted = plain_gradients(encoder, batch)
+        gradients = [planned_gradients(encoder, batch, batch.texts, plan)[0] for plan in plans]
+        expected = plain_gradients(encoder, batch, batch.texts)
         for got in gradients:
-            checks.at_most("plans on nf4", family, greatest_error(got, wanted), 1e-5)
+            checks.at_most("plans on nf4", family, greatest_error(got, expected), 1e-5)
     return None
 
 

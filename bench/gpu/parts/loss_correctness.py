@@ -74,45 +74,49 @@ def check_set(
             exact, more = exact.off_the_grid(), {"products": Products.SPLIT_BF16}
         inputs = torch.float32 if dtype == SPLIT else getattr(torch, dtype)
         case = exact.to(inputs, torch.device(device))
-        wanted = exact.run(LossPath.REFERENCE)
+        reference = exact.run(LossPath.REFERENCE)
         got, again = case.run(LossPath(path), **more), case.run(LossPath(path), **more)
         title = f"{path}, {dtype}: {name}, {'x'.join(map(str, shape))}"
         keys = ("loss", *_GRADIENTS)
         same = all(torch.equal(getattr(got, key), getattr(again, key)) for key in keys)
         findings.append(("loss: second run", title, 0.0 if same else 1.0, 0.0))
-        for kind, value, bound in _compared(case, got, wanted, dtype):
+        for kind, value, bound in _compared(case, got, reference, dtype):
             findings.append((kind, title, value, bound))
     torch.cuda.empty_cache()  # other processes share the device
     return findings
 
 
 def _compared(
-    case: Case, got: InfoNCEResult, wanted: InfoNCEResult, dtype: str
+    case: Case, got: InfoNCEResult, reference: InfoNCEResult, dtype: str
 ) -> Iterator[tuple[str, float, float]]:
     """Kind, value and bound. Logits are not rounded: the value is as exact from 16-bit inputs."""
     bound = 1e-10 if dtype == "float64" else 1e-5
-    yield f"loss: value, {dtype}", float((got.loss - wanted.loss).abs() / wanted.loss.abs()), bound
-    errors = errors_of(case, [getattr(got, key) for key in _GRADIENTS], wanted)
+    yield (
+        f"loss: value, {dtype}",
+        float((got.loss - reference.loss).abs() / reference.loss.abs()),
+        bound,
+    )
+    errors = errors_of(case, [getattr(got, key) for key in _GRADIENTS], reference)
     if dtype in ("float32", "float64"):
         for key, error in errors.items():
             yield f"loss: {key}, {dtype}", error, bound
     else:
         half = case.to(torch.bfloat16, case.query_MD.device) if dtype == SPLIT else case
-        eager = errors_of(case, half.by_eager(), wanted)
+        eager = errors_of(case, half.by_eager(), reference)
         eager["d_temperature"] = max(eager.values())  # a single number may be right by luck
         for key, error in errors.items():
             yield f"loss: {key}'s error by eager's, {dtype}", error / eager[key], 2.0
     if dtype == SPLIT:
         return  # without a grid, ranks depend on rounding
-    for key, value in vars(wanted.observed).items():
+    for key, value in vars(reference.observed).items():
         if case.options["normalize"] and key in ("accuracy", "mean_rank"):
             continue  # two cosines that are equal by the formula are not after rounding
         yield f"loss: {key}, {dtype}", _difference(getattr(got.observed, key), value), bound
 
 
-def _difference(got: Tensor, wanted: Tensor) -> float:
-    """Relative to what is wanted, where that is not small; 0 between two that are no numbers."""
-    value, exact = float(got), float(wanted)
+def _difference(got: Tensor, reference: Tensor) -> float:
+    """The difference relative to the reference, where that is not small; 0 between two NaN."""
+    value, exact = float(got), float(reference)
     if math.isnan(value) and math.isnan(exact):
         return 0.0
     return abs(value - exact) / max(abs(exact), 0.1)

@@ -144,8 +144,7 @@ def measure_steps(rig: Rig, result: dict[str, Any]) -> None:
     again = run_step(rig, small_rows, small, emptied=False)
     first |= {key: again[key] for key in ("seconds", "seconds_whole", *RATES)}
     result["steps"].append(first)
-    wanted = 64 if options.tiny else options.rows
-    large_rows, large = largest_fitting(rig, wanted)
+    large_rows, large = largest_fitting(rig, 64 if options.tiny else options.rows)
     if large_rows <= small_rows:
         return
     options.note({"in_work": result})  # if the step takes longer than it should

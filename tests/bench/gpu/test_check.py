@@ -239,7 +239,7 @@ def test_the_total_holds_even_for_a_part_in_work(
 ) -> None:
     limits: list[float] = []
 
-    def limited(script: Path, arguments: Any, seconds: float) -> dict[str, Any]:
+    def limited(command: Any, seconds: float) -> dict[str, Any]:
         limits.append(seconds)
         monkeypatch.setattr(check, "STARTED", check.STARTED - 57)  # it took so long
         return {"ok": True}

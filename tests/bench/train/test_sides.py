@@ -8,6 +8,7 @@ from bench.gpu import small_models
 from bench.train.sides import encoder_around
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.recipe.load import load_recipe
+from plain import PAD
 
 
 def test_a_model_that_others_train_is_left_as_it_is() -> None:
@@ -24,6 +25,6 @@ def test_a_model_that_others_train_is_left_as_it_is() -> None:
     wanted = model(ids_BT).last_hidden_state
     batch = small_models.make_batch(6, 14, 12)
     with encoder.training_mode(step=0):
-        encoder(pad(batch.store, batch.texts.text_P, small_models.PAD))
+        encoder(pad(batch.store, batch.texts.text_P, PAD))
         got = model(ids_BT).last_hidden_state
     assert torch.equal(got, wanted)
