@@ -50,17 +50,17 @@ def test_last_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert encode.main(arguments) == 0
     out, err = capfd.readouterr()
     (line,) = out.splitlines()
-    found = json.loads(line)
-    assert 0 < found["max_abs_diff"] < 1e-5
-    assert 0 < found["prefix_max_abs_diff"] < 1e-5
-    (row,), (prefix_row,) = found["rows"], found["prefix_rows"]
-    assert found["speedup"] == pytest.approx(row["st_s"] / row["ours_s"], abs=0.01)
-    assert found["prefix_speedup"] == pytest.approx(
+    results = json.loads(line)
+    assert 0 < results["max_abs_diff"] < 1e-5
+    assert 0 < results["prefix_max_abs_diff"] < 1e-5
+    (row,), (prefix_row,) = results["rows"], results["prefix_rows"]
+    assert results["speedup"] == pytest.approx(row["st_s"] / row["ours_s"], abs=0.01)
+    assert results["prefix_speedup"] == pytest.approx(
         prefix_row["each_s"] / prefix_row["once_s"], abs=0.01
     )
-    assert (row["set"], row["distinct"], found["distinct"]) == ("demo", 40, 40)
-    assert found["st_batch"] in (4, 8)
-    assert found["rounds"] == 2
+    assert (row["set"], row["distinct"], results["distinct"]) == ("demo", 40, 40)
+    assert results["st_batch"] in (4, 8)
+    assert results["rounds"] == 2
     assert "seconds by batch size" in err
     assert err.index("round 1/2  demo  st") < err.index("round 1/2  demo  ours")
     assert err.index("round 2/2  demo  ours") < err.index("round 2/2  demo  st")

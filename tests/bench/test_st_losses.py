@@ -17,17 +17,17 @@ def test_last_line(capfd: pytest.CaptureFixture[str], softmaxes: str) -> None:
     assert st_losses.main(["--quick", "--device", "cpu", "--softmaxes", softmaxes]) == 0
     out, err = capfd.readouterr()
     (line,) = out.splitlines()
-    found = json.loads(line)
-    rows = {row["side"]: row for row in found["rows"]}
+    results = json.loads(line)
+    rows = {row["side"]: row for row in results["rows"]}
     assert list(rows) == SIDES
     assert all(len(row["ms_rounds"]) == 2 and row["ms"] > 0 for row in rows.values())
-    assert 0 < found["difference"] < 1e-3
+    assert 0 < results["difference"] < 1e-3
     for ratio, kind in (("", ""), ("_cached", "_cached")):
         ours, theirs = rows[f"ours{kind}"], rows[f"st{kind}"]
         speedup = theirs["ms"] / ours["ms"]
-        assert found[f"speedup{ratio}"] == pytest.approx(speedup, rel=2e-3)
+        assert results[f"speedup{ratio}"] == pytest.approx(speedup, rel=2e-3)
         memory = ours["peak_bytes"] / theirs["peak_bytes"]
-        assert found[f"memory_ratio{ratio}"] == pytest.approx(memory, rel=2e-3)
+        assert results[f"memory_ratio{ratio}"] == pytest.approx(memory, rel=2e-3)
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
     assert rows["ours_cached"]["peak_bytes"] < rows["ours"]["peak_bytes"]
     assert err.index("round 1: ours:") < err.index("round 1: st:")

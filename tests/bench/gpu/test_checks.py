@@ -20,7 +20,7 @@ def test_a_check_that_does_not_hold_is_listed() -> None:
         raise RuntimeError("broken")
 
     checks.group("a group", group)
-    found = checks.to_json()
-    assert not found["ok"]
-    assert [failed.get("name") for failed in found["failed"]] == ["name", None]
-    assert "broken" in found["failed"][1]["error"]
+    results = checks.to_json()
+    assert not results["ok"]
+    assert [failed.get("name") for failed in results["failed"]] == ["name", None]
+    assert "broken" in results["failed"][1]["error"]

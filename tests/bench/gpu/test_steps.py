@@ -17,8 +17,8 @@ def test_a_sampled_step_computes_a_part_of_the_texts(monkeypatch: pytest.MonkeyP
     """The loss has all rows and is finite; of the texts only the sample is encoded."""
     options = Options(torch.device("cpu"), True, 2**33, 100.0)
     rig = steps.make_rig("MiniCPM-2B", options, "none", 2**33, 1e12)
-    found = rig.choose(32)
-    found = replace(found, plan=replace(found.plan, backward_tokens=200, kept_tokens=0))
+    results = rig.choose(32)
+    results = replace(results, plan=replace(results.plan, backward_tokens=200, kept_tokens=0))
     texts: list[int] = []
     encode = type(rig.encoder).__call__
 
@@ -28,10 +28,10 @@ def test_a_sampled_step_computes_a_part_of_the_texts(monkeypatch: pytest.MonkeyP
         return emb_BD
 
     monkeypatch.setattr(type(rig.encoder), "__call__", counted)
-    whole = steps.run_step(rig, 32, found)
+    whole = steps.run_step(rig, 32, results)
     num_whole = sum(texts)
     texts.clear()
-    sampled = steps.run_step(rig, 32, found, 4)
+    sampled = steps.run_step(rig, 32, results, 4)
     assert num_whole == 2 * 96
     assert sum(texts) < 0.6 * num_whole
     assert (whole["sampled"], sampled["sampled"]) == (False, True)

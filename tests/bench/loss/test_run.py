@@ -111,10 +111,10 @@ def test_rows_line_and_picture(capfd: pytest.CaptureFixture[str], tmp_path: Path
     arguments += ["--mini-batches", "5", "24", "--sides", *here, *rivals]
     code = command.main([*arguments, "--out", str(out), "--plot", str(picture)])
     shown = capfd.readouterr()
-    found = json.loads(shown.out.splitlines()[-1])
+    results = json.loads(shown.out.splitlines()[-1])
     assert code == 0, shown.err
-    assert found == json.loads(out.read_text(encoding="utf-8"))
-    rows = {(row["impl"], row["mode"]): row for row in found["rows"]}
+    assert results == json.loads(out.read_text(encoding="utf-8"))
+    rows = {(row["impl"], row["mode"]): row for row in results["rows"]}
     assert rows.keys() == {(n, mode) for n in here + rivals for mode in ("one_way", "symmetric")}
     for (name, _), row in rows.items():
         assert (row["m"], row["n"], row["d"], row["dtype"]) == (*SIZE, "float32")
@@ -130,11 +130,11 @@ def test_rows_line_and_picture(capfd: pytest.CaptureFixture[str], tmp_path: Path
         assert 0 < row["max_rel_error"] < 1e-4
     assert rows["eager", "one_way"]["extra_bytes"] >= 2 * 4 * SIZE[0] * SIZE[1]
     assert rows["ours", "one_way"]["by_ours"] == 1
-    assert found["speedup_vs_st"] == rows["st", "one_way"]["by_ours"]
-    assert found["speedup_vs_st_best"] == rows["st-best", "one_way"]["by_ours"]
-    assert found["speedup_vs_eager"] == rows["eager", "one_way"]["by_ours"]
-    assert set(found["headline"].values()) == {"24x48x32 float32 one_way"}
-    assert found["peak_tflops"]["float32"] > 0
+    assert results["speedup_vs_st"] == rows["st", "one_way"]["by_ours"]
+    assert results["speedup_vs_st_best"] == rows["st-best", "one_way"]["by_ours"]
+    assert results["speedup_vs_eager"] == rows["eager", "one_way"]["by_ours"]
+    assert set(results["headline"].values()) == {"24x48x32 float32 one_way"}
+    assert results["peak_tflops"]["float32"] > 0
     pixels = imread(picture)
     assert min(pixels.shape[:2]) > 100
     assert len({tuple(color) for color in pixels.reshape(-1, pixels.shape[2])[::7].tolist()}) > 4
@@ -154,14 +154,14 @@ def test_rows_line_and_picture(capfd: pytest.CaptureFixture[str], tmp_path: Path
 def test_wrong_is_caught(wrong: Callable[[Any], Any]) -> None:
     sides = [make_side(it=right), make_side(it=wrong)]
     dtypes = [torch.float32, torch.bfloat16]
-    found = run.run(CPU, [SIZE], dtypes, sides=sides, rounds=3)
-    assert len(found["rows"]) == 8
-    for good, bad in zip(found["rows"][::2], found["rows"][1::2], strict=True):
+    results = run.run(CPU, [SIZE], dtypes, sides=sides, rounds=3)
+    assert len(results["rows"]) == 8
+    for good, bad in zip(results["rows"][::2], results["rows"][1::2], strict=True):
         assert good["status"] == "ok", good
         assert bad["status"] == "wrong", bad
         assert bad["note"].startswith("it: off by")
         assert all(bad[key] is None for key in (*FIGURES, "by_ours"))
-    json.dumps(found, allow_nan=False)
+    json.dumps(results, allow_nan=False)
 
 
 def test_a_correct_variant_stands_for_the_others() -> None:
@@ -214,22 +214,22 @@ def test_who_breaks_the_device_is_named(monkeypatch: pytest.MonkeyPatch, when: s
     ours = make_side(it=right)
     ours.name = "ours"
     sizes = [SIZE, (8, 16, 32), (8, 8, 8)]
-    found = run.run(CPU, sizes, modes=["one_way"], sides=[ours, breaking], rounds=3)
-    assert found["stopped"].startswith("breaking broke the device: RuntimeError: an illegal")
-    rows = [(row["m"], row["impl"], row["status"]) for row in found["rows"]]
+    results = run.run(CPU, sizes, modes=["one_way"], sides=[ours, breaking], rounds=3)
+    assert results["stopped"].startswith("breaking broke the device: RuntimeError: an illegal")
+    rows = [(row["m"], row["impl"], row["status"]) for row in results["rows"]]
     assert rows == [
         (24, "ours", "ok"),
         (24, "breaking", "ok"),
         (8, "ours", "skipped"),
         (8, "breaking", "failed"),
     ]
-    json.dumps(found, allow_nan=False)
+    json.dumps(results, allow_nan=False)
 
 
 def test_what_needs_too_much_is_left_out() -> None:
-    found = run.run(CPU, [SIZE], sides=make_sides()[:1], limit_bytes=1000)
-    assert [row["status"] for row in found["rows"]] == ["skipped"] * 2
-    assert found["speedup_vs_st"] is None
+    results = run.run(CPU, [SIZE], sides=make_sides()[:1], limit_bytes=1000)
+    assert [row["status"] for row in results["rows"]] == ["skipped"] * 2
+    assert results["speedup_vs_st"] is None
 
 
 def test_ours_failing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,30 +26,30 @@ def test_the_sanitizer_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     child.write_text("import os; assert os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'] == '1'")
     monkeypatch.setattr(loss_bounds, "CHILD", [str(child)])
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    found = loss_bounds.check(options)
-    assert found["compute_sanitizer"] == str(tool)
-    assert found["alone"]["ok"]
-    assert found["memcheck"]["ok"]
-    assert found["racecheck"]["code"] == 9
-    assert "1 hazard" in found["racecheck"]["output"]
-    assert not found["ok"]
+    results = loss_bounds.check(options)
+    assert results["compute_sanitizer"] == str(tool)
+    assert results["alone"]["ok"]
+    assert results["memcheck"]["ok"]
+    assert results["racecheck"]["code"] == 9
+    assert "1 hazard" in results["racecheck"]["output"]
+    assert not results["ok"]
 
 
 def test_a_sanitizer_that_refuses_the_device_is_as_good_as_absent(tmp_path: Path) -> None:
     tool = tmp_path / "tool"
     tool.write_text('#!/bin/sh\necho "========= Error: Device not supported. Please"\nexit 9\n')
     tool.chmod(0o755)
-    found = loss_bounds.run_child([str(tool)], dict(os.environ), 10.0)
-    assert found == {"ok": True, "skipped": "========= Error: Device not supported. Please"}
+    results = loss_bounds.run_child([str(tool)], dict(os.environ), 10.0)
+    assert results == {"ok": True, "skipped": "========= Error: Device not supported. Please"}
 
 
 def test_a_sanitizer_that_takes_too_long_ends_with_its_child(tmp_path: Path) -> None:
     alive = tmp_path / "alive"
     script = f"echo begun; (while :; do touch {alive}; sleep 0.1; done) & wait"
-    found = loss_bounds.run_child(["sh", "-c", script], dict(os.environ), 1.0)
-    assert not found["ok"]
-    assert "killed" in found["error"]
-    assert "begun" in found["output"]
+    results = loss_bounds.run_child(["sh", "-c", script], dict(os.environ), 1.0)
+    assert not results["ok"]
+    assert "killed" in results["error"]
+    assert "begun" in results["output"]
     alive.unlink()
     time.sleep(0.5)
     assert not alive.exists()

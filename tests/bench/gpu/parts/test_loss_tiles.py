@@ -24,15 +24,15 @@ def test_tiles_are_reported_beside_the_shipped_ones(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(loss_tiles, "capability_of", lambda device: 90)
     monkeypatch.setattr(loss_tiles, "room_bytes", lambda device: 2**30)
     monkeypatch.setattr(loss_tiles.tune, "CallTimer", lambda device, present: timer)
-    found = loss_tiles.check(options)
-    assert found["ok"]
-    assert set(found["entries"]) == set(loss_tiles.TUNED)
-    lse = found["entries"]["lse-16-plain"]
+    results = loss_tiles.check(options)
+    assert results["ok"]
+    assert set(results["entries"]) == set(loss_tiles.TUNED)
+    lse = results["entries"]["lse-16-plain"]
     assert lse["best"] != lse["shipped"]
     assert lse["faster_by"] == 2.0
-    gradient = found["entries"]["gradient-16-plain"]
+    gradient = results["entries"]["gradient-16-plain"]
     assert gradient["best"] == gradient["shipped"]
     assert gradient["faster_by"] is None
-    assert found["left_out"]
-    assert options.noted == found
-    json.dumps(found)
+    assert results["left_out"]
+    assert options.noted == results
+    json.dumps(results)

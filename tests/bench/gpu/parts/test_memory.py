@@ -19,7 +19,7 @@ def test_without_4_bit_weights_16_bit_ones_are_taken(monkeypatch: pytest.MonkeyP
         return {"ok": True}
 
     monkeypatch.setattr(memory, "try_model", tried)
-    monkeypatch.setattr(memory, "loss_phases", lambda options, found: [])
+    monkeypatch.setattr(memory, "loss_phases", lambda options, results: [])
     options = Options(torch.device("cpu"), True, 2**30, 100.0, models=("Phi-2",))
     for reason, quantization in {"not installed": "none", None: "nf4"}.items():
         monkeypatch.setattr(memory, "no_nf4", lambda options, reason=reason: reason)
@@ -29,9 +29,9 @@ def test_without_4_bit_weights_16_bit_ones_are_taken(monkeypatch: pytest.MonkeyP
 
 def test_a_16_bit_model_that_does_not_fit_is_skipped() -> None:
     options = Options(torch.device("cpu"), True, 2**30, 100.0)
-    found = memory.try_model("MiniCPM-2B", options, "none", 2**20, 1e12)
-    assert found["ok"]
-    assert "does not fit" in found["skipped"]
+    results = memory.try_model("MiniCPM-2B", options, "none", 2**20, 1e12)
+    assert results["ok"]
+    assert "does not fit" in results["skipped"]
     with pytest.raises(ValueError, match="does not fit"):
         memory.try_model("MiniCPM-2B", options, "nf4", 2**20, 1e12)
 
@@ -48,11 +48,11 @@ def test_a_loss_phase_that_would_take_too_long_is_not_begun(
         return {"ok": True, "tflops": 3.0}
 
     monkeypatch.setattr(memory, "measure_loss", measured)
-    found = memory.loss_phases(options, {"models": {}})
+    results = memory.loss_phases(options, {"models": {}})
     assert asked == [(4096, 2304), (4096, 2304), (65536, 2304)]
-    assert [("skipped" in phase, phase["ok"]) for phase in found] == [
+    assert [("skipped" in phase, phase["ok"]) for phase in results] == [
         (False, True),
         (True, True),
         (True, True),
     ]
-    assert options.noted == {"models": {}, "loss_phase": found}
+    assert options.noted == {"models": {}, "loss_phase": results}
