@@ -25,10 +25,6 @@ _SLOW_MS = 100.0
 """A product that takes longer is not made larger."""
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # -- time -----------------------------------------------------------------------------------------
 
 

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
-from bench.device import dtype_name, timed
+from bench.device import timed
 from bench.harness import in_turn, machine, median, print_line, say, versions
+from lowmem_cft.machine import dtype_name
 from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
 from lowmem_cft_kernels.dropout import identity_dropout
 

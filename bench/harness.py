@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,35 +76,26 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
-    """Versions of the libraries that are installed, and Python's."""
-    by_name = {"python": platform.python_version()}
-    for name in names:
-        with suppress(PackageNotFoundError):
-            by_name[name] = version(name)
-    return by_name
+    """Versions of Python and of those libraries that are installed."""
+    from lowmem_cft.machine import library_versions
+
+    return library_versions(names)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Names of the device and the CPU, cores and threads."""
     import torch
 
+    from lowmem_cft.machine import processor_name
+
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "CPU",
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
     }
-
-
-def _cpu_name() -> str:
-    facts = Path("/proc/cpuinfo")
-    if facts.is_file():
-        for line in facts.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 # -- processes -----------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -40,15 +42,27 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what computes a run's numbers."""
-    found = {"python": platform.python_version()}
-    for name in ("lowmem-cft", "torch", "transformers", "peft", "bitsandbytes", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+LIBRARIES = ("lowmem-cft", "torch", "transformers", "peft", "bitsandbytes", "numpy")
+"""What computes a run's numbers."""
+
+
+def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Versions of Python and of those libraries that are installed."""
+    by_name = {"python": platform.python_version()}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            by_name[name] = version(name)
+    return by_name
+
+
+def processor_name() -> str:
+    """The processor's model as Linux names it; elsewhere what Python knows of it."""
+    info = Path("/proc/cpuinfo")
+    lines = (
+        info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    )
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,6 +87,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as transformers and JSON files name it: `bfloat16`, not `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

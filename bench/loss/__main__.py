@@ -44,13 +44,12 @@ from pathlib import Path
 
 import torch
 
-from bench.device import dtype_name
 from bench.harness import print_line, say, write_whole
 from bench.loss.cases import BOUNDS, MODES, Size
 from bench.loss.report import is_bad, plot, print_table, title
 from bench.loss.run import HEADLINE, run
 from bench.loss.sides import ST_MINI_BATCHES, make_sides
-from lowmem_cft.machine import keep_freed_memory
+from lowmem_cft.machine import dtype_name, keep_freed_memory
 from lowmem_cft_kernels import LossPath
 
 QUICK_SIZES: dict[str, list[Size]] = {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.device import Peak, capped, dtype_name, elapsed_ms, matrix_peak, release, synchronize
+from bench.device import Peak, capped, elapsed_ms, matrix_peak, release, synchronize
 from bench.harness import digits, in_turn, machine, median, say, versions
 from bench.loss.cases import (
     BOUNDS,
@@ -25,6 +25,7 @@ from bench.loss.cases import (
 )
 from bench.loss.report import Row
 from bench.loss.sides import Side, Work, make_sides
+from lowmem_cft.machine import dtype_name
 
 HEADLINE: dict[str, tuple[Size, str]] = {
     "cpu": ((2048, 4096, 576), "float32"),

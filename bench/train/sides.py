@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from bench.device import dtype_name, reset_peak, synchronize, timed
+from bench.device import reset_peak, synchronize, timed
 from bench.harness import machine, say
 from bench.loss.sides import cached_loss
 from bench.peers import add_adapter, base_in_st, check_tokens
@@ -25,7 +25,7 @@ from lowmem_cft.data.rows import TrainRow
 from lowmem_cft.data.tokens import query_format, tokenize
 from lowmem_cft.evaluation.sts import score as evaluate
 from lowmem_cft.evaluation.sts import sets
-from lowmem_cft.machine import choose_device, choose_dtype, peak_bytes
+from lowmem_cft.machine import choose_device, choose_dtype, dtype_name, peak_bytes
 from lowmem_cft.model.backbone import find_backbone, quiet_libraries
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.progress import Quiet

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.device import capped, dtype_name, release
+from bench.device import capped, release
 from bench.gpu.checks import Checks
 from bench.gpu.nf4 import no_nf4
 from bench.gpu.options import Options
@@ -34,6 +34,7 @@ from bench.harness import replaced, say
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.gradient.oom import DoesNotFit
 from lowmem_cft.gradient.plan import StepPlan
+from lowmem_cft.machine import dtype_name
 from lowmem_cft.model.backbone import quiet_libraries
 from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
 from lowmem_cft.model.encoder import Encoder

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from bench.device import dtype_name, elapsed_ms, release
+from bench.device import elapsed_ms, release
 from bench.gpu.checks import guarded
 from bench.gpu.options import Options
 from bench.gpu.profile import dearest, kernels_of
 from bench.harness import median, replaced, say
+from lowmem_cft.machine import dtype_name
 from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates, Products, info_nce, tune
 from lowmem_cft_kernels.tiles import LOADS, Tile, capability_of, tile_for
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.device import Peak, dtype_name, release, seconds_of
+from bench.device import Peak, release, seconds_of
 from bench.gpu.checks import Checks, Stopped
 from bench.gpu.loss_cases import Shape
 from bench.gpu.nf4 import four_bit, no_nf4
@@ -30,7 +30,7 @@ from bench.gpu.parts.loss_correctness import (
     started,
 )
 from bench.harness import say
-from lowmem_cft.machine import AMPERE
+from lowmem_cft.machine import AMPERE, dtype_name
 from lowmem_cft.model.attention import (
     AttentionCall,
     SeenBackends,

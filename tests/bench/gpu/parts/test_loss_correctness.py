@@ -51,7 +51,7 @@ def test_processes_find_what_one_finds() -> None:
         apart = [waiting[task](120.0) for task in tasks]
     assert all(alone)
     for ours, theirs in zip(alone, apart, strict=True):
-        assert [(kind, what) for kind, what, _, _ in theirs] == [results[:2] for results in ours]
+        assert [(kind, what) for kind, what, _, _ in theirs] == [finding[:2] for finding in ours]
         # Errors are rounding, which differs with a process's number of threads; bounds of 16-bit
         # paths are such errors too.
         assert all(value <= bound for _, _, value, bound in (*ours, *theirs))
