@@ -11,7 +11,7 @@ real_models   models of real size with random weights
 small_models  small models and their gradients
 steps         steps of real models: what they take beside what was predicted
 phases        a step's phases, or a sample of its chunks
-profile       which kernels a piece of work spends its time in
+kernel_times  which kernels a piece of work spends its time in
 loss_cases    sets of options of the loss
 sanitized     the loss amid poison, which compute-sanitizer runs
 """

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from bench.device import Peak, synchronize
 from bench.gpu.facts import OnCard
+from bench.gpu.kernel_times import profiled
 from bench.gpu.options import MODELS, Options
 from bench.gpu.phases import PhaseClock, Sample, watched
-from bench.gpu.profile import profiled
 from bench.gpu.real_models import attach, build_base, config_for, weight_bytes
 from bench.gpu.small_models import Batch
 from lowmem_cft.data.batches import RowTable, step_texts

@@ -1,4 +1,4 @@
-"""bench/dropout.py's comparison, in short rounds."""
+"""bench.dropout's comparison, in short rounds."""
 
 from __future__ import annotations
 

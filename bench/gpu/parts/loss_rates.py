@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from bench.device import elapsed_ms, release
 from bench.gpu.checks import guarded
+from bench.gpu.kernel_times import dearest, kernels_of
 from bench.gpu.options import Options
-from bench.gpu.profile import dearest, kernels_of
 from bench.harness import median, replaced, say
 from lowmem_cft.machine import dtype_name
 from lowmem_cft_kernels import ONE_WAY, SYMMETRIC, Candidates, Products, info_nce, tune

@@ -1,4 +1,4 @@
-"""bench/loss beside its rivals, size by size while there is time, with its picture."""
+"""The loss beside its rivals, size by size while there is time, with its picture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COMPARISON_SECONDS = 30.0
 
 
 def check(options: Options) -> dict[str, Any]:
-    """bench/loss.py's comparison, size by size while there is time, with its picture."""
+    """bench.loss's comparison, size by size while there is time, with its picture."""
     kind = options.device.type
     sizes = [TINY_SIZE] if options.tiny else SIZES[kind]
     sides = make_sides()
