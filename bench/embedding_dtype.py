@@ -53,14 +53,14 @@ SIZE, QUICK_SIZE = (1024, 2048), (256, 512)
 WIDTHS = (576, 2304)
 MODES = ("one_way", "symmetric")
 KINDS = {"drawn": (0.3, 0.3), "apart": (0.0, 0.4)}
-"""Of a document's squared norm, what all share, and what its topic does."""
+"""Parts of a document's squared norm: what all documents share, and what its topic does."""
 
 _TRIPLETS = "nli/nli_triplets_20k.tsv.gz"
 _TOPICS = 32
 _FP16_RANGE = 2.0**13
 
 Gradients = tuple[Tensor, Tensor]
-"""Of queries (M, D) and of documents (N, D)."""
+"""Gradients of queries (M, D) and of documents (N, D)."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def in_16_bit(batch: Batch, temperature: float, mode: str, dtype: torch.dtype) -
 def by_halves(
     batch: Batch, temperature: float, mode: str, *, high_alone: bool = False
 ) -> Gradients:
-    """As `Products.SPLIT_BF16`."""
+    """Gradients as `Products.SPLIT_BF16` computes them."""
     half = torch.bfloat16
     query_MD, doc_ND = rounded(batch.query_MD, half), rounded(batch.doc_ND, half)
     low_query_MD = rounded(batch.query_MD - query_MD, half)

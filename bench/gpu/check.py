@@ -341,7 +341,7 @@ def out_path(values: argparse.Namespace, device: str) -> Path:
 
 
 def picture_path(values: argparse.Namespace, device: torch.device) -> Path:
-    """Beside `--out`'s file."""
+    """A PNG beside `--out`'s file."""
     return out_path(values, machine(device)["device"]).with_suffix(".png")
 
 

@@ -60,7 +60,7 @@ def card_facts(device: torch.device) -> dict[str, Any]:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Of the card by all processes, contexts included; 0 on a CPU."""
+    """Bytes of the card in use by all processes, contexts included; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)

@@ -62,7 +62,7 @@ class Options:
 
 
 def context_bytes(options: Options) -> int:
-    """Of the GPU's memory what is used beside this process's allocator; 0 on a CPU."""
+    """Bytes of the GPU in use beside this process's allocator; 0 on a CPU."""
     if not options.cuda:
         return 0
     free, total = torch.cuda.mem_get_info(options.device)

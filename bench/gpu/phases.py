@@ -65,7 +65,7 @@ class Sample:
         self._chosen_P: Tensor | None = None
 
     def choose(self, chunks: list[Chunk]) -> list[Chunk]:
-        """Of the chunks of the whole step."""
+        """The chunks of the sample, from those of the whole step."""
         kept, others, tokens = [], [], 0
         for chunk in chunks:
             if self.plan.keeps(tokens + chunk.tokens):

@@ -73,7 +73,7 @@ def build_base(config: Any, recipe: Recipe, dtype: torch.dtype, device: torch.de
 
 
 def _filled(module: nn.Module, name: str, values: Tensor) -> Tensor:
-    """As a new model has it: norms pass on what comes in, biases are 0, the rest is random."""
+    """Values of a new model: norms pass on what comes in, biases are 0, the rest is random."""
     if values.ndim == 1:
         is_scale = name == "weight" and "Gemma" not in type(module).__name__  # Gemma's count from 1
         return values.fill_(float(is_scale))

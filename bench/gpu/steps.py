@@ -248,7 +248,7 @@ def memory_taken(rig: Rig, predicted: Prediction, peak: Peak) -> dict[str, Any]:
 
 
 def largest_fitting(rig: Rig, rows: int) -> tuple[int, Prediction]:
-    """So many rows with their plan, or the half, the quarter and so on that fits.
+    """The number of rows and its plan; where they do not fit, the half, the quarter and so on.
 
     Raises:
         ValueError: not even one fits.
@@ -264,7 +264,7 @@ def largest_fitting(rig: Rig, rows: int) -> tuple[int, Prediction]:
 def one_in(
     first: dict[str, Any], small: Prediction, large: Prediction, rows: int, seconds: float
 ) -> int:
-    """Of how many chunks one is computed, for a step that takes at most so long.
+    """How many chunks one computed chunk stands for, so that the step takes at most `seconds`.
 
     Args:
         first: what the small step took.

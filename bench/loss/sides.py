@@ -244,7 +244,7 @@ class RowWise(Side):
     def prepare(
         self, task: Task, row_loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Callable[[], Work]:
-        """From the loss of unit rows (R, D), unit columns (C, D) and the rows' targets (R,)."""
+        """A variant from the loss of unit rows (R, D), unit columns (C, D) and the rows' targets (R,)."""
         target_M = torch.arange(task.size[0], device=task.query_MD.device)
 
         def loss_of(query_MD: Tensor, doc_ND: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Task:
         return self.order.rows(step)
 
     def texts(self, rows: Indices, *, once: bool) -> StepTexts:
-        """As the trainer gathers them."""
+        """The step's texts as the trainer gathers them."""
         return step_texts(
             self.data.table,
             rows,

@@ -65,7 +65,7 @@ def check_plans(options: Options, checks: Checks, dtype: torch.dtype, bound: flo
 
 
 def check_bfloat16(options: Options, checks: Checks) -> None:
-    """By the error that plain PyTorch makes in it; the bound is on the ratio of both."""
+    """Errors in bf16 by those of plain PyTorch in bf16: the bound is on their ratio."""
     batch, half = batch_for(options), torch.bfloat16
     plans = plans_for(batch)
     for family in FAMILIES:
@@ -243,7 +243,7 @@ def check_nf4(options: Options, checks: Checks) -> None:
 
 
 def check(options: Options) -> dict[str, Any]:
-    """All groups; see the module."""
+    """All groups of checks."""
     quiet_libraries()
     checks = Checks(options)
     plans = check_plans

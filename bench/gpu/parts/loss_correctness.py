@@ -123,7 +123,7 @@ def _difference(got: Tensor, reference: Tensor) -> float:
 
 
 def loss_tasks(options: Options) -> dict[str, list[Task]]:
-    """By option set."""
+    """The tasks of each option set."""
     device, shapes = str(options.device), SHAPES[:2] if options.tiny else SHAPES
     ways = [("float32", LossPath.CHUNKED), ("float64", LossPath.CHUNKED)]
     # not asked whether Triton can start: where it cannot, every check of it says so and fails
@@ -177,7 +177,7 @@ def started(tasks: Sequence[Task], workers: int) -> Iterator[dict[Task, Findings
 
 
 def num_workers(options: Options) -> int:
-    """As many as there are cores and memory for; none without a GPU."""
+    """Processes that there are cores and memory for; none without a GPU."""
     if not options.cuda:
         return 0
     free, _ = torch.cuda.mem_get_info(options.device)

@@ -30,7 +30,7 @@ MEMORY_CASES: dict[bool, tuple[tuple[Size, str, str], ...]] = {
         LARGEST,
     ),
 }
-"""By `tiny`: size, mode, dtype."""
+"""Size, mode and dtype of each case, by `tiny`."""
 
 
 def check(options: Options) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def measure_steps(rig: Rig, result: dict[str, Any]) -> None:
 
 
 def loss_flops(rows: int, dim: int) -> float:
-    """Of the loss phase of so many triplets."""
+    """Operations of the loss phase of so many triplets."""
     return 6.0 * rows * 2 * rows * dim
 
 

@@ -57,7 +57,7 @@ _NF4_BOUND = 3.0
 
 
 def check(options: Options) -> dict[str, Any]:
-    """All of it; see the module."""
+    """The device's speed, 4-bit weights, attention and the loss."""
     checks, facts = Checks(options, stop=True), device_speed(options)
     options.note(facts)
     tasks = loss_tasks(options)
@@ -89,7 +89,7 @@ def device_speed(options: Options) -> dict[str, Any]:
 
 
 def training_dtype(options: Options) -> torch.dtype:
-    """Of weights and arithmetic, where a recipe leaves it open on such a GPU; float32 on a CPU."""
+    """The dtype that a recipe which leaves it open takes on such a GPU; float32 on a CPU."""
     if not options.cuda:
         return torch.float32
     newer = torch.cuda.get_device_capability(options.device) >= AMPERE
@@ -122,7 +122,7 @@ def check_nf4(options: Options, checks: Checks) -> None:
 
 
 def _product_errors(layer: Any, rows: int, dtype: torch.dtype) -> dict[str, float]:
-    """Of result and gradient, by those of a plain product in the same dtype."""
+    """Errors of result and gradient, by those of a plain product in the same dtype."""
     from bitsandbytes.functional import dequantize_4bit
 
     weight = layer.weight
@@ -224,6 +224,6 @@ def loss_tasks(options: Options) -> list[Task]:
 
 
 def results_alone(findings: Findings, seconds: float) -> list[Finding]:
-    """Of the loss and its gradients: for what is only observed nothing else need stop."""
+    """Findings on the loss and its gradients: what is only observed need not stop the rest."""
     kinds = ("loss: value", "loss: d_")
     return [finding for finding in findings(seconds) if finding[0].startswith(kinds)]
