@@ -346,7 +346,9 @@ def picture_path(values: argparse.Namespace, device: torch.device) -> Path:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="gpu_check.py", description=(__doc__ or "").partition("\n")[0]
+    )
     add = parser.add_argument
     add("--tiny", action="store_true", help="small sizes, on any device")
     add("--only", action="extend", nargs="+", choices=tuple(PARTS), metavar="PART")

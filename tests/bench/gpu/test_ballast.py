@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,24 @@ from bench.gpu import ballast
 from places import ROOT
 
 
-def test_the_ballast_is_gone_when_its_place_is_left() -> None:
+@pytest.fixture
+def child() -> Callable[[], psutil.Process]:
+    """The process that was started since: those of other tests may still run."""
+    others = set(psutil.Process().children())
+
+    def started() -> psutil.Process:
+        (process,) = set(psutil.Process().children()) - others
+        return process
+
+    return started
+
+
+def test_the_ballast_is_gone_when_its_place_is_left(child: Callable[[], psutil.Process]) -> None:
     with ballast.ballast(cuda=False, leave_bytes=2**30) as held:
         assert held.held_bytes > 0
-        (child,) = psutil.Process().children()
-        assert child.cmdline()[-2:] == [str(2**30), "--cpu"]
-    assert not child.is_running()
+        process = child()
+        assert process.cmdline()[-2:] == [str(2**30), "--cpu"]
+    assert not process.is_running()
 
 
 def test_the_ballast_does_not_outlive_a_killed_process(tmp_path: Path) -> None:
@@ -49,11 +62,13 @@ def test_the_ballast_may_be_held_for_longer_than_it_may_take_to_start() -> None:
         assert all(timer.finished.is_set() for timer in timers), "one waits to end the ballast"
 
 
-def test_a_ballast_that_ended_early_spoils_what_was_measured() -> None:
+def test_a_ballast_that_ended_early_spoils_what_was_measured(
+    child: Callable[[], psutil.Process],
+) -> None:
     def kill_it() -> None:
-        (child,) = psutil.Process().children()
-        child.kill()
-        child.wait(20)
+        process = child()
+        process.kill()
+        process.wait(20)
 
     with (
         pytest.raises(RuntimeError, match="ended early"),
