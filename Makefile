@@ -36,7 +36,7 @@ lint: $(VENV)/.dev
 lowest: $(VENV)/.lowest
 	PYTHONPATH=$(VENV)/lowest $(BIN)/python -m pytest -n auto tests/test_imports.py \
 	  tests/model tests/gradient tests/planning tests/training/test_trainer.py \
-	  tests/inference/test_embed.py tests/bench/test_gpu_check.py \
+	  tests/inference/test_embed.py tests/bench/gpu tests/bench/train \
 	  tests/kernels/test_triton_dropout.py tests/kernels/test_triton_info_nce_compile.py \
 	  tests/kernels/test_triton_info_nce.py::test_shapes_alone_and_many
 

@@ -1,7 +1,7 @@
 """Dropout by identity beside torch's own, forward and backward.
 
-    python bench/dropout.py            # under two minutes on one CPU core
-    python bench/dropout.py --quick    # under 20 seconds, and noisier
+    python -m bench.dropout            # under two minutes on one CPU core
+    python -m bench.dropout --quick    # under 20 seconds, and noisier
 
 Per shape and dtype, in rounds in which the sides take turns at going first:
 
@@ -22,15 +22,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from bench.device import timed
+from bench.harness import in_turn, machine, median, print_line, say, versions
+from lowmem_cft.machine import dtype_name
 from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
 from lowmem_cft_kernels.dropout import identity_dropout
-from measure import machine, median, print_line, synchronize, versions
 
 SHAPES = [(512, 576), (2048, 576), (2048, 1536), (8192, 2304)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -67,13 +68,9 @@ def make_sides(
     return dict(zip(SIDES, (run_torch, run_ours, run_module), strict=True))
 
 
-def seconds(side: Callable[[], object], repeats: int, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        side()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
+def seconds_of_each(side: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Seconds of one of so many calls, the device's queue being drained before and after all."""
+    return timed(lambda: [side() for _ in range(repeats)], device)[0] / repeats
 
 
 def compare(
@@ -82,19 +79,40 @@ def compare(
     """Times in ms and ratios; each timing takes about `budget` seconds."""
     for side in sides.values():
         side()  # compiles kernels, fills the allocator
-    repeats = max(1, round(budget / seconds(sides["torch"], 1, device)))
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    repeats = max(1, round(budget / timed(sides["torch"], device)[0]))
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(rounds):
-        turn = index % len(SIDES)
-        for name in SIDES[turn:] + SIDES[:turn]:
-            found[name].append(seconds(sides[name], repeats, device))
+        for name in in_turn(SIDES, index):
+            times[name].append(seconds_of_each(sides[name], repeats, device))
     ratios = {
-        name: median([a / b for a, b in zip(found[name], found["torch"], strict=True)])
+        name: median([a / b for a, b in zip(times[name], times["torch"], strict=True)])
         for name in ("ours", "module")
     }
-    return {f"{name}_ms": round(median(times) * 1e3, 4) for name, times in found.items()} | {
+    return {f"{name}_ms": round(median(taken) * 1e3, 4) for name, taken in times.items()} | {
         "ratio": round(ratios["ours"], 3),
         "module_ratio": round(ratios["module"], 3),
+    }
+
+
+def measure(
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]],
+    rate: float,
+    rounds: int,
+    budget: float,
+) -> dict[str, Any]:
+    """A row for each shape and dtype, and figures over all rows."""
+    rows: list[dict[str, Any]] = []
+    for dtype in DTYPES:
+        for shape in shapes:
+            row = compare(make_sides(shape, dtype, rate, device), rounds, budget, device)
+            rows.append({"shape": list(shape), "dtype": dtype_name(dtype)} | row)
+            say(str(rows[-1]))
+    return {
+        "rows": rows,
+        "ratio_median": round(median([row["ratio"] for row in rows]), 3),
+        "ratio_worst": max(row["ratio"] for row in rows),
+        "module_ratio_median": round(median([row["module_ratio"] for row in rows]), 3),
     }
 
 
@@ -106,21 +124,11 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     rounds, budget = (3, 0.05) if options.quick else (options.rounds, 0.3)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows: list[dict[str, Any]] = []
-    for dtype in DTYPES:
-        for shape in SHAPES:
-            name = str(dtype).removeprefix("torch.")
-            row = compare(make_sides(shape, dtype, options.rate, device), rounds, budget, device)
-            rows.append({"shape": list(shape), "dtype": name} | row)
-            print(rows[-1], file=sys.stderr, flush=True)
     print_line(
         {
-            "ratio_median": round(median([row["ratio"] for row in rows]), 3),
-            "ratio_worst": max(row["ratio"] for row in rows),
-            "module_ratio_median": round(median([row["module_ratio"] for row in rows]), 3),
+            **measure(device, SHAPES, options.rate, rounds, budget),
             "rate": options.rate,
             "rounds": rounds,
-            "rows": rows,
             "machine": machine(device),
             "versions": versions(("lowmem-cft", "torch", "triton")),
         }

@@ -1,7 +1,7 @@
 """What the dtype of embeddings costs the loss's gradient: relative errors, nothing is timed.
 
-    python bench/embedding_dtype.py           # minutes on a CPU
-    python bench/embedding_dtype.py --quick   # seconds: 256 x 512, D 576, drawn embeddings alone
+    python -m bench.embedding_dtype           # minutes on a CPU
+    python -m bench.embedding_dtype --quick   # seconds: 256 x 512, D 576, drawn embeddings alone
 
 M queries choose among N documents of unit norm and D numbers, the first M being their positives;
 `one_way` or `symmetric` softmaxes. G is d loss / d similarity, d query = G doc, d doc = G^T query.
@@ -44,23 +44,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.harness import machine, print_line, say, versions
 from lowmem_cft.evaluation.sts.sets import data_folder
 from lowmem_cft.model import sources
-from measure import machine, print_line, versions
 
 TEMPERATURES = (0.01, 0.02, 0.03, 0.05, 0.1)
 SIZE, QUICK_SIZE = (1024, 2048), (256, 512)
 WIDTHS = (576, 2304)
 MODES = ("one_way", "symmetric")
 KINDS = {"drawn": (0.3, 0.3), "apart": (0.0, 0.4)}
-"""Of a document's squared norm, what all share, and what its topic does."""
+"""Parts of a document's squared norm: what all documents share, and what its topic does."""
 
 _TRIPLETS = "nli/nli_triplets_20k.tsv.gz"
 _TOPICS = 32
 _FP16_RANGE = 2.0**13
 
 Gradients = tuple[Tensor, Tensor]
-"""Of queries (M, D) and of documents (N, D)."""
+"""Gradients of queries (M, D) and of documents (N, D)."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,6 @@ class Batch:
     kind: str
     query_MD: Tensor
     doc_ND: Tensor
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def drawn(kind: str, size: tuple[int, int], width: int) -> Batch:
@@ -157,7 +153,7 @@ def in_16_bit(batch: Batch, temperature: float, mode: str, dtype: torch.dtype) -
 def by_halves(
     batch: Batch, temperature: float, mode: str, *, high_alone: bool = False
 ) -> Gradients:
-    """As `Products.SPLIT_BF16`."""
+    """Gradients as `Products.SPLIT_BF16` computes them."""
     half = torch.bfloat16
     query_MD, doc_ND = rounded(batch.query_MD, half), rounded(batch.doc_ND, half)
     low_query_MD = rounded(batch.query_MD - query_MD, half)
@@ -184,9 +180,9 @@ WAYS: dict[str, Callable[[Batch, float, str], Gradients]] = {
 }
 
 
-def errors(got: Gradients, wanted: Gradients) -> list[float]:
-    """Of d query and d doc."""
-    pairs = zip(got, wanted, strict=True)
+def errors(got: Gradients, exact: Gradients) -> list[float]:
+    """Relative errors of d query and of d doc, each as one vector."""
+    pairs = zip(got, exact, strict=True)
     return [float((x.double() - y).norm() / y.norm()) for x, y in pairs]
 
 
@@ -194,9 +190,9 @@ def measured(batch: Batch, temperature: float, mode: str) -> dict[str, Any]:
     """A row: [error of d query, error of d doc] of each way, and the ratios to the yardstick."""
     query_MD, doc_ND = batch.query_MD.double(), batch.doc_ND.double()
     loss, grad_MN = loss_and_gradient(query_MD @ doc_ND.T, temperature, mode)
-    wanted = multiplied(grad_MN, query_MD, doc_ND)
-    lost = errors(multiplied(rounded(grad_MN, torch.bfloat16), query_MD, doc_ND), wanted)
-    found = {name: errors(way(batch, temperature, mode), wanted) for name, way in WAYS.items()}
+    exact = multiplied(grad_MN, query_MD, doc_ND)
+    lost = errors(multiplied(rounded(grad_MN, torch.bfloat16), query_MD, doc_ND), exact)
+    by_way = {name: errors(way(batch, temperature, mode), exact) for name, way in WAYS.items()}
     return {
         "embeddings": batch.kind,
         "M": len(query_MD),
@@ -207,10 +203,10 @@ def measured(batch: Batch, temperature: float, mode: str) -> dict[str, Any]:
         "loss": float(f"{float(loss):.4g}"),
         "error": {
             name: [float(f"{error:.3g}") for error in pair]
-            for name, pair in {"yardstick": lost, **found}.items()
+            for name, pair in {"yardstick": lost, **by_way}.items()
         },
         "by_yardstick": {
-            name: round(max(x / y for x, y in zip(found[name], lost, strict=True)), 2)
+            name: round(max(x / y for x, y in zip(by_way[name], lost, strict=True)), 2)
             for name in ("split", "split_high", "bf16", "fp16")
         },
     }

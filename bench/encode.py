@@ -1,7 +1,7 @@
 """Embedding the nine STS sets beside sentence-transformers, and a shared prefix on and off.
 
-    python bench/encode.py            # all sentences, three rounds: hours on two CPU cores
-    python bench/encode.py --quick    # a sample, one round, under 50 seconds, and noisier
+    python -m bench.encode            # all sentences, three rounds: hours on two CPU cores
+    python -m bench.encode --quick    # a sample, one round, under 50 seconds, and noisier
 
 The nine sets are mteb's, from the folder that LOWMEM_CFT_DATA names; without it the embedded pairs.
 Both sides have the same weights (SmolLM2-135M in float32), the same tokens (the text and the
@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,23 +34,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.device import timed
+from bench.harness import in_turn, machine, median, print_line, say, versions
+from bench.peers import base_in_st
 from lowmem_cft.data.tokens import TextFormat, Tokenizer
 from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL, SHIPPED, read_demonstrations
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, sets_in
 from lowmem_cft.evaluation.sts.sets import data_folder, load_set
-from lowmem_cft.exporting.tokenizer import prepared_tokenizer
 from lowmem_cft.inference.embed import Vectors, embed_texts
 from lowmem_cft.machine import choose_device, keep_freed_memory
 from lowmem_cft.model import sources
-from lowmem_cft.model.backbone import Backbone, load_backbone, quiet_libraries
+from lowmem_cft.model.backbone import find_backbone, load_backbone, quiet_libraries
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import ModelSection
-from measure import machine, median, print_line, synchronize, versions
 
 NINE = [entry.name for entry in PROTOCOLS["mteb"].sets]
 DEV = "STSBenchmark-dev"
 DEMONSTRATION_TOKENS = 20
 _NO_LIMIT = 4096  # tokens: neither side cuts any sentence of the sets
+PLAIN = TextFormat("{text}", append_eos=True, max_tokens=_NO_LIMIT)
 _QUICK_TEXTS, _QUICK_PREFIX_TEXTS = 120, 150
 _WARM_UP = 24
 """Texts: enough that a prefix is shared, and tried out, before anything is timed."""
@@ -60,54 +61,30 @@ _BATCH_SAMPLE = 512
 Side = Callable[[list[str]], Vectors]
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def sentences(names: Sequence[str], distinct: int | None) -> dict[str, list[str]]:
     """The sentences of each set, both columns; of all sets together about so many distinct ones."""
     folder = data_folder()
-    found = {}
+    by_set: dict[str, list[str]] = {}
     for name in names:
         pairs = load_set(name, folder, offline=True).pairs
-        found[name] = [pair.sentence1 for pair in pairs] + [pair.sentence2 for pair in pairs]
-    total = sum(len(set(texts)) for texts in found.values())
+        by_set[name] = [pair.sentence1 for pair in pairs] + [pair.sentence2 for pair in pairs]
+    total = sum(len(set(texts)) for texts in by_set.values())
     if distinct is None or distinct >= total:
-        return found
+        return by_set
     draw = np.random.default_rng(0)
-    for name, texts in found.items():
+    for name, texts in by_set.items():
         once = list(dict.fromkeys(texts))
         number = max(2, round(distinct * len(once) / total))
-        kept = {once[i] for i in draw.permutation(len(once))[:number]}
-        found[name] = [text for text in texts if text in kept]
-    return found
+        sample = {once[i] for i in draw.permutation(len(once))[:number]}
+        by_set[name] = [text for text in texts if text in sample]
+    return by_set
 
 
-def sentence_transformer(backbone: Backbone, text_format: TextFormat, folder: Path) -> Any:
-    """The same weights and tokens as a SentenceTransformer; `folder` is empty, for its files."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import (
-        Normalize,
-        Pooling,
-        Transformer,
-    )
-
-    source = Path(backbone.name)
-    for file in (source / "config.json", *source.glob("model*.safetensors*")):
-        (folder / file.name).symlink_to(file.resolve())  # no chat template: it would be applied
-    prepared_tokenizer(backbone.tokenizer, text_format).save_pretrained(folder)
-    first = Transformer(str(folder), model_kwargs={"dtype": backbone.dtype})
-    pooling = Pooling(backbone.model.config.hidden_size, pooling_mode="lasttoken")
-    device = str(backbone.model.device)
-    return SentenceTransformer(modules=[first, pooling, Normalize()], device=device)
-
-
-def seconds(side: Side, texts: list[str], device: torch.device) -> tuple[float, Vectors]:
-    synchronize(device)
-    start = time.perf_counter()
-    vectors = side(texts)
-    synchronize(device)
-    return time.perf_counter() - start, vectors
+def sampled(sets: dict[str, list[str]], count: int) -> list[str]:
+    """At most so many of the sentences, each set's taken once."""
+    texts = [text for texts in sets.values() for text in dict.fromkeys(texts)]
+    drawn = np.random.default_rng(1).permutation(len(texts))[:count]
+    return [texts[i] for i in drawn]
 
 
 def fastest_batch(model: Any, sizes: Sequence[int], texts: list[str], device: torch.device) -> int:
@@ -117,8 +94,8 @@ def fastest_batch(model: Any, sizes: Sequence[int], texts: list[str], device: to
     taken = {size: float("inf") for size in sizes}
     for _ in range(2):
         for size in sizes:
-            side = partial(model.encode, batch_size=size, show_progress_bar=False)
-            taken[size] = min(taken[size], seconds(side, texts, device)[0])
+            side = partial(model.encode, texts, batch_size=size, show_progress_bar=False)
+            taken[size] = min(taken[size], timed(side, device)[0])
     say(f"sentence-transformers, seconds by batch size: {taken}")
     return min(taken, key=lambda size: taken[size])
 
@@ -134,15 +111,14 @@ def compare(
     apart = dict.fromkeys(sets, 0.0)
     names = list(sides)
     for index in range(rounds):
-        turn = index % len(names)
         for name, texts in sets.items():
             vectors = {}
-            for side in names[turn:] + names[:turn]:
-                taken, vectors[side] = seconds(sides[side], texts, device)
+            for side in in_turn(names, index):
+                taken, vectors[side] = timed(partial(sides[side], texts), device)
                 times.setdefault((name, side), []).append(taken)
                 say(f"round {index + 1}/{rounds}  {name}  {side}  {taken:.1f} s")
-            one, other = (vectors[side] for side in names)
-            apart[name] = max(apart[name], float(np.abs(one - other).max()))
+            first, second = (vectors[side] for side in names)
+            apart[name] = max(apart[name], float(np.abs(first - second).max()))
     return [
         {"set": name, "texts": len(texts), "distinct": len(set(texts))}
         | {f"{side}_s": round(median(times[name, side]), 4) for side in names}
@@ -158,17 +134,19 @@ def total(rows: Sequence[dict[str, Any]], key: str) -> float:
 def demonstrated(tokenizer: Tokenizer) -> tuple[str, int]:
     """PromptEOL's template with the shipped demonstration nearest to 20 tokens, and its tokens."""
 
-    def length(before: str) -> int:
-        return len(tokenizer(before, add_special_tokens=False)["input_ids"])
+    def length(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    befores = [
-        one.before(PROMPTEOL).removesuffix(PROMPTEOL) for one in read_demonstrations(SHIPPED)
+    prefixes = [
+        demonstration.before(PROMPTEOL).removesuffix(PROMPTEOL)
+        for demonstration in read_demonstrations(SHIPPED)
     ]
-    chosen = min(befores, key=lambda before: abs(length(before) - DEMONSTRATION_TOKENS))
+    chosen = min(prefixes, key=lambda prefix: abs(length(prefix) - DEMONSTRATION_TOKENS))
     return chosen + PROMPTEOL, length(chosen)
 
 
-def main(argv: Sequence[str]) -> int:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Options, with what `--quick` makes of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a sample of the sentences")
     parser.add_argument("--rounds", type=int, help="3; 1 with --quick")
@@ -176,27 +154,40 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--texts", type=int, help="about so many distinct sentences of all sets")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64, 128])
     options = parser.parse_args(argv)
-    distinct, prefix_distinct = options.texts, options.texts
-    if options.quick:
-        distinct, prefix_distinct = _QUICK_TEXTS, _QUICK_PREFIX_TEXTS
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds: got {options.rounds}, wanted at least 1")
-    rounds = options.rounds or (1 if options.quick else 3)
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.prefix_texts = options.texts
+    if options.quick:
+        options.batch_sizes = [32]
+        options.texts, options.prefix_texts = _QUICK_TEXTS, _QUICK_PREFIX_TEXTS
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse(argv)
     quiet_libraries()
     keep_freed_memory()  # for both sides: else the C library's page faults are measured too
     folder = data_folder()
     here = sets_in(folder) if folder is not None else []
-    sets = sentences([name for name in NINE if name in here] or ["demo"], distinct)
-    dev = sentences([DEV if DEV in here else "demo"], prefix_distinct)
+    sets = sentences([name for name in NINE if name in here] or ["demo"], options.texts)
+    dev = sentences([DEV if DEV in here else "demo"], options.prefix_texts)
 
     device = choose_device()
     section = ModelSection(id=options.model, quantization="none", dtype="fp32")
-    backbone = load_backbone(section, device, say)
+    source = find_backbone(section, say)
+    backbone = load_backbone(section, device, say, source)
     encoder = Encoder(backbone.model, pooling="last", normalize=True)
-    ours = partial(embed_texts, encoder, backbone.tokenizer)
-    sizes = [32] if options.quick else options.batch_sizes
-    batch, rows = beside_st(backbone, ours, sets, sizes, rounds)
-    tokens, prefix_rows = prefix_on_and_off(backbone, ours, dev, rounds)
+    ours = partial(embed_texts, encoder, source.tokenizer)
+    with tempfile.TemporaryDirectory() as place:
+        st = base_in_st(section, source, PLAIN, device, Path(place) / "st", normalize=True)
+        batch = fastest_batch(st, options.batch_sizes, sampled(sets, _BATCH_SAMPLE), device)
+        sides: dict[str, Side] = {
+            "st": partial(st.encode, batch_size=batch, show_progress_bar=False),
+            "ours": lambda texts: ours(texts, PLAIN),
+        }
+        rows = compare(sides, sets, options.rounds, device)
+    tokens, prefix_rows = prefix_on_and_off(ours, source.tokenizer, dev, options.rounds, device)
     print_line(
         {
             "speedup": round(total(rows, "st_s") / total(rows, "ours_s"), 3),
@@ -207,7 +198,7 @@ def main(argv: Sequence[str]) -> int:
             "texts": int(total(rows, "texts")),
             "distinct": int(total(rows, "distinct")),
             "st_batch": batch,
-            "rounds": rounds,
+            "rounds": options.rounds,
             "rows": rows,
             "prefix_rows": prefix_rows,
             "model": options.model,
@@ -218,43 +209,25 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def beside_st(
-    backbone: Backbone,
-    ours: Callable[..., Vectors],
-    sets: dict[str, list[str]],
-    sizes: Sequence[int],
-    rounds: int,
-) -> tuple[int, list[dict[str, Any]]]:
-    """sentence-transformers' batch size, and the rows of `compare`."""
-    device = backbone.model.device
-    plain = TextFormat("{text}", append_eos=True, max_tokens=_NO_LIMIT)
-    with tempfile.TemporaryDirectory() as place:
-        st = sentence_transformer(backbone, plain, Path(place))
-        sample = [text for texts in sets.values() for text in dict.fromkeys(texts)]
-        drawn = np.random.default_rng(1).permutation(len(sample))[:_BATCH_SAMPLE]
-        batch = fastest_batch(st, sizes, [sample[i] for i in drawn], device)
-        sides: dict[str, Side] = {
-            "st": partial(st.encode, batch_size=batch, show_progress_bar=False),
-            "ours": lambda texts: ours(texts, plain),
-        }
-        return batch, compare(sides, sets, rounds, device)
-
-
 def prefix_on_and_off(
-    backbone: Backbone, ours: Callable[..., Vectors], dev: dict[str, list[str]], rounds: int
+    ours: Callable[..., Vectors],
+    tokenizer: Tokenizer,
+    dev: dict[str, list[str]],
+    rounds: int,
+    device: torch.device,
 ) -> tuple[int, list[dict[str, Any]]]:
     """The demonstration's tokens, and the rows of `compare`.
 
     Raises:
         RuntimeError: the prefix was not shared.
     """
-    template, tokens = demonstrated(backbone.tokenizer)
+    template, tokens = demonstrated(tokenizer)
     under = TextFormat(template, append_eos=False, max_tokens=_NO_LIMIT)
     sides: dict[str, Side] = {
         "each": lambda texts: ours(texts, under, share_prefix=False),
         "once": lambda texts: ours(texts, under, say=_refuse),
     }
-    rows = compare(sides, dev, rounds, backbone.model.device)
+    rows = compare(sides, dev, rounds, device)
     # rounding always tells the two apart; where sharing would save nothing it is left without a word
     if not any(row["max_abs_diff"] for row in rows):
         raise RuntimeError("no prefix was shared: take more --texts")

@@ -1,8 +1,8 @@
 """Our losses for sentence-transformers beside the two that they stand in for: time and memory.
 
-    python bench/st_losses.py            # minutes
-    python bench/st_losses.py --quick    # does it run; its figures mean nothing
-    python bench/st_losses.py --rows 4096 --layers 1 --softmaxes gte
+    python -m bench.st_losses            # minutes
+    python -m bench.st_losses --quick    # does it run; its figures mean nothing
+    python -m bench.st_losses --rows 4096 --layers 1 --softmaxes gte
 
 All sides embed the same rows of random token ids with one small Llama in float32, and go through
 their `forward` and back to its weights; sides take turns in going first, in every round. Theirs are
@@ -28,15 +28,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loss import digits, release, timed
+from bench.device import Peak, elapsed_ms
+from bench.harness import digits, in_turn, machine, median, print_line, say, versions
 from lowmem_cft.machine import keep_freed_memory
-from lowmem_cft.planning.live_bytes import LiveBytes
-from measure import machine, median, print_line, synchronize, versions
 
 MAX_DIFFERENCE = 1e-3
 DIRECTIONS = {
@@ -45,6 +45,9 @@ DIRECTIONS = {
     "gte": ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
 }
 """Theirs; `symmetric` has a softmax for each, the others one for all."""
+
+Outcome = tuple[Tensor, Tensor]
+"""The loss, and the gradient of all weights as one vector."""
 
 _VOCABULARY = 8192
 _QUICK = {"rows": 64, "tokens": 4, "layers": 1, "width": 64, "rounds": 2, "mini_batch": 16}
@@ -130,27 +133,16 @@ def step(loss: nn.Module, columns: Sequence[dict[str, Tensor]]) -> Tensor:
 def peak_bytes(work: Callable[[], object], model: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Peak of one call beyond the weights, their gradients and the inputs."""
     weights = list(model.parameters())
-    device = weights[0].device
     model.zero_grad()
-    if device.type == "cuda":
-        release(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    with Peak(weights[0].device, [*weights, *model.buffers(), *inputs]) as peak:
         work()
-        synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        with LiveBytes(known=[*weights, *model.buffers(), *inputs]) as live:
-            work()
-        peak = live.peak
-    return max(0, peak - sum(weight.nbytes for weight in weights))
+    return max(0, peak.taken - sum(weight.nbytes for weight in weights))
 
 
-def difference(found: Sequence[tuple[Tensor, Tensor]]) -> float:
+def difference(ours: Outcome, theirs: Outcome) -> float:
     """Greatest of ours from theirs, in loss and gradient."""
     return max(
-        float((ours - theirs).abs().max() / theirs.abs().max())
-        for ours, theirs in zip(*found, strict=True)
+        float((x - y).abs().max() / y.abs().max()) for x, y in zip(ours, theirs, strict=True)
     )
 
 
@@ -158,33 +150,30 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     """All sides; the values of the JSON line."""
     model = nn.Sequential(Embedder(options.layers, options.width)).to(device)
     columns = make_columns(options, device)
-    sides = make_sides(options, model)
-    results, peaks = {}, {}
-    for name, loss in sides.items():  # the first call warms up
-        value = step(loss, columns)
+    inputs = [x for column in columns for x in column.values()]
+    works = {
+        name: partial(step, loss, columns) for name, loss in make_sides(options, model).items()
+    }
+    results, peaks = dict[str, Outcome](), {}
+    for name, work in works.items():  # the first call warms up
+        value = work()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results[name] = value, gradient
-        inputs = [x for column in columns for x in column.values()]
-        peaks[name] = peak_bytes(lambda loss=loss: step(loss, columns), model, inputs)  # type: ignore[misc]
-    times: dict[str, list[float]] = {name: [] for name in sides}
+        peaks[name] = peak_bytes(work, model, inputs)
+    times: dict[str, list[float]] = {name: [] for name in works}
     for index in range(options.rounds):
-        turn = index % len(sides)
-        for name in [*sides][turn:] + [*sides][:turn]:
-            times[name].append(timed(lambda name=name: step(sides[name], columns), device))  # type: ignore[misc]
-            print(f"round {index + 1}: {name}: {times[name][-1]:.1f} ms", file=sys.stderr)
+        for name in in_turn(list(works), index):
+            times[name].append(elapsed_ms(works[name], device))
+            say(f"round {index + 1}: {name}: {times[name][-1]:.1f} ms")
     ms = {name: median(values) for name, values in times.items()}
+    apart = [difference(results[f"ours{kind}"], results[f"st{kind}"]) for kind in ("", "_cached")]
     return {
         "benchmark": "st_losses",
         "speedup": digits(ms["st"] / ms["ours"]),
         "speedup_cached": digits(ms["st_cached"] / ms["ours_cached"]),
         "memory_ratio": digits(peaks["ours"] / peaks["st"]),
         "memory_ratio_cached": digits(peaks["ours_cached"] / peaks["st_cached"]),
-        "difference": digits(
-            max(
-                difference((results["ours"], results["st"])),
-                difference((results["ours_cached"], results["st_cached"])),
-            )
-        ),
+        "difference": digits(max(apart)),
         "rows": [
             {
                 "side": name,
@@ -193,7 +182,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
                 "peak_bytes": peaks[name],
                 "loss": float(results[name][0]),
             }
-            for name in sides
+            for name in works
         ],
         "settings": {name: value for name, value in vars(options).items() if name != "quick"},
         "machine": machine(device),
@@ -232,10 +221,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     keep_freed_memory()
-    found = measure(options, torch.device(options.device))
-    print_line(found)
-    if not found["difference"] <= MAX_DIFFERENCE:
-        print(f"!!! NOT THE SAME WORK: {found['difference']} apart", file=sys.stderr)
+    values = measure(options, torch.device(options.device))
+    print_line(values)
+    if not values["difference"] <= MAX_DIFFERENCE:
+        say(f"!!! NOT THE SAME WORK: {values['difference']} apart")
         return 1
     return 0
 

@@ -12,7 +12,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowmem_cft.api import Run, evaluate, export, load, open_run, plan, train
+    from lowmem_cft.api import (
+        Run,
+        compare,
+        evaluate,
+        export,
+        load,
+        open_run,
+        plan,
+        search_demonstrations,
+        train,
+    )
     from lowmem_cft.data.rows import TrainRow
     from lowmem_cft.inference.embedder import Embeds
     from lowmem_cft.inference.loading import Embedder
@@ -28,12 +38,14 @@ __all__ = [
     "Run",
     "TrainRow",
     "__version__",
+    "compare",
     "evaluate",
     "export",
     "load",
     "load_recipe",
     "open_run",
     "plan",
+    "search_demonstrations",
     "train",
 ]
 

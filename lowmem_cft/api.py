@@ -16,7 +16,13 @@ from typing import Literal
 import torch
 
 from lowmem_cft.data.rows import TrainRow
-from lowmem_cft.evaluation import suites
+from lowmem_cft.evaluation.search.demonstrations import SHIPPED, read_demonstrations
+from lowmem_cft.evaluation.search.search import SearchResult, load_searched
+from lowmem_cft.evaluation.sts.bootstrap import RESAMPLES
+from lowmem_cft.evaluation.sts.compare import Comparison
+from lowmem_cft.evaluation.sts.compare import compare as compare_reports
+from lowmem_cft.evaluation.sts.sets import data_folder, load_set
+from lowmem_cft.evaluation.suites import Report, read_suite
 from lowmem_cft.exporting.finished import export_run
 from lowmem_cft.inference.embedder import Embeds, load_embedder
 from lowmem_cft.machine import choose_device
@@ -144,7 +150,7 @@ def evaluate(
     offline: bool = False,
     device: str | None = None,
     progress: Say = _unheard,
-) -> suites.Report:
+) -> Report:
     """Score a model on STS sets, with intervals, or on transfer tasks.
 
     Args:
@@ -157,32 +163,105 @@ def evaluate(
         float32, recipe, overrides: as in `load`, for a model that is named.
         resamples, limit, solver: as the options of `lowmem-cft eval`.
 
+    Returns:
+        The report: `.mean`, `.scores`, and `.write("scores.json")` for `compare`.
+
     Raises:
         ValueError: options that do not go together; data missing or wrong; no such model.
     """
-    embedder = None if isinstance(model, (str, PathLike)) else model
-    if embedder is not None and (recipe is not None or overrides or float32):
+    is_loaded = not isinstance(model, (str, PathLike))
+    if is_loaded and (recipe is not None or overrides or float32):
         raise ValueError(
             "`recipe`, `overrides` and `float32` say how a model is loaded, and this one is: give "
             "them to load(), or evaluate its name"
         )
-    options = suites.Options(
-        str(model) if embedder is None else "a loaded model",
+    loaded_suite = read_suite(
         suite,
-        protocol,
         sets,
         clean_up=clean_up,
-        float32=float32 if embedder is None else embedder.float32,
+        protocol=protocol,
         resamples=resamples,
         limit=limit,
         solver=solver,
-        recipe=recipe,
-        overrides=overrides,
         offline=offline,
         device=_device(device),
-        embedder=embedder,
     )
-    return suites.prepare(options)(progress, lambda report: None)
+    name = "a loaded model"
+    if isinstance(model, (str, PathLike)):
+        name = str(model)
+        model = load_embedder(
+            name,
+            _device(device),
+            progress,
+            recipe_name=recipe,
+            overrides=overrides,
+            float32=float32,
+            normalize=loaded_suite.normalize,
+        )
+    *_, report = loaded_suite.score(model, name, progress)
+    return report
+
+
+def compare(
+    a: str | PathLike[str], b: str | PathLike[str], *, resamples: int = RESAMPLES
+) -> Comparison:
+    """Compare two evaluated models: the paired difference of their STS scores, B less A.
+
+    Args:
+        a, b: a run's folder, or a file that a report wrote.
+        resamples: how often the pairs are drawn for the intervals.
+
+    Returns:
+        The comparison: `.mean` and `.sets`, each with `.a`, `.b`, `.difference` and `.interval`;
+        `.write("compared.json")` writes it.
+
+    Raises:
+        ValueError: a report is missing or damaged, or the two are not of the same pairs.
+    """
+    return compare_reports(Path(a), Path(b), resamples)
+
+
+def search_demonstrations(
+    model: str | PathLike[str],
+    *,
+    demonstrations: str | PathLike[str] = SHIPPED,
+    template: str | None = None,
+    set_name: str = "STSBenchmark-dev",
+    limit: int | None = None,
+    clean_up: bool = False,
+    out: str | PathLike[str] | None = None,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    offline: bool = False,
+    device: str | None = None,
+    progress: Say = _unheard,
+) -> SearchResult:
+    """Find the demonstration that helps most; the same call goes on where one was stopped.
+
+    Args:
+        model: a run's folder, an exported model, or a base model.
+        demonstrations: a file with columns sentence and word; the 72 shipped if absent.
+        template: what demonstrations are put before; the model's own if None, else PromptEOL's.
+        set_name: an STS set, a file of pairs, or demo for the embedded pairs.
+        limit: score on this many of its pairs, always the same ones.
+        clean_up: the text clean-up of PromptEOL's protocol.
+        out: the folder that keeps every trial; icl/MODEL if None.
+        recipe, overrides: as in `load`.
+
+    Returns:
+        The result: `.trials`, the best first, `.best`, its `.template`, and the `.recipe` that
+        embeds so.
+
+    Raises:
+        ValueError: data or model are missing or wrong, or the folder is of another search.
+    """
+    listed = read_demonstrations(Path(demonstrations))
+    scored_set = load_set(set_name, data_folder(), limit, offline=offline, cleaned_up=clean_up)
+    searched = load_searched(
+        str(model), template, _device(device), progress, recipe_name=recipe, overrides=overrides
+    )
+    folder = Path("icl") / Path(model).name if out is None else Path(out)
+    return searched.search(scored_set, listed, folder, Quiet(progress))
 
 
 def plan(

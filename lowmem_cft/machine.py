@@ -7,6 +7,8 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -43,15 +45,27 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what computes a run's numbers."""
-    versions = {"python": platform.python_version()}
-    for name in ("lowmem-cft", "torch", "transformers", "peft", "bitsandbytes", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+LIBRARIES = ("lowmem-cft", "torch", "transformers", "peft", "bitsandbytes", "numpy")
+"""What computes a run's numbers."""
+
+
+def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Versions of Python and of those libraries that are installed."""
+    by_name = {"python": platform.python_version()}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            by_name[name] = version(name)
+    return by_name
+
+
+def processor_name() -> str:
+    """The processor's model as Linux names it; elsewhere what Python knows of it."""
+    info = Path("/proc/cpuinfo")
+    lines = (
+        info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    )
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def device_name(device: torch.device) -> str:

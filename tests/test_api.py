@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 import lowmem_cft as lc
-from lowmem_cft.evaluation.sts.report import Report
+from lowmem_cft.evaluation.search.search import SearchResult
+from lowmem_cft.evaluation.sts.report import StsReport
 from running import MakeRecipe, Silent, sentences
 
 NAMES = {
@@ -20,12 +22,14 @@ NAMES = {
     "Run",
     "TrainRow",
     "__version__",
+    "compare",
     "evaluate",
     "export",
     "load",
     "load_recipe",
     "open_run",
     "plan",
+    "search_demonstrations",
     "train",
 }
 
@@ -71,12 +75,12 @@ def test_a_run_from_recipe_to_vectors(make_recipe: MakeRecipe, tmp_path: Path) -
     assert not np.allclose(vectors[0], vectors[1])
     np.testing.assert_allclose(lc.load(run.model_path).embed(texts), vectors, atol=1e-5)
     report = lc.evaluate(model, sets=make_recipe().eval.sets)
-    assert isinstance(report, Report)
+    assert isinstance(report, StsReport)
     by_name = lc.evaluate(run.folder, sets=make_recipe().eval.sets)
-    assert isinstance(by_name, Report)
+    assert isinstance(by_name, StsReport)
     assert report.sets[0].score == by_name.sets[0].score
     in_float32 = lc.evaluate(lc.load(run.folder, float32=True), sets=make_recipe().eval.sets)
-    assert isinstance(in_float32, Report)
+    assert isinstance(in_float32, StsReport)
     assert (report.float32, in_float32.float32) == (False, True)
     for given in ({"float32": True}, {"recipe": "demo"}, {"overrides": ["text.max_tokens=3"]}):
         with pytest.raises(ValueError, match=r"give them to load\(\)"):
@@ -120,6 +124,56 @@ def test_rows_in_memory(make_recipe: MakeRecipe) -> None:
     for wrong, got in (([], "none"), ([("a", "b")], "tuple")):
         with pytest.raises(ValueError, match=f"rows: got {got}, wanted a list"):
             lc.train(recipe, rows=wrong, overwrite=True)  # type: ignore[arg-type]
+
+
+def test_reports_are_written_and_compared(tiny_folder: Path, tmp_path: Path) -> None:
+    def report(pooling: str) -> Path:
+        values = ["model.dtype=fp32", f"embedding.pooling={pooling}"]
+        path = tmp_path / f"{pooling}.json"
+        lc.evaluate(tiny_folder, sets=["demo"], resamples=9, overrides=values).write(path)
+        return path
+
+    a, b = report("mean"), report("last")
+    comparison = lc.compare(a, b, resamples=20)
+    assert comparison.num_resamples == 20
+    assert comparison.mean.difference == comparison.mean.b - comparison.mean.a != 0
+    comparison.write(tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text())["mean"]["a"] == comparison.mean.a
+    assert lc.compare(str(b), str(a)).mean.difference == -comparison.mean.difference
+    with pytest.raises(ValueError, match="no such run folder or report"):
+        lc.compare(a, tmp_path / "gone.json")
+
+
+def test_a_search_goes_on_where_it_was_stopped(tiny_folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.tsv"
+    own.write_text("sentence\tword\nthe cat sat .\tcat\na dog ran\train\n")
+    heard: list[str] = []
+
+    def search(limit: int) -> SearchResult:
+        return lc.search_demonstrations(
+            tiny_folder,
+            demonstrations=own,
+            template='the sun is "{text}" not "',
+            set_name="demo",
+            limit=limit,
+            out=tmp_path / "icl",
+            overrides=["model.dtype=fp32"],
+            progress=heard.append,
+        )
+
+    result = search(30)
+    assert [trial.spearman for trial in result.trials] == sorted(
+        (trial.spearman for trial in result.trials), reverse=True
+    )
+    assert len(result.trials) == 3
+    assert result.best is result.trials[0]
+    assert result.template in result.recipe
+    assert result.template.endswith('the sun is "{text}" not "')
+    assert any(line.startswith("3/3  ") for line in heard)
+    assert search(30).trials == result.trials
+    assert any("3 of 3 are in" in line for line in heard)
+    with pytest.raises(ValueError, match="is of another search: pairs was 30 and is now 29"):
+        search(29)
 
 
 def test_a_plan_needs_neither_weights_nor_a_card(make_recipe: MakeRecipe) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,3 +51,19 @@ def test_torch_takes_the_setting() -> None:
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     with pytest.raises((RuntimeError, ValueError)):
         torch._C._accelerator_setAllocatorSettings("expandable_segments:Maybe")
+
+
+def test_versions_are_of_what_is_installed() -> None:
+    by_name = machine.library_versions(("no-such-library", "torch"))
+    assert by_name.keys() == {"python", "torch"}
+    assert by_name["torch"].startswith(torch.__version__.partition("+")[0])
+
+
+def test_the_processor_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor : 0\nmodel name\t: Some CPU @ 2 GHz\nmodel name\t: Another\n")
+    monkeypatch.setattr(machine, "Path", lambda _: info)
+    assert machine.processor_name() == "Some CPU @ 2 GHz"
+    info.write_text("processor : 0\n")
+    monkeypatch.setattr(machine.platform, "processor", lambda: "arm")
+    assert machine.processor_name() == "arm"

@@ -41,6 +41,7 @@ def test_wheel_holds_both_packages_recipes_and_data(tmp_path: Path) -> None:
         "lowmem_cft/data/embedded/sts_pairs.tsv",
         "lowmem_cft/evaluation/search/demonstrations.tsv",
         "lowmem_cft/papers/published.yaml",
+        "lowmem_cft/papers/report/report.md.j2",
         "lowmem_cft/data/embedded/README.md",
         "lowmem_cft_kernels/__init__.py",
         "lowmem_cft_kernels/py.typed",

@@ -19,13 +19,15 @@ from lowmem_cft_kernels.options import (
     Direction,
     FalseNegatives,
     Hardness,
+    LossOptions,
+    LossPath,
     Negatives,
     Products,
     Softmax,
 )
-from lowmem_cft_kernels.result import InfoNCEResult, LossPath, Observed
-from lowmem_cft_kernels.split import split_bytes
+from lowmem_cft_kernels.result import InfoNCEResult, Observed
 from lowmem_cft_kernels.temperature import LearnedTemperature
+from lowmem_cft_kernels.workspace import split_bytes, workspace_bytes
 
 __all__ = [
     "GTE",
@@ -40,6 +42,7 @@ __all__ = [
     "Hardness",
     "InfoNCEResult",
     "LearnedTemperature",
+    "LossOptions",
     "LossPath",
     "Negatives",
     "Observed",
@@ -50,4 +53,5 @@ __all__ = [
     "info_nce",
     "info_nce_loss",
     "split_bytes",
+    "workspace_bytes",
 ]

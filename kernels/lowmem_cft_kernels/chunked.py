@@ -13,7 +13,6 @@ The temperature needs no pass of its own: with G = d loss / d z, d loss / d temp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,38 +25,19 @@ from lowmem_cft_kernels.problem import (
     Block,
     Problem,
     add_at,
-    num_bytes_as_units,
     row_blocks,
     through_norm,
     with_units,
 )
 from lowmem_cft_kernels.tally import Tally
-
-WORKSPACE_BYTES = 60 * 2**20
-"""Bound on the memory that logits and their temporaries take."""
-
-_HELD_SHARE = 0.6
-"""Of the workspace, what logits may take that are held from the first pass for the second."""
-
-_UNITS_SHARE = 0.3
-"""Of the workspace, what embeddings may take that are normalised, or widened, once for all."""
-
-_TILE_BYTES = 4 * 2**20
-"""Columns held in the compute dtype at once, where they come in another."""
-
-
-def queries_per_block(problem: Problem, workspace_bytes: int = WORKSPACE_BYTES) -> int:
-    """Queries whose logits against all candidates fit the workspace (at least one)."""
-    itemsize = problem.compute.itemsize
-    numbers = 0.0
-    for block in problem.blocks:
-        copies = 1.5  # logits, and what masks take
-        copies += 1.0 if block.direction is Direction.QUERY_TO_DOC else 0.0  # counting
-        copies += 1.5 if block.row_bound_R is not None else 0.0
-        copies += 1.0 if block.hardness is not None else 0.0
-        width = block.row_RD.shape[1] + (block.guide.row_RG.shape[1] if block.guide else 0)
-        numbers += block.rows_per_query * (len(block.col_CD) * copies + 3 * width)
-    return max(1, int(workspace_bytes / (numbers * itemsize)))
+from lowmem_cft_kernels.workspace import (
+    HELD_SHARE,
+    TILE_BYTES,
+    UNITS_SHARE,
+    bytes_per_query,
+    held_bytes,
+    unit_bytes,
+)
 
 
 def _tiles(col_CD: Tensor, compute: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -65,7 +45,7 @@ def _tiles(col_CD: Tensor, compute: torch.dtype) -> Iterator[tuple[slice, Tensor
     num_columns = len(col_CD)
     size = num_columns
     if col_CD.dtype != compute:
-        size = max(1, _TILE_BYTES // (col_CD.shape[1] * compute.itemsize))
+        size = max(1, TILE_BYTES // (col_CD.shape[1] * compute.itemsize))
     for columns in row_blocks(num_columns, size):
         yield columns, col_CD[columns].to(compute)
 
@@ -209,7 +189,7 @@ def _harden(problem: Problem, block: Block, rows: slice, logit_RC: Tensor) -> No
 
 
 def _exp_shifted(logit_RC: Tensor, hidden_RC: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
-    """In place exp(logit - max), 0 where hidden; and log-sum-exp, along `dim` (kept)."""
+    """Max and log-sum-exp along `dim`, which stays; logits become exp(logit - max), 0 if hidden."""
     if hidden_RC is not None:
         logit_RC.masked_fill_(hidden_RC, -torch.inf)
     top = logit_RC.amax(dim=dim, keepdim=True).nan_to_num_(neginf=0.0)
@@ -220,27 +200,22 @@ def _exp_shifted(logit_RC: Tensor, hidden_RC: Tensor | None, dim: int) -> tuple[
 class Chunked:
     """The loss of one problem, its gradients written to `d_query_MD` and `d_doc_ND`."""
 
-    default_workspace_bytes = WORKSPACE_BYTES
-
-    def __init__(
-        self, problem: Problem, d_query_MD: Tensor, d_doc_ND: Tensor, workspace_bytes: int
-    ) -> None:
+    def __init__(self, problem: Problem, d_query_MD: Tensor, d_doc_ND: Tensor) -> None:
         self.given = problem
         self.d_query_MD, self.d_doc_ND = d_query_MD, d_doc_ND
-        documents, self.held_MN, left = problem.queries_with_documents, None, workspace_bytes
-        shape = (len(documents.row_RD), len(documents.col_CD))
-        held_bytes = math.prod(shape) * problem.compute.itemsize
-        if problem.documents_choose and held_bytes <= workspace_bytes * _HELD_SHARE:
+        extent, self.held_MN = problem.extent, None
+        most = left = problem.options.most_bytes
+        if 0 < (held := held_bytes(extent)) <= most * HELD_SHARE:
+            shape = (extent.num_queries, extent.num_docs)
             self.held_MN = torch.empty(shape, dtype=problem.compute, device=d_query_MD.device)
-            left -= held_bytes
-        unit_bytes = num_bytes_as_units(problem)
-        if 0 < unit_bytes <= workspace_bytes * _UNITS_SHARE:
+            left -= held
+        if 0 < (units := unit_bytes(extent)) <= most * UNITS_SHARE:
             problem = with_units(problem)
-            left -= unit_bytes
-        elif documents.row_RD.dtype != problem.compute:
-            left -= min(_TILE_BYTES, left // 2)
+            left -= units
+        elif extent.dtype != problem.compute:
+            left -= min(TILE_BYTES, left // 2)
         self.problem = problem
-        self.size = queries_per_block(problem, left)
+        self.size = max(1, int(left / bytes_per_query(extent)))  # queries worked on at once
         self.tally = Tally.empty(problem)
         self.product = torch.zeros((), dtype=problem.compute, device=d_query_MD.device)
 
@@ -289,13 +264,11 @@ class Chunked:
         choosing = problem.softmax_of(Direction.DOC_TO_QUERY)
         assert choosing is not None
         column_MP = column_N[problem.target_MP]
-        lse_MP = [
-            (column_MP if one is None else torch.logaddexp(one, column_MP))
-            if i == choosing
-            else one
-            for i, one in enumerate(lse_MP)
-        ]
-        known = [one for one in lse_MP if one is not None]
+        rows_lse_MP = lse_MP[choosing]
+        lse_MP[choosing] = (
+            column_MP if rows_lse_MP is None else torch.logaddexp(rows_lse_MP, column_MP)
+        )
+        known = [softmax_MP for softmax_MP in lse_MP if softmax_MP is not None]
         assert len(known) == len(lse_MP)
         everyone = slice(0, len(problem.target_MP))
         loss = mean_loss(problem, everyone, known)
@@ -316,7 +289,7 @@ class Chunked:
         problem, documents = self.problem, self.problem.queries_with_documents
         top_N = self.d_doc_ND.new_full((len(documents.col_CD),), -torch.inf, dtype=problem.compute)
         total_N = torch.zeros_like(top_N)
-        lse_MP: list[Tensor | None] = [None] * len(problem.softmaxes)
+        lse_MP: list[Tensor | None] = [None] * len(problem.options.softmaxes)
         for queries in self._query_blocks():
             for block in problem.blocks:
                 rows = block.rows(queries)

@@ -40,7 +40,7 @@ def row_share(
     and has no gradient, would have one of 1e-6 of the weight at a logit of 10. Where there is no
     weight the shift is infinite.
     """
-    weight_BP = problem.weight_MP[queries] / len(problem.softmaxes)
+    weight_BP = problem.weight_MP[queries] / len(problem.options.softmaxes)
     without_BP = weight_BP == 0
     lse_BP = lse_BP.masked_fill(without_BP, torch.inf)
     if block.direction is Direction.DOC_TO_DOC:
@@ -58,7 +58,7 @@ def column_share(problem: Problem, lse_MP: Tensor) -> tuple[Tensor, Tensor]:
     lse = lse_MP.flatten().masked_fill(without, torch.inf)
     shift_N = lse.new_full((num_docs,), torch.inf)
     shift_N.scatter_reduce_(0, target, lse, "amin")
-    share = weight / len(problem.softmaxes) * torch.exp(shift_N[target] - lse)
+    share = weight / len(problem.options.softmaxes) * torch.exp(shift_N[target] - lse)
     share.masked_fill_(without, 0.0)
     return shift_N, add_at(torch.zeros_like(shift_N), target, share)
 

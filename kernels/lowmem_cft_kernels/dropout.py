@@ -23,11 +23,11 @@ ROUND_A = 0x7FEB352D
 ROUND_B = 0x846CA68B - 2**32  # as int32
 
 BLOCK_ELEMENTS = 2**17
-"""Elements per block and thread: 512 KiB of int32 words, so that they stay in an L2 cache."""
+"""Elements of a block per thread: 512 KiB of int32 words, so that they stay in an L2 cache."""
 SERIAL_ELEMENTS = 2**15 - 1
 """The most that torch works on in one thread (at::internal::GRAIN_SIZE is one more)."""
 PARALLEL_THREADS = 4
-"""From here on passes in parallel pay. Two threads that wait for each other ten times in each
+"""The least number of threads with which passes in parallel pay. Two threads that wait for each other ten times in each
 block gain little on an idle machine, and lose twentyfold where another process takes a core."""
 
 _LOWEST = -(2**31)
@@ -181,7 +181,7 @@ def _xor_shifted(key: Tensor) -> Tensor:
 
 
 def _hash(word: Tensor, shifted: Tensor, low_half: int) -> None:
-    """In place, the rounds after the first xor-shift; `shifted` is scratch of the same shape."""
+    """Apply the rounds after the first xor-shift in place; `shifted` is scratch of that shape."""
     word.mul_(ROUND_A)
     torch.bitwise_right_shift(word, 15, out=shifted)
     word.bitwise_xor_(shifted.bitwise_and_(0x1FFFF))

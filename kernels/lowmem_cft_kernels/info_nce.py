@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lowmem_cft_kernels import chunked, tiles
+from lowmem_cft_kernels import tiles
+from lowmem_cft_kernels.chunked import Chunked
 from lowmem_cft_kernels.masks import Candidates
 from lowmem_cft_kernels.options import (
     ONE_WAY,
     Bank,
-    Direction,
     FalseNegatives,
     Hardness,
+    LossOptions,
+    LossPath,
     Products,
     Softmax,
-    check_shapes,
-    check_softmaxes,
 )
 from lowmem_cft_kernels.problem import Problem, make_problem
 from lowmem_cft_kernels.reference import reference_loss
-from lowmem_cft_kernels.result import InfoNCEResult, LossPath
+from lowmem_cft_kernels.result import InfoNCEResult
 from lowmem_cft_kernels.surroundings import full_precision, why_triton_cannot_start
 
 if TYPE_CHECKING:
@@ -62,75 +61,27 @@ def info_nce(
         query_MD: (M, D), float16, bfloat16, float32 or float64.
         doc_ND: (N, D), same dtype and device: positives and hard negatives together.
         candidates: each query's positives and which documents it sees.
-        temperature: > 0, a number or a scalar tensor; similarities are divided by it. The value
-            of one on a GPU is not looked at.
-        softmaxes: which comparisons share a denominator; the loss is the mean over softmaxes.
-            `ONE_WAY`, `SYMMETRIC`, `GTE`, `QWEN3`, or others (`options.Direction`).
-        false_negatives: hides candidates about as similar as the positive.
-        hardness: raises the weight of similar negatives.
-        weight_M: floats (M,) >= 0; the loss is the weighted mean over queries. A query without a
-            positive, or with weight 0, adds nothing. Where none is left, loss and gradients are 0.
-            On a GPU, values are not looked at.
-        bank: documents without a gradient.
-        normalize: take cosines: the gradient is then that of the raw inputs.
-        products: how the Triton path multiplies float32 inputs. `SPLIT_BF16` (float32 alone, on CUDA
-            from compute capability 8.0 on) does it on tensor cores, and holds what
-            `split.split_bytes` gives beside the workspace: O((M + N) D). Other paths always
-            compute exactly.
-        path: how to compute it; chosen by device, dtype and size if None (see `choose_path`).
-        workspace_bytes: bound on what is held besides inputs, gradients and a few numbers per
-            query and document, 60 MiB if None; does not change the result beyond rounding.
-            Embeddings whose rows have gaps between their elements are copied besides.
         out: (M, D) and (N, D) to write the gradients to, in the dtype they would have, so that
             views of one buffer can be filled without a copy.
+
+    The other arguments are those of `LossOptions`.
 
     Raises:
         ValueError: shapes, dtypes, indices or options do not fit, or the path cannot do them.
     """
-    _validate_devices(query_MD, doc_ND, candidates, false_negatives, bank, weight_M)
-    _validate(query_MD, doc_ND, candidates, temperature, softmaxes)
-    _validate_products(query_MD, products)
-    check_shapes(query_MD, doc_ND, false_negatives, bank, weight_M)
-    if bank is not None and not any(Direction.QUERY_TO_DOC in one for one in softmaxes):
-        raise ValueError("bank: got one, but no softmax has query_to_doc in it")
-    compute = torch.promote_types(query_MD.dtype, torch.float32)
-    if out is None:
-        out = (
-            torch.empty_like(query_MD, dtype=compute, memory_format=torch.contiguous_format),
-            torch.empty_like(doc_ND, dtype=compute, memory_format=torch.contiguous_format),
-        )
-    _validate_out(query_MD, doc_ND, out)
-    path = path or choose_path(query_MD, doc_ND)
-    if path is LossPath.TRITON and (reason := why_not_triton(query_MD)) is not None:
-        raise ValueError(f"path: got {path.value}, but {reason}; use {LossPath.CHUNKED.value}")
-    scale = _as_scalar(temperature, query_MD.new_empty((), dtype=compute))
-    query_MD, doc_ND = _in_rows(query_MD.detach()), _in_rows(doc_ND.detach())
-    candidates = _in_rows(candidates)
-    options: dict[str, Any] = {
-        "softmaxes": softmaxes,
-        "false_negatives": _in_rows(false_negatives),
-        "hardness": hardness,
-        "weight_M": _in_rows(weight_M),
-        "bank": _in_rows(bank),
-        "normalize": normalize,
-    }
-    if path is LossPath.REFERENCE:
-        with full_precision(query_MD.device.type):
-            return _by_autograd(query_MD, doc_ND, candidates, scale, options, out)
-    with torch.no_grad(), full_precision(query_MD.device.type):
-        problem = make_problem(query_MD, doc_ND, candidates, temperature=scale, **options)
-        work = _worker(path, problem, out, workspace_bytes, products)
-        loss, d_temperature = work.run()
-        num_seeable = len(doc_ND) + (0 if bank is None else len(bank.doc_CD))
-        observed = work.tally.observed(problem, num_seeable)
-    return InfoNCEResult(
-        loss=loss,
-        d_query_MD=out[0],
-        d_doc_ND=out[1],
-        d_temperature=d_temperature,
-        observed=observed,
+    options = LossOptions(
+        temperature=temperature,
+        softmaxes=softmaxes,
+        false_negatives=false_negatives,
+        hardness=hardness,
+        weight_M=weight_M,
+        bank=bank,
+        normalize=normalize,
+        products=products,
         path=path,
+        workspace_bytes=workspace_bytes,
     )
+    return value_and_gradients(query_MD, doc_ND, candidates, options, out)
 
 
 def info_nce_loss(
@@ -146,7 +97,8 @@ def info_nce_loss(
     The gradients are computed with the value and held until the backward pass, which scales them:
     M x D and N x D numbers, no logits. Arguments as in `info_nce`, `out` apart.
     """
-    loss: Tensor = _InfoNCE.apply(query_MD, doc_ND, temperature, candidates, options)  # type: ignore[no-untyped-call]
+    given = LossOptions(temperature=temperature, **options)
+    loss: Tensor = _InfoNCE.apply(query_MD, doc_ND, temperature, candidates, given)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -160,9 +112,9 @@ class _InfoNCE(torch.autograd.Function):
         doc_ND: Tensor,
         temperature: float | Tensor,
         candidates: Candidates,
-        options: dict[str, Any],
+        options: LossOptions,
     ) -> Tensor:
-        result = info_nce(query_MD, doc_ND, candidates, temperature=temperature, **options)
+        result = value_and_gradients(query_MD, doc_ND, candidates, options)
         gradients = [result.d_query_MD, result.d_doc_ND, result.d_temperature]
         if isinstance(temperature, Tensor):
             gradients[2] = gradients[2].to(temperature).view_as(temperature)
@@ -176,11 +128,88 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # what is held is a constant: it would be left out in silence
             raise RuntimeError("info_nce_loss: got create_graph=True, has no second derivative")
-        wanted = (
+        scaled = (
             gradient * d_loss.to(gradient) if needed else None
             for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         )
-        return (*wanted, None, None)
+        return (*scaled, None, None)
+
+
+def value_and_gradients(
+    query_MD: Tensor,
+    doc_ND: Tensor,
+    candidates: Candidates,
+    options: LossOptions,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> InfoNCEResult:
+    """`info_nce` of options that are made already."""
+    _validate(query_MD, doc_ND, candidates, options)
+    compute = torch.promote_types(query_MD.dtype, torch.float32)
+    if out is None:
+        out = (
+            torch.empty_like(query_MD, dtype=compute, memory_format=torch.contiguous_format),
+            torch.empty_like(doc_ND, dtype=compute, memory_format=torch.contiguous_format),
+        )
+    _validate_out(query_MD, doc_ND, out)
+    path = options.path or choose_path(query_MD, doc_ND)
+    if path is LossPath.TRITON and (reason := why_not_triton(query_MD)) is not None:
+        raise ValueError(f"path: got {path.value}, but {reason}; use {LossPath.CHUNKED.value}")
+    temperature = _as_scalar(options.temperature, query_MD.new_empty((), dtype=compute))
+    query_MD, doc_ND = _in_rows(query_MD.detach()), _in_rows(doc_ND.detach())
+    candidates, options = _in_rows(candidates), _in_rows(options)
+    options = replace(options, temperature=temperature, path=path)
+    with full_precision(query_MD.device.type):
+        if path is LossPath.REFERENCE:
+            return _by_autograd(query_MD, doc_ND, candidates, options, out)
+        with torch.no_grad():
+            return _by_kernels(path, make_problem(query_MD, doc_ND, candidates, options), out)
+
+
+def _by_kernels(path: LossPath, problem: Problem, out: tuple[Tensor, Tensor]) -> InfoNCEResult:
+    work: Chunked | Fused
+    if path is LossPath.CHUNKED:
+        work = Chunked(problem, *out)
+    else:
+        from lowmem_cft_kernels.triton_info_nce import Fused  # not where triton is missing
+
+        work = Fused(problem, *out)
+    loss, d_temperature = work.run()
+    return InfoNCEResult(
+        loss=loss,
+        d_query_MD=out[0],
+        d_doc_ND=out[1],
+        d_temperature=d_temperature,
+        observed=work.tally.observed(problem),
+        path=path,
+    )
+
+
+def _by_autograd(
+    query_MD: Tensor,
+    doc_ND: Tensor,
+    candidates: Candidates,
+    options: LossOptions,
+    out: tuple[Tensor, Tensor],
+) -> InfoNCEResult:
+    temperature = torch.as_tensor(options.temperature)
+    leaves = (query_MD.to(out[0].dtype), doc_ND.to(out[1].dtype), temperature)
+    query_MD, doc_ND, temperature = (leaf.clone().requires_grad_() for leaf in leaves)
+    if (bank := options.bank) is not None:
+        bank = replace(bank, doc_CD=bank.doc_CD.to(out[1].dtype))
+    options = replace(options, temperature=temperature, bank=bank)
+    with torch.enable_grad():
+        loss, observed = reference_loss(query_MD, doc_ND, candidates, options)
+        d_query_MD, d_doc_ND, d_temperature = torch.autograd.grad(
+            loss, (query_MD, doc_ND, temperature)
+        )
+    return InfoNCEResult(
+        loss=loss.detach(),
+        d_query_MD=out[0].copy_(d_query_MD),
+        d_doc_ND=out[1].copy_(d_doc_ND),
+        d_temperature=d_temperature,
+        observed=observed,
+        path=LossPath.REFERENCE,
+    )
 
 
 def choose_path(query_MD: Tensor, doc_ND: Tensor) -> LossPath:
@@ -218,44 +247,25 @@ def _as_scalar(temperature: float | Tensor, like: Tensor) -> Tensor:
     return torch.full_like(like, float(value))
 
 
-def _in_rows(held: Any) -> Any:
+def _in_rows(value: Any) -> Any:
     """Vectors and integers contiguous, embeddings without gaps in their rows; what is so as it is.
 
-    Of a tensor, of those that a dataclass holds, or of None. A kernel's pointer knows no strides
-    but those of an embedding's rows.
+    Of a tensor, or of all tensors that a dataclass holds. A kernel's pointer knows no strides but
+    those of an embedding's rows.
     """
-    if held is None:
-        return None
-    if isinstance(held, Tensor):
-        embeddings = held.ndim == 2 and held.is_floating_point()
-        return held if embeddings and held.stride(1) == 1 else held.contiguous()
-    values = {field.name: getattr(held, field.name) for field in fields(held)}
-    return replace(held, **{name: _in_rows(x) for name, x in values.items() if torch.is_tensor(x)})
-
-
-def _worker(
-    path: LossPath,
-    problem: Problem,
-    out: tuple[Tensor, Tensor],
-    workspace_bytes: int | None,
-    products: Products,
-) -> chunked.Chunked | Fused:
-    if path is LossPath.CHUNKED:
-        return chunked.Chunked(
-            problem, *out, workspace_bytes or chunked.Chunked.default_workspace_bytes
-        )
-    from lowmem_cft_kernels.triton_info_nce import Fused  # not where triton is missing
-
-    return Fused(problem, *out, workspace_bytes or Fused.default_workspace_bytes, products)
+    if isinstance(value, Tensor):
+        is_embedding = value.ndim == 2 and value.is_floating_point()
+        return value if is_embedding and value.stride(1) == 1 else value.contiguous()
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    names = [field.name for field in fields(value) if field.init]
+    return replace(value, **{name: _in_rows(getattr(value, name)) for name in names})
 
 
 def _validate(
-    query_MD: Tensor,
-    doc_ND: Tensor,
-    candidates: Candidates,
-    temperature: float | Tensor,
-    softmaxes: Sequence[Softmax],
+    query_MD: Tensor, doc_ND: Tensor, candidates: Candidates, options: LossOptions
 ) -> None:
+    _validate_devices(query_MD, doc_ND, candidates, options)
     if query_MD.ndim != 2 or doc_ND.ndim != 2 or query_MD.shape[1] != doc_ND.shape[1]:
         raise ValueError(
             f"got queries {tuple(query_MD.shape)} and documents {tuple(doc_ND.shape)}, "
@@ -267,24 +277,13 @@ def _validate(
         )
     if not query_MD.shape[0] or not doc_ND.shape[0]:
         raise ValueError("got no queries or no documents, wanted at least one of each")
-    if isinstance(temperature, Tensor) and temperature.numel() != 1:
-        raise ValueError(
-            f"temperature: got a tensor {tuple(temperature.shape)}, wanted a number or a scalar"
-        )
-    # a temperature on the GPU is not looked at: that would wait for all that is queued there
-    if not isinstance(temperature, Tensor) or temperature.device.type == "cpu":
-        value = float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"temperature: got {value}, wanted a finite number above 0")
-    check_softmaxes(softmaxes)
+    options.validate(query_MD, doc_ND)
     candidates.validate(query_MD.shape[0], doc_ND.shape[0])
+    if options.products is not Products.EXACT:
+        _validate_products(query_MD, options.products)
 
 
 def _validate_products(query_MD: Tensor, products: Products) -> None:
-    if not isinstance(products, Products):
-        raise ValueError(f"products: got {products!r}, wanted of {[one.value for one in Products]}")
-    if products is Products.EXACT:
-        return
     if query_MD.dtype != torch.float32:
         raise ValueError(
             f"products: got {products.value} for {query_MD.dtype}, wanted float32 inputs; use "
@@ -297,12 +296,12 @@ def _validate_products(query_MD: Tensor, products: Products) -> None:
         )
 
 
-def _validate_devices(query_MD: Tensor, doc_ND: Tensor, *given: object) -> None:
-    tensors: dict[str, object] = {"doc_ND": doc_ND}
-    for one in given:
-        tensors |= (
-            {"weight_M": one} if isinstance(one, Tensor) else vars(one) if one is not None else {}
-        )
+def _validate_devices(
+    query_MD: Tensor, doc_ND: Tensor, candidates: Candidates, options: LossOptions
+) -> None:
+    tensors: dict[str, object] = {"doc_ND": doc_ND, "weight_M": options.weight_M}
+    for holder in (candidates, options.false_negatives, options.bank):
+        tensors |= {} if holder is None else vars(holder)
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.device != query_MD.device:
             raise ValueError(
@@ -312,40 +311,10 @@ def _validate_devices(query_MD: Tensor, doc_ND: Tensor, *given: object) -> None:
 
 
 def _validate_out(query_MD: Tensor, doc_ND: Tensor, out: tuple[Tensor, Tensor]) -> None:
-    wanted = torch.promote_types(query_MD.dtype, torch.float32)
+    dtype = torch.promote_types(query_MD.dtype, torch.float32)
     for given, like in zip(out, (query_MD, doc_ND), strict=True):
-        if given.shape != like.shape or given.dtype != wanted or given.device != like.device:
+        if given.shape != like.shape or given.dtype != dtype or given.device != like.device:
             raise ValueError(
                 f"out: got {given.dtype} {tuple(given.shape)} on {given.device}, "
-                f"wanted {wanted} {tuple(like.shape)} on {like.device}"
+                f"wanted {dtype} {tuple(like.shape)} on {like.device}"
             )
-
-
-def _by_autograd(
-    query_MD: Tensor,
-    doc_ND: Tensor,
-    candidates: Candidates,
-    temperature: Tensor,
-    options: dict[str, Any],
-    out: tuple[Tensor, Tensor],
-) -> InfoNCEResult:
-    leaves = [query_MD.to(out[0].dtype), doc_ND.to(out[1].dtype), temperature]
-    query_MD, doc_ND, temperature = (leaf.clone().requires_grad_() for leaf in leaves)
-    if (bank := options["bank"]) is not None:
-        doc_CD = bank.doc_CD.to(out[1].dtype)
-        options["bank"] = Bank(doc_CD=doc_CD, keys_C=bank.keys_C, guide_CG=bank.guide_CG)
-    with torch.enable_grad():
-        loss, observed = reference_loss(
-            query_MD, doc_ND, candidates, temperature=temperature, **options
-        )
-        d_query_MD, d_doc_ND, d_temperature = torch.autograd.grad(
-            loss, (query_MD, doc_ND, temperature)
-        )
-    return InfoNCEResult(
-        loss=loss.detach(),
-        d_query_MD=out[0].copy_(d_query_MD),
-        d_doc_ND=out[1].copy_(d_doc_ND),
-        d_temperature=d_temperature,
-        observed=observed,
-        path=LossPath.REFERENCE,
-    )

@@ -90,9 +90,9 @@ class Candidates:
                 continue
             fits = vector.ndim == 1 or (columns and vector.ndim == 2 and vector.shape[1] > 0)
             if vector.dtype != torch.int64 or not fits or len(vector) != length:
-                wanted = f"({length},)" + (f" or ({length}, 1 or more)" if columns else "")
+                shape = f"({length},)" + (f" or ({length}, 1 or more)" if columns else "")
                 raise ValueError(
-                    f"{name}: got {vector.dtype} {tuple(vector.shape)}, wanted int64 {wanted}"
+                    f"{name}: got {vector.dtype} {tuple(vector.shape)}, wanted int64 {shape}"
                 )
 
     def _check_values(self, num_queries: int, num_docs: int) -> None:

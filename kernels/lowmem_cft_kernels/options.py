@@ -1,10 +1,11 @@
-"""What an InfoNCE loss may be made of: values that combine freely.
+"""What an InfoNCE loss may be made of, and how it is computed: values that combine freely.
 
 Shape suffixes: M query rows, N document columns, C bank documents, D and G embedding sizes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -153,61 +154,148 @@ class Bank:
     guide_CG: Tensor | None = None
 
 
-def check_shapes(
-    query_MD: Tensor,
-    doc_ND: Tensor,
-    false_negatives: FalseNegatives | None,
-    bank: Bank | None,
-    weight_M: Tensor | None,
-) -> None:
-    """Raise ValueError where an option's tensors do not fit the embeddings or each other.
+class LossPath(str, Enum):
+    """How the loss is computed. Every path gives the same numbers up to rounding."""
 
-    Weights on a GPU are not looked at: the host would wait for all that is queued there.
+    REFERENCE = "reference"
+    """The formula through autograd; holds M x N matrices."""
+    CHUNKED = "chunked"
+    """Plain torch on any device, in a bounded workspace."""
+    TRITON = "triton"
+    """Fused CUDA kernels beside two matrix products a tile, in a bounded workspace."""
+
+
+WORKSPACE_BYTES = 60 * 2**20
+"""The workspace that is taken where none is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """The keywords of `info_nce`: the loss, and in the last three how it is computed.
+
+    Args:
+        temperature: > 0, a number or a scalar tensor; similarities are divided by it. The value
+            of one on a GPU is not looked at.
+        softmaxes: which comparisons share a denominator; the loss is the mean over softmaxes.
+            `ONE_WAY`, `SYMMETRIC`, `GTE`, `QWEN3`, or others (see `Direction`).
+        false_negatives: hides candidates about as similar as the positive.
+        hardness: raises the weight of similar negatives.
+        weight_M: floats (M,) >= 0; the loss is the weighted mean over queries. A query without a
+            positive, or with weight 0, adds nothing. Where none is left, loss and gradients are 0.
+            On a GPU, values are not looked at.
+        bank: documents without a gradient.
+        normalize: take cosines: the gradient is then that of the raw inputs.
+        products: how the Triton path multiplies float32 inputs. `SPLIT_BF16` (float32 alone, on CUDA
+            from compute capability 8.0 on) does it on tensor cores, and holds what
+            `split_bytes` gives beside the workspace: O((M + N) D). Other paths always
+            compute exactly.
+        path: how to compute it; chosen by device, dtype and size if None (see `choose_path`).
+        workspace_bytes: bound on what is held besides inputs, gradients and a few numbers per
+            query and document, 60 MiB if None; does not change the result beyond rounding.
+            Embeddings whose rows have gaps between their elements are copied besides.
     """
-    num_queries, num_docs, width = len(query_MD), len(doc_ND), query_MD.shape[1]
-    if weight_M is not None and (
-        weight_M.shape != (num_queries,) or not weight_M.is_floating_point()
-    ):
+
+    temperature: float | Tensor
+    softmaxes: Sequence[Softmax] = ONE_WAY
+    false_negatives: FalseNegatives | None = None
+    hardness: Hardness | None = None
+    weight_M: Tensor | None = None
+    bank: Bank | None = None
+    normalize: bool = False
+    products: Products = Products.EXACT
+    path: LossPath | None = None
+    workspace_bytes: int | None = None
+
+    @property
+    def directions(self) -> frozenset[Direction]:
+        """The directions of all softmaxes."""
+        return frozenset[Direction]().union(*self.softmaxes)
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes that the workspace may have."""
+        return self.workspace_bytes or WORKSPACE_BYTES
+
+    def validate(self, query_MD: Tensor, doc_ND: Tensor) -> None:
+        """Raise ValueError where an option is wrong, or does not fit the embeddings or another one.
+
+        Weights and temperatures on a GPU are not looked at: the host would wait for all that is
+        queued there.
+        """
+        _check_temperature(self.temperature)
+        check_softmaxes(self.softmaxes)
+        if self.bank is not None and Direction.QUERY_TO_DOC not in self.directions:
+            raise ValueError("bank: got one, but no softmax has query_to_doc in it")
+        if not isinstance(self.products, Products):
+            raise ValueError(
+                f"products: got {self.products!r}, wanted of {[member.value for member in Products]}"
+            )
+        if self.weight_M is not None:
+            _check_weights(self.weight_M, len(query_MD))
+        if self.bank is not None:
+            _check_bank(self.bank, doc_ND)
+        if self.false_negatives is not None:
+            _check_margin(self.false_negatives, len(query_MD))
+            _check_guides(self.false_negatives, len(query_MD), len(doc_ND), self.bank)
+
+
+def _check_temperature(temperature: float | Tensor) -> None:
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(
+                f"temperature: got a tensor {tuple(temperature.shape)}, wanted a number or a scalar"
+            )
+        if temperature.device.type != "cpu":
+            return
+        temperature = float(temperature.detach())
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: got {temperature}, wanted a finite number above 0")
+
+
+def _check_weights(weight_M: Tensor, num_queries: int) -> None:
+    if weight_M.shape != (num_queries,) or not weight_M.is_floating_point():
         raise ValueError(
             f"weight_M: got {weight_M.dtype} {tuple(weight_M.shape)}, wanted floats "
             f"({num_queries},)"
         )
-    if weight_M is not None and weight_M.device.type == "cpu" and bool((weight_M < 0).any()):
+    if weight_M.device.type == "cpu" and bool((weight_M < 0).any()):
         raise ValueError(f"weight_M: got {float(weight_M.min())}, wanted 0 or more")
-    if bank is not None and (
-        bank.doc_CD.dtype != doc_ND.dtype or bank.doc_CD.ndim != 2 or bank.doc_CD.shape[1] != width
-    ):
+
+
+def _check_bank(bank: Bank, doc_ND: Tensor) -> None:
+    doc_CD, keys_C, width = bank.doc_CD, bank.keys_C, doc_ND.shape[1]
+    if doc_CD.dtype != doc_ND.dtype or doc_CD.ndim != 2 or doc_CD.shape[1] != width:
         raise ValueError(
-            f"bank: got {bank.doc_CD.dtype} {tuple(bank.doc_CD.shape)}, wanted {doc_ND.dtype} "
-            f"(C, {width})"
+            f"bank: got {doc_CD.dtype} {tuple(doc_CD.shape)}, wanted {doc_ND.dtype} (C, {width})"
         )
-    if bank is not None and bank.keys_C is not None:
-        keys_C = bank.keys_C
-        if keys_C.dtype != torch.int64 or keys_C.shape != bank.doc_CD.shape[:1]:
-            raise ValueError(
-                f"bank.keys_C: got {keys_C.dtype} {tuple(keys_C.shape)}, wanted int64 "
-                f"({len(bank.doc_CD)},)"
-            )
-    if false_negatives is None:
-        return
+    if keys_C is not None and (keys_C.dtype != torch.int64 or keys_C.shape != doc_CD.shape[:1]):
+        raise ValueError(
+            f"bank.keys_C: got {keys_C.dtype} {tuple(keys_C.shape)}, wanted int64 ({len(doc_CD)},)"
+        )
+
+
+def _check_margin(false_negatives: FalseNegatives, num_queries: int) -> None:
     margin = false_negatives.margin
     if isinstance(margin, Tensor) and margin.shape != (num_queries,):
         raise ValueError(
             f"margin: got a tensor {tuple(margin.shape)}, wanted a number or ({num_queries},)"
         )
-    if not false_negatives.guided:
-        return
+
+
+def _check_guides(
+    false_negatives: FalseNegatives, num_queries: int, num_docs: int, bank: Bank | None
+) -> None:
     query_MG, doc_NG = false_negatives.query_guide_MG, false_negatives.doc_guide_NG
-    assert query_MG is not None
-    assert doc_NG is not None
+    if query_MG is None or doc_NG is None:
+        return
     guides = [(query_MG, num_queries), (doc_NG, num_docs)]
-    guide_width = query_MG.shape[1] if query_MG.ndim == 2 else "G"
     if bank is not None:
         if bank.guide_CG is None:
             raise ValueError("bank.guide_CG: got None, but false_negatives has guides")
         guides.append((bank.guide_CG, len(bank.doc_CD)))
+    width = query_MG.shape[1] if query_MG.ndim == 2 else "G"
     for guide, length in guides:
-        if guide.ndim != 2 or guide.shape != (length, guide_width):
+        if guide.ndim != 2 or guide.shape != (length, width):
             raise ValueError(
-                f"guide embeddings: got {tuple(guide.shape)}, wanted ({length}, {guide_width})"
+                f"guide embeddings: got {tuple(guide.shape)}, wanted ({length}, {width})"
             )

@@ -21,21 +21,19 @@ and G embedding sizes, K keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lowmem_cft_kernels.masks import NO_TARGET, Candidates
-from lowmem_cft_kernels.options import Bank, Direction, FalseNegatives, Hardness, Softmax
+from lowmem_cft_kernels.options import Direction, FalseNegatives, Hardness, LossOptions
+from lowmem_cft_kernels.workspace import STRIP_BYTES, Extent
 
 NORM_EPSILON = 1e-12
 """Norms below it count as it, as in torch.nn.functional.normalize."""
-
-_STRIP_BYTES = {False: 4 * 2**20, True: 8 * 2**20}
-"""Rows worked on at once where a few numbers per row are wanted, on a CPU and on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +94,7 @@ class Block:
 
     @property
     def has_positives(self) -> bool:
-        """Its columns are the documents, and its rows the queries."""
+        """The rows are the queries, and the columns the documents."""
         return self.target_RP is not None and not self.target_hides
 
     def rows(self, queries: slice) -> slice:
@@ -113,7 +111,9 @@ class Problem:
     """A batch and its loss.
 
     Attributes:
+        options: what the loss was asked for with.
         blocks: the first is that of queries with documents.
+        temperature: a scalar.
         target_MP: columns of positives, fillers repeating one of the row's.
         there_MP: False at fillers.
         weight_MP: of each pair, 0 at fillers; they sum to 1, or to 0 where nothing counts.
@@ -122,8 +122,8 @@ class Problem:
         compute: dtype of everything but the embeddings: float32, or float64 for float64 inputs.
     """
 
+    options: LossOptions
     blocks: tuple[Block, ...]
-    softmaxes: tuple[Softmax, ...]
     temperature: Tensor
     target_MP: Tensor
     there_MP: Tensor
@@ -143,8 +143,22 @@ class Problem:
         return self.softmax_of(Direction.DOC_TO_QUERY) is not None
 
     def softmax_of(self, direction: Direction) -> int | None:
-        """Index of the softmax that a direction is in."""
-        return next((i for i, one in enumerate(self.softmaxes) if direction in one), None)
+        """Index of the softmax that a direction is in; None if it is in none."""
+        softmaxes = enumerate(self.options.softmaxes)
+        return next((i for i, softmax in softmaxes if direction in softmax), None)
+
+    @property
+    def extent(self) -> Extent:
+        """The shapes and the dtype, by which memory goes."""
+        doc_ND = self.queries_with_documents.col_CD
+        return Extent(
+            num_queries=len(self.target_MP),
+            num_docs=len(doc_ND),
+            width=doc_ND.shape[1],
+            num_positives=self.target_MP.shape[1],
+            dtype=doc_ND.dtype,
+            options=self.options,
+        )
 
     @property
     def best_M(self) -> Tensor:
@@ -163,98 +177,56 @@ class _Side:
     guide_inverse_N: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of a query and a positive; see `Problem`."""
+
+    target_MP: Tensor
+    there_MP: Tensor
+    weight_MP: Tensor
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """Similarities above which candidates are hidden from queries (M,) and from documents (N,)."""
+
+    bound_M: Tensor | None = None
+    bound_N: Tensor | None = None
+
+
 def make_problem(
-    query_MD: Tensor,
-    doc_ND: Tensor,
-    candidates: Candidates,
-    *,
-    temperature: Tensor,
-    softmaxes: Sequence[Softmax],
-    false_negatives: FalseNegatives | None,
-    hardness: Hardness | None,
-    weight_M: Tensor | None,
-    bank: Bank | None,
-    normalize: bool,
+    query_MD: Tensor, doc_ND: Tensor, candidates: Candidates, options: LossOptions
 ) -> Problem:
-    """Arguments as in `info_nce`, checked before."""
+    """The batch as blocks and vectors; arguments as in `info_nce`, checked before."""
     compute = torch.promote_types(query_MD.dtype, torch.float32)
-    target_MP, there_MP, weight_MP = _pairs(candidates, weight_M, compute)
-    query_guide = doc_guide = None
-    if false_negatives is not None:
-        query_guide, doc_guide = false_negatives.query_guide_MG, false_negatives.doc_guide_NG
-    query = _side(query_MD, candidates.query_key_MK, query_guide, compute, normalize)
-    doc_keys = candidates.doc_keys
-    doc = _side(doc_ND, doc_keys, doc_guide, compute, normalize)
-    positive_MP = _pair_products(query, doc, target_MP, compute)
-    bound_M = bound_N = None
-    if false_negatives is not None:
-        bound_M, bound_N = _bounds(false_negatives, query, doc, positive_MP, target_MP, there_MP)
-    in_use = frozenset[Direction]().union(*softmaxes)
-    owned, index_M = candidates.owner_N is not None, None
-    if owned or Direction.QUERY_TO_QUERY in in_use:
-        index_M = torch.arange(len(query_MD), device=query_MD.device)
-    blocks = [
-        _block(
-            Direction.QUERY_TO_DOC,
-            query,
-            doc,
-            row_group_R=index_M if owned else None,
-            col_group_C=candidates.owner_N,
-            own_only=candidates.own_only,
-            target_RP=target_MP,
-            has_target_R=there_MP.any(dim=1),
-            row_bound_R=bound_M,
-            col_bound_C=bound_N,
-            hardness=hardness,
-        )
-    ]
+    pairs = _pairs(candidates, options.weight_M, compute)
+    side = partial(_side, compute=compute, normalize=options.normalize)
+    guides, bank = options.false_negatives, options.bank
+    query_guide = None if guides is None else guides.query_guide_MG
+    doc_guide = None if guides is None else guides.doc_guide_NG
+    query = side(query_MD, candidates.query_key_MK, query_guide)
+    doc = side(doc_ND, candidates.doc_keys, doc_guide)
+    banked = None
     if bank is not None and len(bank.doc_CD):
-        others = _side(bank.doc_CD.detach(), bank.keys_C, bank.guide_CG, compute, normalize)
-        if query_guide is None:  # whatever the bank has, the loss does not ask for it
-            others = replace(others, guide_NG=None, guide_inverse_N=None)
-        blocks.append(
-            _block(
-                Direction.QUERY_TO_DOC,
-                query,
-                others,
-                row_bound_R=bound_M,
-                hardness=hardness,
-                learns=False,
-            )
-        )
-    if Direction.QUERY_TO_QUERY in in_use:
-        blocks.append(
-            _block(
-                Direction.QUERY_TO_QUERY,
-                query,
-                query,
-                row_group_R=index_M,
-                col_group_C=index_M,
-                same_hides=True,
-                row_bound_R=bound_M,
-            )
-        )
-    if Direction.DOC_TO_DOC in in_use:
-        blocks.append(
-            _positives_with_documents(doc, candidates.owner_N, target_MP, there_MP, bound_M)
-        )
+        # whatever guides the bank has, without those of the queries the loss does not ask for them
+        bank_guide = None if query_guide is None else bank.guide_CG
+        banked = side(bank.doc_CD.detach(), bank.keys_C, bank_guide)
+    positive_MP = _pair_products(query, doc, pairs.target_MP, compute)
+    bounds = _Bounds() if guides is None else _bounds(guides, query, doc, positive_MP, pairs)
     return Problem(
-        blocks=tuple(blocks),
-        softmaxes=tuple(softmaxes),
-        temperature=temperature.to(compute),
-        target_MP=target_MP,
-        there_MP=there_MP,
-        weight_MP=weight_MP,
-        counted_M=weight_MP.sum(dim=1) > 0,
+        options=options,
+        blocks=tuple(_blocks(query, doc, banked, candidates, options, pairs, bounds)),
+        temperature=torch.as_tensor(options.temperature).to(compute),
+        target_MP=pairs.target_MP,
+        there_MP=pairs.there_MP,
+        weight_MP=pairs.weight_MP,
+        counted_M=pairs.weight_MP.sum(dim=1) > 0,
         positive_MP=positive_MP,
         compute=compute,
     )
 
 
-def _pairs(
-    candidates: Candidates, weight_M: Tensor | None, compute: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`target_MP`, `there_MP` and `weight_MP` of `Problem`."""
+def _pairs(candidates: Candidates, weight_M: Tensor | None, compute: torch.dtype) -> _Pairs:
     there_MP = candidates.target_MP != NO_TARGET
     some_M1 = candidates.target_MP.amax(dim=1, keepdim=True).clamp(min=0)
     target_MP = torch.where(there_MP, candidates.target_MP, some_M1)
@@ -262,13 +234,14 @@ def _pairs(
     if weight_M is not None:
         weight_MP *= weight_M.to(compute)[:, None]
     weight_MP /= weight_MP.sum().clamp(min=torch.finfo(compute).tiny)
-    return target_MP, there_MP, weight_MP
+    return _Pairs(target_MP, there_MP, weight_MP)
 
 
 def _side(
     x_ND: Tensor,
     keys: Tensor | None,
     guide_NG: Tensor | None,
+    *,
     compute: torch.dtype,
     normalize: bool,
 ) -> _Side:
@@ -282,7 +255,51 @@ def _side(
     )
 
 
-def _block(direction: Direction, rows: _Side, cols: _Side, **rest: Any) -> Block:
+def _blocks(
+    query: _Side,
+    doc: _Side,
+    banked: _Side | None,
+    candidates: Candidates,
+    options: LossOptions,
+    pairs: _Pairs,
+    bounds: _Bounds,
+) -> Iterator[Block]:
+    """Every block of the loss, that of queries with documents first."""
+    owned, index_M = candidates.owner_N is not None, None
+    if owned or Direction.QUERY_TO_QUERY in options.directions:
+        index_M = torch.arange(len(query.x_ND), device=query.x_ND.device)
+    yield replace(
+        _block(Direction.QUERY_TO_DOC, query, doc),
+        row_group_R=index_M if owned else None,
+        col_group_C=candidates.owner_N,
+        own_only=candidates.own_only,
+        target_RP=pairs.target_MP,
+        has_target_R=pairs.there_MP.any(dim=1),
+        row_bound_R=bounds.bound_M,
+        col_bound_C=bounds.bound_N,
+        hardness=options.hardness,
+    )
+    if banked is not None:
+        yield replace(
+            _block(Direction.QUERY_TO_DOC, query, banked),
+            row_bound_R=bounds.bound_M,
+            hardness=options.hardness,
+            learns=False,
+        )
+    if Direction.QUERY_TO_QUERY in options.directions:
+        yield replace(
+            _block(Direction.QUERY_TO_QUERY, query, query),
+            row_group_R=index_M,
+            col_group_C=index_M,
+            same_hides=True,
+            row_bound_R=bounds.bound_M,
+        )
+    if Direction.DOC_TO_DOC in options.directions:
+        yield _positives_with_documents(doc, candidates.owner_N, pairs, bounds.bound_M)
+
+
+def _block(direction: Direction, rows: _Side, cols: _Side) -> Block:
+    """Rows against columns, with all that the two sides say of it."""
     keyed = rows.keys_NK is not None and cols.keys_NK is not None
     guide = None
     if rows.guide_NG is not None and cols.guide_NG is not None:
@@ -294,43 +311,37 @@ def _block(direction: Direction, rows: _Side, cols: _Side, **rest: Any) -> Block
             row_inverse_R=rows.guide_inverse_N,
             col_inverse_C=cols.guide_inverse_N,
         )
-    shared = {
-        "row_RD": rows.x_ND,
-        "col_CD": cols.x_ND,
-        "row_inverse_R": rows.inverse_N,
-        "col_inverse_C": cols.inverse_N,
-        "row_key_RK": rows.keys_NK if keyed else None,
-        "col_key_CL": cols.keys_NK if keyed else None,
-        "guide": guide,
-    }
-    return Block(direction=direction, **(shared | rest))
+    return Block(
+        direction=direction,
+        row_RD=rows.x_ND,
+        col_CD=cols.x_ND,
+        row_inverse_R=rows.inverse_N,
+        col_inverse_C=cols.inverse_N,
+        row_key_RK=rows.keys_NK if keyed else None,
+        col_key_CL=cols.keys_NK if keyed else None,
+        guide=guide,
+    )
 
 
 def _positives_with_documents(
-    doc: _Side,
-    owner_N: Tensor | None,
-    target_MP: Tensor,
-    there_MP: Tensor,
-    bound_M: Tensor | None,
+    doc: _Side, owner_N: Tensor | None, pairs: _Pairs, bound_M: Tensor | None
 ) -> Block:
     """One row per pair: its positive against all documents that did not come with its query."""
-    num_queries, num_positives = target_MP.shape
-    pick_R, owned = target_MP.flatten(), owner_N is not None
+    num_queries, num_positives = pairs.target_MP.shape
+    pick_R, owned = pairs.target_MP.flatten(), owner_N is not None
 
     def per_pair(vectors: Tensor) -> Tensor:
         return vectors.repeat_interleave(num_positives, dim=0)
 
-    return _block(
-        Direction.DOC_TO_DOC,
-        doc,
-        doc,
+    return replace(
+        _block(Direction.DOC_TO_DOC, doc, doc),
         pick_R=pick_R,
         rows_per_query=num_positives,
         row_group_R=per_pair(torch.arange(num_queries, device=pick_R.device)) if owned else None,
         col_group_C=owner_N,
         same_hides=owned,
-        target_RP=per_pair(target_MP),
-        has_target_R=per_pair(there_MP.any(dim=1)),
+        target_RP=per_pair(pairs.target_MP),
+        has_target_R=per_pair(pairs.there_MP.any(dim=1)),
         target_hides=True,
         row_key_RK=None if doc.keys_NK is None else doc.keys_NK[pick_R],
         row_bound_R=None if bound_M is None else per_pair(bound_M),
@@ -338,61 +349,41 @@ def _positives_with_documents(
 
 
 def _bounds(
-    false_negatives: FalseNegatives,
-    query: _Side,
-    doc: _Side,
-    positive_MP: Tensor,
-    target_MP: Tensor,
-    there_MP: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(M,) and (N,): similarities above which candidates are hidden from queries and documents."""
+    false_negatives: FalseNegatives, query: _Side, doc: _Side, positive_MP: Tensor, pairs: _Pairs
+) -> _Bounds:
     if query.guide_NG is not None and doc.guide_NG is not None:
         query = replace(query, x_ND=query.guide_NG, inverse_N=query.guide_inverse_N)
         guide = replace(doc, x_ND=doc.guide_NG, inverse_N=doc.guide_inverse_N)
-        positive_MP = _pair_products(query, guide, target_MP, positive_MP.dtype)
+        positive_MP = _pair_products(query, guide, pairs.target_MP, positive_MP.dtype)
     best_M = positive_MP.amax(dim=1)
     scale_M = best_M.abs() if false_negatives.relative else 1.0
     bound_M = best_M - scale_M * false_negatives.margin
     # fillers repeat one of the row's; a row without a target must not raise column 0's
-    bound_MP = bound_M[:, None].expand_as(target_MP).masked_fill(~there_MP, -torch.inf)
+    bound_MP = bound_M[:, None].expand_as(pairs.target_MP)
+    bound_MP = bound_MP.masked_fill(~pairs.there_MP, -torch.inf)
     bound_N = bound_M.new_full((len(doc.x_ND),), -torch.inf)
-    bound_N.scatter_reduce_(0, target_MP.flatten(), bound_MP.flatten(), "amax")
-    return bound_M, bound_N
-
-
-def _sides_to_widen(problem: Problem) -> dict[int, tuple[Tensor, Tensor | None]]:
-    """By identity, the embeddings that are not yet of unit length or in the compute dtype."""
-    sides = {}
-    for block in problem.blocks:
-        for x_ND, inverse_N in (
-            (block.row_RD, block.row_inverse_R),
-            (block.col_CD, block.col_inverse_C),
-        ):
-            if inverse_N is not None or x_ND.dtype != problem.compute:
-                sides[id(x_ND)] = x_ND, inverse_N
-    return sides
-
-
-def num_bytes_as_units(problem: Problem) -> int:
-    """What `with_units` would hold; 0 where embeddings are as it would make them."""
-    sides = _sides_to_widen(problem).values()
-    return sum(x_ND.numel() for x_ND, _ in sides) * problem.compute.itemsize
+    bound_N.scatter_reduce_(0, pairs.target_MP.flatten(), bound_MP.flatten(), "amax")
+    return _Bounds(bound_M, bound_N)
 
 
 def with_units(problem: Problem) -> Problem:
     """The same with embeddings in the compute dtype, and of unit length where normalised.
 
-    Gradients are then those of the unit vectors.
+    Gradients are then those of the unit vectors. Embeddings that are so already are shared.
     """
-    units = {
-        key: x_ND.to(problem.compute) if inverse_N is None else x_ND * inverse_N[:, None]
-        for key, (x_ND, inverse_N) in _sides_to_widen(problem).items()
-    }
+    units: dict[int, Tensor] = {}  # by identity: blocks share embeddings
+
+    def unit(x_ND: Tensor, inverse_N: Tensor | None) -> Tensor:
+        if id(x_ND) not in units:
+            wide_ND = x_ND.to(problem.compute) if inverse_N is None else x_ND * inverse_N[:, None]
+            units[id(x_ND)] = wide_ND
+        return units[id(x_ND)]
+
     blocks = (
         replace(
             block,
-            row_RD=units.get(id(block.row_RD), block.row_RD),
-            col_CD=units.get(id(block.col_CD), block.col_CD),
+            row_RD=unit(block.row_RD, block.row_inverse_R),
+            col_CD=unit(block.col_CD, block.col_inverse_C),
             row_inverse_R=None,
             col_inverse_C=None,
         )
@@ -403,7 +394,7 @@ def with_units(problem: Problem) -> Problem:
 
 def strips(num_rows: int, row_bytes: int, *, cuda: bool) -> Iterator[slice]:
     """Ranges of rows of a few MiB."""
-    yield from row_blocks(num_rows, max(1, _STRIP_BYTES[cuda] // row_bytes))
+    yield from row_blocks(num_rows, max(1, STRIP_BYTES[cuda] // row_bytes))
 
 
 def row_blocks(num_rows: int, size: int) -> Iterator[slice]:
@@ -438,7 +429,7 @@ def add_at(out: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 
 def through_norm(x_RD: Tensor, inverse_R: Tensor, d_x_RD: Tensor) -> None:
-    """From inverse norm times d loss / d unit vector to d loss / d x, in place.
+    """Turn inverse norm times d loss / d unit vector into d loss / d x, in place.
 
     d x = h - x <x, h> / |x|^2    with h = (d loss / d unit vector) / |x|
     """

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
-
-class LossPath(str, Enum):
-    """How the loss is computed. Every path gives the same numbers up to rounding."""
-
-    REFERENCE = "reference"
-    """The formula through autograd; holds M x N matrices."""
-    CHUNKED = "chunked"
-    """Plain torch on any device, in a bounded workspace."""
-    TRITON = "triton"
-    """Fused CUDA kernels beside two matrix products a tile, in a bounded workspace."""
+from lowmem_cft_kernels.options import LossPath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +33,7 @@ class Observed:
 
     @classmethod
     def from_matrices(cls, sim_ME: Tensor, positive_ME: Tensor, negative_ME: Tensor) -> Observed:
-        """From M x E similarities; both masks are empty in the rows of queries that do not count.
+        """Sum over M x E matrices, whose masks are empty in rows of queries that do not count.
 
         `positive_ME` marks positives, `negative_ME` visible negatives.
         """
@@ -74,7 +64,7 @@ class Observed:
         positive_sum: Tensor,
         negative_sum: Tensor,
     ) -> Observed:
-        """From counts and sums over a batch.
+        """Divide counts and sums over a batch.
 
         Args:
             queries: that count; first: of them, those whose best positive is exceeded by none.

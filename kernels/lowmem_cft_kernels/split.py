@@ -14,38 +14,16 @@ import torch
 from torch import Tensor
 
 from lowmem_cft_kernels.problem import strips
-
-_PADDING = 64
-"""Both halves are whole multiples of so many numbers long, and so of a tile's depth."""
-
-
-def split_bytes(num_rows: int, width: int) -> int:
-    """What `Products.SPLIT_BF16` holds for so many float32 embeddings of so many numbers.
-
-    For a whole call, sum over queries, documents and bank, and over float32 guides, whose width may
-    differ. It is as much as the embeddings take where their width is a multiple of 64.
-    """
-    return num_rows * 2 * _padded(width) * torch.bfloat16.itemsize
+from lowmem_cft_kernels.workspace import SPLIT_PADDING, padded
 
 
 def split(x_RD: Tensor) -> Tensor:
     """(R, 2, W) bfloat16: of each row its high and its low numbers, zeros beyond D."""
     num_rows, width = x_RD.shape
-    split_R2W = x_RD.new_empty((num_rows, 2, _padded(width)), dtype=torch.bfloat16)
+    split_R2W = x_RD.new_empty((num_rows, 2, padded(width, SPLIT_PADDING)), dtype=torch.bfloat16)
     split_R2W[:, :, width:] = 0
     for rows in strips(num_rows, width * x_RD.element_size(), cuda=x_RD.is_cuda):
         high_RD, low_RD = split_R2W[rows, :, :width].unbind(dim=1)
         high_RD.copy_(x_RD[rows])
         low_RD.copy_(x_RD[rows] - high_RD)
     return split_R2W
-
-
-def split_products(row_RD: Tensor, col_CD: Tensor) -> Tensor:
-    """(R, C) float32: the products that split embeddings have, by three plain ones."""
-    row_high, row_low = split(row_RD).float().unbind(dim=1)
-    col_high, col_low = split(col_CD).float().unbind(dim=1)
-    return row_high @ col_high.T + row_high @ col_low.T + row_low @ col_high.T
-
-
-def _padded(width: int) -> int:
-    return -(-width // _PADDING) * _PADDING

@@ -23,11 +23,11 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 @contextmanager
 def _exact_float32() -> Iterator[None]:
-    """Resets, by the name it was set by: torch refuses to read one set by names old and new."""
+    """Restores each setting under its own name: torch refuses one set by an old name and a new."""
     cuda: Any = torch.backends.cuda.matmul
     cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    kept = cuda.fp32_precision, cpu.fp32_precision
-    if not {"tf32", "bf16"} & {*kept}:
+    outer = cuda.fp32_precision, cpu.fp32_precision
+    if not {"tf32", "bf16"} & {*outer}:
         yield
         return
     try:
@@ -41,10 +41,10 @@ def _exact_float32() -> Iterator[None]:
         yield
     finally:
         if precision is None:
-            cuda.fp32_precision = kept[0]
+            cuda.fp32_precision = outer[0]
         else:
             torch.set_float32_matmul_precision(precision)
-        cpu.fp32_precision = kept[1]
+        cpu.fp32_precision = outer[1]
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowmem_cft_kernels.options import Direction
 from lowmem_cft_kernels.problem import Problem
 from lowmem_cft_kernels.result import Observed
 
@@ -32,8 +33,12 @@ class Tally:
         floats_M = torch.zeros_like(problem.counted_M, dtype=problem.compute)
         return cls(integers_M, integers_M.clone(), floats_M)
 
-    def observed(self, problem: Problem, num_seeable: int) -> Observed:
-        """In the end; `num_seeable`: documents and bank together."""
+    def observed(self, problem: Problem) -> Observed:
+        """What the sums say once every similarity has been seen."""
+        seen_blocks = (
+            block for block in problem.blocks if block.direction is Direction.QUERY_TO_DOC
+        )
+        num_seeable = sum(len(block.col_CD) for block in seen_blocks)
         there_MP, ignored_M = problem.there_MP, ~problem.counted_M
         counts_M = [problem.counted_M, self.above_M == 0, self.above_M, self.seen_M]
         counts = torch.stack([*counts_M, there_MP.sum(dim=1)]).masked_fill_(ignored_M, 0)

@@ -56,11 +56,11 @@ class Tile:
 
 
 LOADS = ("plain", "middle", "heavy")
-"""How much a block asks of a tile's registers; a tile never is larger than that of a load before."""
+"""How much a block asks of a tile's registers; no load's tile is larger than the load's before."""
 
 
 def load_of(block: Block) -> str:
-    """Of `LOADS`: heavy are guides, which take a second product."""
+    """The block's entry of `LOADS`: guides are heavy, as they take a second product."""
     keys = 0 if block.row_key_RK is None or block.col_key_CL is None else block.row_key_RK.shape[1]
     positives = 0 if block.target_RP is None else block.target_RP.shape[1]
     if block.guide is not None:
@@ -100,7 +100,7 @@ def room_bytes(device: torch.device) -> int:
 
 
 def capability_of(device: torch.device) -> int:
-    """Its compute capability times ten; 80 for Triton's interpreter on a CPU."""
+    """The device's compute capability times ten; 80 for Triton's interpreter on a CPU."""
     if device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(device)
@@ -142,7 +142,7 @@ def _read(values: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[int, di
 
 
 def write_table(path: Path, table: Mapping[int, Mapping[str, Tile]]) -> None:
-    """In the form that `LOWMEM_CFT_TILES` is read in."""
+    """Write a table in the form that `LOWMEM_CFT_TILES` is read in."""
     values = {
         str(arch): {name: asdict(tile) for name, tile in entries.items()}
         for arch, entries in table.items()

@@ -23,22 +23,25 @@ from lowmem_cft_kernels.split import split
 from lowmem_cft_kernels.tally import Tally
 from lowmem_cft_kernels.tiles import Tile, choose_tile
 from lowmem_cft_kernels.triton_tiles import (
-    COLUMN_PADDING,
     gradient_kernel,
     lse_kernel,
     merge_kernel,
     scale_kernel,
+)
+from lowmem_cft_kernels.workspace import (
+    RECTANGLE_ROWS,
+    gradient_bytes,
+    held_dtype,
+    padded,
+    picked_bytes,
 )
 
 LN2 = math.log(2.0)
 
 HARDNESS_ON = {Negatives.HARD: 1, Negatives.IN_BATCH: 2, Negatives.ALL: 3}
 
-_ROWS = 4096
-"""Rows of a rectangle: enough that adding to the columns' gradient is little beside computing it."""
-
 _FEWEST_ROWS = 512
-"""With fewer rows at once, adding to the columns' gradient costs more than a second pass."""
+"""Rows at once below which adding to the columns' gradient costs more than a second pass."""
 
 _SCALE_NUMBERS = 4096
 """Numbers that one program scales."""
@@ -49,10 +52,10 @@ _MERGE_PARTS, _MERGE_ROWS = 32, 32
 """Tiles that one program merges at a time, of so many rows."""
 
 _PLAIN_LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
-"""Of kernels without products; said outright, because triton warns where it is left open."""
+"""Options of kernels without products; fusion is named because triton warns where it is not."""
 
 _LSE_ROW_BYTES = 5 * 4
-"""What the first pass writes per row and tile of columns."""
+"""Bytes that the first pass writes per row and tile of columns."""
 
 _FP16_RANGE = 2.0**13
 """Greatest d loss / d similarity after scaling, where it is held in float16."""
@@ -84,23 +87,12 @@ class _Sums:
 class Fused:
     """The loss of one problem, its gradients written to `d_query_MD` and `d_doc_ND`."""
 
-    default_workspace_bytes = 60 * 2**20
-
-    def __init__(
-        self,
-        problem: Problem,
-        d_query_MD: Tensor,
-        d_doc_ND: Tensor,
-        workspace_bytes: int,
-        products: Products = Products.EXACT,
-    ) -> None:
-        self.problem, self.products = problem, products
-        self.held_dtype = problem.queries_with_documents.row_RD.dtype
-        if products is Products.SPLIT_BF16:
-            self.held_dtype = torch.bfloat16
+    def __init__(self, problem: Problem, d_query_MD: Tensor, d_doc_ND: Tensor) -> None:
+        self.problem, self.products = problem, problem.options.products
+        self.held_dtype = held_dtype(problem.extent)
         self.d_query_MD, self.d_doc_ND = d_query_MD, d_doc_ND
-        self.gradient_bytes = workspace_bytes * 3 // 4
-        self.lse_bytes = workspace_bytes - self.gradient_bytes
+        self.gradient_bytes = gradient_bytes(problem.options.most_bytes)
+        self.lse_bytes = problem.options.most_bytes - self.gradient_bytes
         self.tally = Tally.empty(problem)
         self.temperature = problem.temperature.reshape(1)
         # what brings similarities to logits in units of log2: rounded once, as no division is there
@@ -141,7 +133,7 @@ class Fused:
         if self.problem.documents_choose or len(self.problem.blocks) > 1:
             return 0
         num_rows, num_columns = _size(block)
-        rows = self.gradient_bytes // (_padded(num_columns) * self.held_dtype.itemsize)
+        rows = self.gradient_bytes // (padded(num_columns) * self.held_dtype.itemsize)
         tile = self._tile("lse", block)
         tiles = triton.cdiv(num_columns, tile.block_c)
         rows = min(rows, self.lse_bytes // (tiles * _LSE_ROW_BYTES * 2), num_rows)
@@ -154,16 +146,17 @@ class Fused:
         problem, block = self.problem, self.problem.queries_with_documents
         num_rows, num_columns = _size(block)
         tile, size_r = self._tile("lse", block), self._rows_at_once()
-        held = self.best_M.new_empty((size_r, _padded(num_columns)), dtype=self.held_dtype)
+        self._shared(block)  # makes halves, which takes workspace too
+        held = self.best_M.new_empty((size_r, padded(num_columns)), dtype=self.held_dtype)
         columns, tiles = slice(0, num_columns), triton.cdiv(num_columns, tile.block_c)
         sums_R, counts = _Sums(self.best_M, num_rows, tiles * size_r), self._counts(tiles * size_r)
         for rows in row_blocks(num_rows, size_r):
-            padded = held[: rows.stop - rows.start]
-            self._sum_tiles(block, rows, columns, tile, sums_R, counts=counts, exp=padded)
-            self._to_gradient(block, rows, tile, padded, sums_R)
-            self._multiply(block, rows, columns, padded[:, :num_columns])
+            strip = held[: rows.stop - rows.start]
+            self._sum_tiles(block, rows, columns, tile, sums_R, counts=counts, exp=strip)
+            self._to_gradient(block, rows, tile, strip, sums_R)
+            self._multiply(block, rows, columns, strip[:, :num_columns])
         loss = mean_loss(problem, slice(0, num_rows), [join(problem, None, sums_R.lse()[:, None])])
-        del held, padded, sums_R, counts  # what comes takes workspace too
+        del held, strip, sums_R, counts  # what comes takes workspace too
         return loss, self._with_own_gradient()
 
     def _to_gradient(
@@ -197,7 +190,7 @@ class Fused:
     def _log_sum_exps(self) -> list[Tensor]:
         """(M, P) for each softmax."""
         problem = self.problem
-        lse_MP: list[Tensor | None] = [None] * len(problem.softmaxes)
+        lse_MP: list[Tensor | None] = [None] * len(problem.options.softmaxes)
         for block in problem.blocks:
             softmax = problem.softmax_of(block.direction)
             lse_R, lse_C = self._scan(block, rows_choose=softmax is not None)
@@ -205,11 +198,11 @@ class Fused:
             if softmax is not None and lse_R is not None:
                 lse_MP[softmax] = join(problem, lse_MP[softmax], lse_R[:, None])
             if lse_C is not None and choosing is not None:
-                column_MP, held_MP = lse_C[problem.target_MP], lse_MP[choosing]
+                column_MP, rows_lse_MP = lse_C[problem.target_MP], lse_MP[choosing]
                 lse_MP[choosing] = (
-                    column_MP if held_MP is None else torch.logaddexp(held_MP, column_MP)
+                    column_MP if rows_lse_MP is None else torch.logaddexp(rows_lse_MP, column_MP)
                 )
-        return [one for one in lse_MP if one is not None]
+        return [softmax_MP for softmax_MP in lse_MP if softmax_MP is not None]
 
     def _scan(self, block: Block, *, rows_choose: bool) -> tuple[Tensor | None, Tensor | None]:
         """Log-sum-exps of a block's rows and of its columns, as far as they choose."""
@@ -217,7 +210,7 @@ class Fused:
         tile = self._tile("lse", block)
         columns_choose = block is problem.queries_with_documents and problem.documents_choose
         num_rows, num_columns = _size(block)
-        size_r = min(_ROWS, num_rows)
+        size_r = min(RECTANGLE_ROWS, num_rows)
         per_tile = max(1, self.lse_bytes // (size_r * _LSE_ROW_BYTES * 2))
         size_c = min(per_tile * tile.block_c, num_columns)
         parts_r, parts_c = triton.cdiv(size_r, tile.block_r), triton.cdiv(size_c, tile.block_c)
@@ -309,17 +302,17 @@ class Fused:
         product = (self._with_own_gradient() + self._with_own_gradient(docs=True)) / 2
         if len(learning) == len(problem.blocks):
             return product
-        before = self._with_own_gradient()
+        learned = self._with_own_gradient()
         for block in problem.blocks:
             if not block.learns:
                 self._push_all(block, everyone, lse_MP, col_shift_N)
-        return product + self._with_own_gradient() - before
+        return product + self._with_own_gradient() - learned
 
     def _fp16_scale(self) -> Tensor:
         """(1,): what brings d loss / d similarity into float16's range; 1 for other dtypes."""
-        block, one = self.problem.queries_with_documents, torch.ones_like(self.temperature)
+        block = self.problem.queries_with_documents
         if block.row_RD.dtype != torch.float16:
-            return one
+            return torch.ones_like(self.temperature)
         greatest = self.problem.weight_MP.max()
         greatest = torch.where(greatest > 0, greatest, 1.0) / self.temperature
         if block.row_inverse_R is not None and block.col_inverse_C is not None:
@@ -342,26 +335,26 @@ class Fused:
         positives = block is problem.queries_with_documents
         num_rows, num_columns = _size(block)
         itemsize, width = self.held_dtype.itemsize, block.row_RD.shape[1]
-        size_r, row_bytes = min(_ROWS, num_rows), 0
+        size_r, row_bytes = min(RECTANGLE_ROWS, num_rows), 0
         if block.pick_R is not None:  # picked rows and their gradient are held too
-            row_bytes = width * (itemsize + 4)
+            row_bytes = picked_bytes(width, itemsize)
             size_r = min(size_r, max(1, self.gradient_bytes // (2 * row_bytes)))
         size_c = (self.gradient_bytes // size_r - row_bytes) // itemsize // 128 * 128
-        size_c = min(max(128, size_c), _padded(num_columns))
+        size_c = min(max(128, size_c), padded(num_columns))
         held = self.best_M.new_empty((size_r, size_c), dtype=self.held_dtype)
         for rows, columns in _rectangles(num_rows, num_columns, size_r, size_c):
             wide = columns.stop - columns.start
-            padded = held[: rows.stop - rows.start, : _padded(wide)]
+            rectangle = held[: rows.stop - rows.start, : padded(wide)]
             outputs = {
                 "weight_ptr": problem.weight_MP if positives else None,
                 "scale_ptr": self.scale,
                 "row_shift_ptr": row_shift_R,
                 "col_shift_ptr": col_shift_N if positives else None,
-                "out_ptr": padded,
+                "out_ptr": rectangle,
                 "out_stride": size_c,
             }
             self._launch(gradient_kernel, block, rows, columns, tile, outputs)
-            self._multiply(block, rows, columns, padded[:, :wide])
+            self._multiply(block, rows, columns, rectangle[:, :wide])
 
     def _multiply(self, block: Block, rows: slice, columns: slice, grad_RC: Tensor) -> None:
         d_row_RD = self.d_query_MD[rows]
@@ -452,28 +445,7 @@ def block_arguments(
     row_RD, col_CD = operand(block.row_RD), operand(block.col_CD)
     row_RG = None if guide is None else operand(guide.row_RG)
     col_CG = None if guide is None else operand(guide.col_CG)
-    groups = block.row_group_R is not None
-    vectors = {
-        "pick_ptr": block.pick_R,
-        "row_inverse_ptr": block.row_inverse_R,
-        "col_inverse_ptr": block.col_inverse_C,
-        "target_ptr": block.target_RP,
-        "has_target_ptr": None
-        if block.has_target_R is None
-        else block.has_target_R.view(torch.int8),
-        "positive_ptr": problem.positive_MP if block.has_positives else None,
-        "row_group_ptr": block.row_group_R if groups else None,
-        "col_group_ptr": block.col_group_C if groups else None,
-        "row_key_ptr": block.row_key_RK,
-        "col_key_ptr": block.col_key_CL,
-        "row_bound_ptr": block.row_bound_R,
-        "col_bound_ptr": block.col_bound_C if problem.documents_choose else None,
-        "row_guide_inverse_ptr": None if guide is None else guide.row_inverse_R,
-        "col_guide_inverse_ptr": None if guide is None else guide.col_inverse_C,
-    }
-    for name, vector in vectors.items():  # kernels are told no strides of these
-        assert vector is None or vector.is_contiguous(), name
-    return vectors | {
+    return _vectors(problem, block) | {
         "row_ptr": row_RD,
         "col_ptr": col_CD,
         "row_guide_ptr": row_RG,
@@ -499,16 +471,35 @@ def block_arguments(
     }
 
 
+def _vectors(problem: Problem, block: Block) -> dict[str, Tensor | None]:
+    """Pointers of which kernels are told no strides."""
+    guide, groups = block.guide, block.row_group_R is not None
+    has_target_R = block.has_target_R
+    vectors = {
+        "pick_ptr": block.pick_R,
+        "row_inverse_ptr": block.row_inverse_R,
+        "col_inverse_ptr": block.col_inverse_C,
+        "target_ptr": block.target_RP,
+        "has_target_ptr": None if has_target_R is None else has_target_R.view(torch.int8),
+        "positive_ptr": problem.positive_MP if block.has_positives else None,
+        "row_group_ptr": block.row_group_R if groups else None,
+        "col_group_ptr": block.col_group_C if groups else None,
+        "row_key_ptr": block.row_key_RK,
+        "col_key_ptr": block.col_key_CL,
+        "row_bound_ptr": block.row_bound_R,
+        "col_bound_ptr": block.col_bound_C if problem.documents_choose else None,
+        "row_guide_inverse_ptr": None if guide is None else guide.row_inverse_R,
+        "col_guide_inverse_ptr": None if guide is None else guide.col_inverse_C,
+    }
+    for name, vector in vectors.items():
+        assert vector is None or vector.is_contiguous(), name
+    return vectors
+
+
 def _loop_bound(number: int) -> Any:
     """The interpreter makes an array of a number, which Triton 3.6 then takes for an index: numpy
     refuses that from 2.4 on. A constexpr stays the number that it is."""
     return triton.language.constexpr(number) if interpreted() else number
-
-
-def _padded(num_columns: int) -> int:
-    """A row length that keeps rows aligned to what kernels load and store at once."""
-    whole: int = COLUMN_PADDING.value
-    return -(-num_columns // whole) * whole
 
 
 def _size(block: Block) -> tuple[int, int]:

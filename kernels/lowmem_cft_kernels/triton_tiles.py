@@ -14,12 +14,13 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-COLUMN_PADDING = tl.constexpr(16)
-"""Rows of held tiles are whole multiples of so many numbers long."""
+from lowmem_cft_kernels import workspace
+
+COLUMN_PADDING = tl.constexpr(workspace.COLUMN_PADDING)
 
 FP16_GAIN = tl.constexpr(16384.0)
-"""Numbers of at most 1 are held times this in float16, which ends at 65504 and loses bits below
-6e-5."""
+"""Factor of numbers of at most 1 where they are held in float16, which ends at 65504 and loses bits
+below 6e-5."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -288,7 +289,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     HARDNESS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Of each tile: maximum and shifted sum of exp2(z log2 e) of its rows, and of its columns.
+    """Maximum and shifted sum of exp2(z log2 e) of each tile's rows, and of its columns.
 
     Rows' go to (tiles of columns, num_rows), columns' to (tiles of rows, num_columns), in
     float32. Beside them, per row, how many visible columns are above the best positive (int32),
@@ -493,7 +494,7 @@ def scale_kernel(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr,
     PART_R: tl.constexpr,
 ):
-    """In place, from `lse_kernel`'s `exp` to what `gradient_kernel` gives where only rows choose.
+    """Turn `lse_kernel`'s `exp` into what `gradient_kernel` gives where only rows choose, in place.
 
     `part_top` (tiles of columns, num_rows) are the maxima that a tile's rows are held with, `top`
     and `total` the rows' own. Positives, where exp2(z - rho) - weight cancels, are computed anew in

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,23 @@ from torch.nn import functional as F
 from triton.compiler.errors import CompilationError  # type: ignore[import-untyped]
 from triton.runtime.errors import OutOfResources, PTXASError  # type: ignore[import-untyped]
 
-from lowmem_cft_kernels.info_nce import info_nce, why_not_triton
+from lowmem_cft_kernels.info_nce import value_and_gradients, why_not_triton
 from lowmem_cft_kernels.masks import Candidates
-from lowmem_cft_kernels.options import ONE_WAY, SYMMETRIC, FalseNegatives, Hardness
-from lowmem_cft_kernels.result import InfoNCEResult, LossPath
+from lowmem_cft_kernels.options import (
+    ONE_WAY,
+    SYMMETRIC,
+    FalseNegatives,
+    Hardness,
+    LossOptions,
+    LossPath,
+)
+from lowmem_cft_kernels.result import InfoNCEResult
 from lowmem_cft_kernels.tiles import LOADS, Tile, capability_of, room_bytes, tile_for, write_table
 
 Size = tuple[int, int, int]
 """M, N, D."""
-Call = Callable[..., InfoNCEResult]
-"""One loss with its gradients; takes keywords of `info_nce`."""
+Call = Callable[[LossPath], InfoNCEResult]
+"""One loss with its gradients, by the path asked for."""
 Timer = Callable[[str, Tile, Size], float]
 """Milliseconds of a call with that tile in that entry's place; raises one of `REFUSALS`."""
 
@@ -112,14 +119,14 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
         "32-heavy": _FULL_HEAVY,
     }.items()
 }
-"""What is tried, by bits and load, the most promising first."""
+"""Tiles that are tried, by bits and load, the most promising first."""
 
 BOUNDS = {16: 0.02, 32: 1e-5}
 """Largest difference of a gradient from the chunked path's, as a vector; 16-bit gradients are
 products of 16-bit probabilities."""
 
 _RAGGED = (257, 515)
-"""M and N of the calls whose numbers are looked at."""
+"""M and N of the calls whose numbers are compared."""
 
 
 class WrongNumbers(Exception):
@@ -127,7 +134,7 @@ class WrongNumbers(Exception):
 
 
 REFUSALS = (WrongNumbers, OutOfResources, PTXASError, CompilationError, RuntimeError)
-"""What a candidate may fail with; a lowering that fails raises a plain RuntimeError."""
+"""Errors of candidates that are left out; a lowering that fails raises a plain RuntimeError."""
 
 NOT_REFUSALS = (torch.AcceleratorError, torch.OutOfMemoryError)
 """RuntimeErrors after which the device is broken or full for the others too."""
@@ -163,7 +170,7 @@ def bits_of(entry: str) -> int:
 
 
 def present_tiles(capability: int, entries: Sequence[str] = ENTRIES) -> dict[str, Tile]:
-    """What the table has now."""
+    """The tiles that the table has now."""
     parts = {entry: entry.split("-") for entry in entries}
     return {
         entry: tile_for(capability, kernel, int(bits), load)
@@ -196,19 +203,19 @@ def tune(
     for place, (entry, tile) in enumerate(present.items()):
         left = end - time.monotonic()
         entry_end = time.monotonic() + left / (len(present) - place)
-        found: list[Trial] = []
+        tried: list[Trial] = []
         for candidate in dict.fromkeys((tile, *CANDIDATES[entry.partition("-")[2]])):
             if time.monotonic() >= entry_end:
                 say(f"{entry}: no time for the other candidates")
                 break
-            found.append(_try(entry, candidate, sizes, timer, room))
-            trials.append(found[-1])
-            say(str(found[-1]))
-            winner = min(found, key=lambda trial: trial.score)
+            tried.append(_try(entry, candidate, sizes, timer, room))
+            trials.append(tried[-1])
+            say(str(tried[-1]))
+            winner = min(tried, key=lambda trial: trial.score)
             if winner.ms_by_size:
                 best[entry] = winner.tile
             keep(best, trials)
-        if found and winner.ms_by_size:
+        if tried and winner.ms_by_size:
             say(f"best: {winner}")
     return best, trials
 
@@ -229,19 +236,19 @@ def _try(entry: str, tile: Tile, sizes: Sequence[Size], timer: Timer, room: int)
     return Trial(entry, tile, times, speeds)
 
 
-def options_for(entry: str, query_MD: Tensor, doc_ND: Tensor) -> dict[str, Any]:
-    """Keywords of a call in which that entry's kernel takes much of the time."""
+def options_for(entry: str, query_MD: Tensor, doc_ND: Tensor) -> LossOptions:
+    """The options of a call in which that entry's kernel takes much of the time."""
     load = entry.rpartition("-")[2]
-    masked, guides = load != "plain", dict[str, Any]()
+    false_negatives = None if load == "plain" else FalseNegatives(margin=-0.1)
     if load == "heavy":
-        guides = {"query_guide_MG": query_MD, "doc_guide_NG": doc_ND}
-    return {
-        "temperature": 0.05,
+        false_negatives = FalseNegatives(margin=-0.1, query_guide_MG=query_MD, doc_guide_NG=doc_ND)
+    return LossOptions(
+        temperature=0.05,
         # documents that choose take a second pass, which `gradient` is for
-        "softmaxes": SYMMETRIC if entry.startswith("gradient") else ONE_WAY,
-        "false_negatives": FalseNegatives(margin=-0.1, **guides) if masked else None,
-        "hardness": Hardness(strength=3.0) if masked else None,
-    }
+        softmaxes=SYMMETRIC if entry.startswith("gradient") else ONE_WAY,
+        false_negatives=false_negatives,
+        hardness=None if load == "plain" else Hardness(strength=3.0),
+    )
 
 
 class CallTimer:
@@ -251,17 +258,16 @@ class CallTimer:
         self.device, self.present, self.repeats = device, present, repeats
         self.capability = capability_of(device)
         self._inputs: dict[tuple[Size, torch.dtype], tuple[Tensor, ...]] = {}
-        self._wanted: dict[tuple[str, int], InfoNCEResult] = {}
+        self._expected: dict[tuple[str, int], InfoNCEResult] = {}
         self._right: set[tuple[str, Tile, int]] = set()
 
     def __call__(self, entry: str, tile: Tile, size: Size) -> float:
         with installed({self.capability: {**self.present, entry: tile}}):
             self._check(entry, tile, size[2])
             call = self._call(entry, size)
-            call(path=LossPath.TRITON)
+            call(LossPath.TRITON)
             return statistics.median(
-                elapsed_ms(lambda: call(path=LossPath.TRITON), self.device)
-                for _ in range(self.repeats)
+                elapsed_ms(lambda: call(LossPath.TRITON), self.device) for _ in range(self.repeats)
             )
 
     def _call(self, entry: str, size: Size) -> Call:
@@ -276,8 +282,8 @@ class CallTimer:
         candidates = Candidates(target=torch.arange(size[0], device=self.device))
         options = options_for(entry, query_MD, doc_ND)
 
-        def call(**more: Any) -> InfoNCEResult:
-            return info_nce(query_MD, doc_ND, candidates, **options, **more)
+        def call(path: LossPath) -> InfoNCEResult:
+            return value_and_gradients(query_MD, doc_ND, candidates, replace(options, path=path))
 
         return call
 
@@ -286,12 +292,12 @@ class CallTimer:
         if (entry, tile, width) in self._right:
             return
         call, bound = self._call(entry, (*_RAGGED, width)), BOUNDS[bits_of(entry)]
-        if (entry, width) not in self._wanted:
-            self._wanted[entry, width] = call(path=LossPath.CHUNKED)
-        got, wanted = call(path=LossPath.TRITON), self._wanted[entry, width]
+        if (entry, width) not in self._expected:
+            self._expected[entry, width] = call(LossPath.CHUNKED)
+        got, expected = call(LossPath.TRITON), self._expected[entry, width]
         limits = {"loss": 1e-5, "d_query_MD": bound, "d_doc_ND": bound}
         for name, limit in limits.items():
-            value = getattr(wanted, name)
+            value = getattr(expected, name)
             error = float((getattr(got, name) - value).norm() / value.norm())
             if not error <= limit:
                 raise WrongNumbers(f"{name} is off by {error:.1e}")
@@ -301,7 +307,7 @@ class CallTimer:
 @contextmanager
 def installed(table: Mapping[int, Mapping[str, Tile]]) -> Iterator[None]:
     """Calls find their tiles in this table."""
-    before = os.environ.get("LOWMEM_CFT_TILES")
+    outer = os.environ.get("LOWMEM_CFT_TILES")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiles.json"
         write_table(path, table)
@@ -310,12 +316,12 @@ def installed(table: Mapping[int, Mapping[str, Tile]]) -> Iterator[None]:
             yield
         finally:
             del os.environ["LOWMEM_CFT_TILES"]
-            if before is not None:
-                os.environ["LOWMEM_CFT_TILES"] = before
+            if outer is not None:
+                os.environ["LOWMEM_CFT_TILES"] = outer
 
 
 def elapsed_ms(work: Callable[[], object], device: torch.device) -> float:
-    """From an empty queue to the end of what was queued."""
+    """Milliseconds from an empty queue to the end of what the work queues."""
     torch.cuda.synchronize(device)
     make_event: Any = torch.cuda.Event
     start, end = (make_event(enable_timing=True) for _ in range(2))

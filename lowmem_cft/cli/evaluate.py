@@ -2,67 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from lowmem_cft.cli.files import check_json_name, check_writable, read_lines, write_vectors
 from lowmem_cft.cli.options import Offline, Overrides, go_offline, make_screen, print_table
 
+if TYPE_CHECKING:
+    from lowmem_cft.evaluation.suites import Report
+
+# typer reads annotations at run time, where Python 3.10's dialect must do.
+AnyModel = Annotated[
+    str,
+    typer.Argument(help="Run folder, exported model, sentence-transformers folder, or base model."),
+]
+Model = Annotated[str, typer.Argument(help="Run folder, exported model, or base model.")]
+Recipe = Annotated[
+    Optional[str], typer.Option(help="For a base model: the recipe that says how to embed.")
+]
+Suite = Annotated[
+    Optional[str],
+    typer.Option(help="sts: all sets of a protocol, none left out. transfer: seven tasks."),
+]
+Protocol = Annotated[
+    Optional[str],
+    typer.Option(help="mteb (nine sets; --suite sts takes it) or senteval (seven sets)."),
+]
+Names = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--set-name",
+        "-s",
+        help="STS set, file of pairs or saved data set; a transfer task with --suite transfer.",
+    ),
+]
+CleanUp = Annotated[
+    bool, typer.Option("--clean-up", help="PromptEOL's text clean-up, for its templates.")
+]
+ScoresFile = Annotated[
+    Optional[Path],
+    typer.Option(help="Write the scores as JSON here; a run's folder is the default."),
+]
+MtebFolder = Annotated[
+    Optional[Path], typer.Option(help="Write mteb's TaskResult JSON into this folder.")
+]
+Float32 = Annotated[
+    bool,
+    typer.Option("--float32", help="Compute in float32: slower, and the same in any batch."),
+]
+Resamples = Annotated[
+    Optional[int],
+    typer.Option(min=1, help="Bootstrap resamples of STS pairs; 1000 if absent."),
+]
+RowLimit = Annotated[
+    Optional[int],
+    typer.Option(min=1, help="Transfer: rows of a split at most; not the protocol's then."),
+]
+Solver = Annotated[
+    Optional[str],
+    typer.Option(help="Transfer: senteval (Adam, stopped early; the default) or converged."),
+]
+Demonstrations = Annotated[
+    Optional[Path],
+    typer.Option(help="File with columns sentence and word; the 72 shipped if absent."),
+]
+Template = Annotated[
+    Optional[str],
+    typer.Option(help="Put demonstrations before this; the model's own, else PromptEOL's."),
+]
+SetName = Annotated[
+    str,
+    typer.Option("--set-name", "-s", help="STS set, file of pairs, or demo (embedded pairs)."),
+]
+PairLimit = Annotated[
+    Optional[int], typer.Option(min=2, help="Score on this many of its pairs, drawn once.")
+]
+TrialsFolder = Annotated[
+    Optional[Path], typer.Option(help="Folder of the scores; icl/MODEL if absent.")
+]
+
 
 def evaluate_model(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Run folder, exported model, sentence-transformers folder, or base model."
-        ),
-    ],
-    suite: Annotated[
-        Optional[str],
-        typer.Option(help="sts: all sets of a protocol, none left out. transfer: seven tasks."),
-    ] = None,
-    protocol: Annotated[
-        Optional[str],
-        typer.Option(help="mteb (nine sets; --suite sts takes it) or senteval (seven sets)."),
-    ] = None,
-    names: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--set-name",
-            "-s",
-            help="STS set, file of pairs or saved data set; a transfer task with --suite transfer.",
-        ),
-    ] = None,
-    clean_up: Annotated[
-        bool, typer.Option("--clean-up", help="PromptEOL's text clean-up, for its templates.")
-    ] = False,
-    out: Annotated[
-        Optional[Path],
-        typer.Option(help="Write the scores as JSON here; a run's folder is the default."),
-    ] = None,
-    mteb_out: Annotated[
-        Optional[Path], typer.Option(help="Write mteb's TaskResult JSON into this folder.")
-    ] = None,
-    float32: Annotated[
-        bool,
-        typer.Option("--float32", help="Compute in float32: slower, and the same in any batch."),
-    ] = False,
-    resamples: Annotated[
-        Optional[int],
-        typer.Option(min=1, help="Bootstrap resamples of STS pairs; 1000 if absent."),
-    ] = None,
-    limit: Annotated[
-        Optional[int],
-        typer.Option(min=1, help="Transfer: rows of a split at most; not the protocol's then."),
-    ] = None,
-    solver: Annotated[
-        Optional[str],
-        typer.Option(help="Transfer: senteval (Adam, stopped early; the default) or converged."),
-    ] = None,
-    recipe: Annotated[
-        Optional[str], typer.Option(help="For a base model: the recipe that says how to embed.")
-    ] = None,
+    model: AnyModel,
+    suite: Suite = None,
+    protocol: Protocol = None,
+    names: Names = None,
+    clean_up: CleanUp = False,
+    out: ScoresFile = None,
+    mteb_out: MtebFolder = None,
+    float32: Float32 = False,
+    resamples: Resamples = None,
+    limit: RowLimit = None,
+    solver: Solver = None,
+    recipe: Recipe = None,
     overrides: Overrides = None,
     offline: Offline = False,
 ) -> None:
@@ -70,42 +105,92 @@ def evaluate_model(
     check_json_name(out)
     go_offline(offline)
     from lowmem_cft.cli.tables import report_table
-    from lowmem_cft.evaluation import suites as eval_command
-    from lowmem_cft.evaluation.sts import mteb_results as task_result
-    from lowmem_cft.evaluation.sts.report import Report
+    from lowmem_cft.evaluation.suites import read_suite
+    from lowmem_cft.inference.embedder import load_embedder
+    from lowmem_cft.machine import choose_device
 
-    options = eval_command.Options(
-        model,
+    loaded_suite = read_suite(
         suite,
-        protocol,
         names or [],
         clean_up=clean_up,
-        mteb_out=mteb_out,
-        float32=float32,
+        protocol=protocol,
         resamples=resamples,
+        mteb_out=mteb_out,
         limit=limit,
         solver=solver,
-        recipe=recipe,
-        overrides=overrides or [],
         offline=offline,
     )
-    score = eval_command.prepare(options)
     run = Path(model).expanduser()
     into_run = out is None and (run / "recipe.yaml").is_file()
     check_writable(run / "eval.json" if into_run else out)
     check_writable(mteb_out, "--mteb-out", folder=True)
 
-    def place_of(found: eval_command.Report) -> Optional[Path]:
-        return run / found.file_name if into_run else out
+    def place_of(report: Report) -> Optional[Path]:
+        return run / report.file_name if into_run else out
 
     with make_screen() as screen:
-        result = eval_command.score_and_write(score, place_of, screen.say)
-    print_table(report_table(result))
-    if (place := place_of(result)) is not None:
+        embedder = load_embedder(
+            model,
+            choose_device(),
+            screen.say,
+            recipe_name=recipe,
+            overrides=overrides or [],
+            float32=float32,
+            normalize=loaded_suite.normalize,
+        )
+        reports = loaded_suite.score(embedder, model, screen.say)
+        report = _write_each(reports, place_of, screen.say)
+    print_table(report_table(report))
+    if (place := place_of(report)) is not None:
         typer.echo(f"written: {place}")
-    if mteb_out is not None and isinstance(result, Report):
-        written = task_result.write_task_results(result, mteb_out)
-        typer.echo(f"written: {len(written)} files in {mteb_out}")
+    if mteb_out is not None:
+        _write_mteb(report, mteb_out)
+
+
+def _write_mteb(report: Report, folder: Path) -> None:
+    from lowmem_cft.evaluation.sts.mteb_results import write_task_results
+    from lowmem_cft.evaluation.sts.report import StsReport
+
+    assert isinstance(report, StsReport), "checked when the suite was read"
+    files = write_task_results(report, folder)
+    typer.echo(f"written: {len(files)} files in {folder}")
+
+
+def _write_each(
+    reports: Iterator[Report],
+    place_of: Callable[[Report], Optional[Path]],
+    say: Callable[[str], None],
+) -> Report:
+    """The last report, which is whole, written where `place_of` says, if it says anything.
+
+    Until it is there, the report so far lies in a file of its own beside that place, so that what
+    stops early loses one set at most.
+    """
+    unfinished: Optional[Path] = None
+    try:
+        for report in reports:
+            if (place := place_of(report)) is not None:
+                target = place.with_name(f"unfinished-{place.name}")
+                report.write(target)
+                if unfinished != target:
+                    _remove(unfinished)
+                unfinished = target
+        if place is not None:
+            report.write(place)
+    except BaseException:  # Ctrl-C too
+        if unfinished is not None:
+            say(f"what was scored before it stopped is in {unfinished}")
+        raise
+    _remove(unfinished)
+    return report
+
+
+def _remove(report: Optional[Path]) -> None:
+    from lowmem_cft.evaluation.sts.report import pairs_file
+
+    if report is not None:
+        report.unlink(missing_ok=True)
+        pairs_file(report).unlink(missing_ok=True)  # a report of transfer tasks has none
 
 
 def compare(
@@ -117,27 +202,24 @@ def compare(
     """Compare two evaluated models: the paired difference of their scores, with its interval."""
     from lowmem_cft.cli.tables import comparison_table
     from lowmem_cft.evaluation.sts import compare as comparing
-    from lowmem_cft.files import write_json
 
-    found = comparing.compare(a, b, resamples)
+    comparison = comparing.compare(a, b, resamples)
     check_writable(out)
-    print_table(comparison_table(found))
-    typer.echo(f"A: {found.a.model} ({found.a.path})")
-    typer.echo(f"B: {found.b.model} ({found.b.path})")
+    print_table(comparison_table(comparison))
+    typer.echo(f"A: {comparison.a.model} ({comparison.a.path})")
+    typer.echo(f"B: {comparison.b.model} ({comparison.b.path})")
     if out is not None:
-        write_json(out, comparing.as_json(found))
+        comparison.write(out)
         typer.echo(f"written: {out}")
 
 
 def embed(
-    model: Annotated[str, typer.Argument(help="Run folder, exported model, or base model.")],
+    model: Model,
     file: Annotated[Path, typer.Argument(help="Text file, one text a line.")],
     out: Annotated[
         Optional[Path], typer.Option(help=".npy or .parquet; FILE.npy if absent.")
     ] = None,
-    recipe: Annotated[
-        Optional[str], typer.Option(help="For a base model: the recipe that says how to embed.")
-    ] = None,
+    recipe: Recipe = None,
     overrides: Overrides = None,
 ) -> None:
     """Write one vector per line of a file, in its order."""
@@ -166,49 +248,34 @@ def embed(
 
 
 def icl_search(
-    model: Annotated[str, typer.Argument(help="Run folder, exported model, or base model.")],
-    demonstrations: Annotated[
-        Optional[Path],
-        typer.Option(help="File with columns sentence and word; the 72 shipped if absent."),
-    ] = None,
-    template: Annotated[
-        Optional[str],
-        typer.Option(help="Put demonstrations before this; the model's own, else PromptEOL's."),
-    ] = None,
-    set_name: Annotated[
-        str,
-        typer.Option("--set-name", "-s", help="STS set, file of pairs, or demo (embedded pairs)."),
-    ] = "STSBenchmark-dev",
-    limit: Annotated[
-        Optional[int], typer.Option(min=2, help="Score on this many of its pairs, drawn once.")
-    ] = None,
+    model: Model,
+    demonstrations: Demonstrations = None,
+    template: Template = None,
+    set_name: SetName = "STSBenchmark-dev",
+    limit: PairLimit = None,
     clean_up: Annotated[
         bool, typer.Option("--clean-up", help="PromptEOL's text clean-up.")
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="How many to list.")] = 10,
-    out: Annotated[
-        Optional[Path], typer.Option(help="Folder of the scores; icl/MODEL if absent.")
-    ] = None,
-    recipe: Annotated[
-        Optional[str], typer.Option(help="For a base model: the recipe that says how to embed.")
-    ] = None,
+    out: TrialsFolder = None,
+    recipe: Recipe = None,
     overrides: Overrides = None,
     offline: Offline = False,
 ) -> None:
     """Find the demonstration that helps most; the same command goes on where one was stopped."""
     go_offline(offline)
-    from lowmem_cft.evaluation.search import search as icl
+    from lowmem_cft.cli.tables import trial_table
     from lowmem_cft.evaluation.search.demonstrations import SHIPPED, read_demonstrations
-    from lowmem_cft.evaluation.search.trials import top_table
+    from lowmem_cft.evaluation.search.search import load_searched
     from lowmem_cft.evaluation.sts.sets import data_folder, load_set
     from lowmem_cft.machine import choose_device
 
-    found = read_demonstrations(demonstrations or SHIPPED)
+    listed = read_demonstrations(demonstrations or SHIPPED)
     scored_set = load_set(set_name, data_folder(), limit, offline=offline, cleaned_up=clean_up)
     folder = out or Path("icl") / Path(model).name
     check_writable(folder, folder=True)
     with make_screen() as screen:
-        searched = icl.load_searched(
+        searched = load_searched(
             model,
             template,
             choose_device(),
@@ -217,24 +284,14 @@ def icl_search(
             overrides=overrides or [],
         )
         screen.say(f"template: {searched.template}")
-        trials = icl.search(
-            searched.embed_under(screen.say),
-            scored_set,
-            searched.template,
-            found,
-            folder,
-            searched.identity() | icl.set_identity(scored_set),
-            screen,
-        )
-    print_table(top_table(trials, top))
-    best = trials[0]
-    if best.sentence is None:
+        result = searched.search(scored_set, listed, folder, screen)
+    print_table(trial_table(result.trials, top))
+    if result.best.sentence is None:
         typer.echo("No demonstration beats the template alone.")
     else:
         typer.echo(
-            f"The best of {len(found)} on the pairs it was chosen by: luck is in its gain, "
+            f"The best of {len(listed)} on the pairs it was chosen by: luck is in its gain, "
             "so report other sets."
         )
-    template = best.template(searched.template)
-    typer.echo(searched.advice(template))
-    typer.echo(searched.as_recipe(template), nl=False)
+    typer.echo(searched.advice(result.template))
+    typer.echo(result.recipe, nl=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from lowmem_cft.evaluation.clean_up import NAME as CLEAN_UP
+from lowmem_cft.evaluation.search.trials import Trial
 from lowmem_cft.evaluation.sts.compare import Comparison
-from lowmem_cft.evaluation.sts.report import Report
+from lowmem_cft.evaluation.sts.report import StsReport
 from lowmem_cft.evaluation.sts.score import SetScore
 from lowmem_cft.evaluation.sts.sets import DIGITS
 from lowmem_cft.evaluation.transfer.report import TransferReport
@@ -17,16 +18,16 @@ from lowmem_cft.planning.recipe_plan import RecipePlan
 from lowmem_cft.units import GIB
 
 
-def plan_tables(found: RecipePlan) -> list[Table]:
+def plan_tables(plan: RecipePlan) -> list[Table]:
     """What is held at the peak of a step, its cost, and the largest batches."""
-    prediction, shape = found.prediction, found.shape
-    parts = Table(title=f"Predicted peak, in the {prediction.moment} ({found.device_type})")
+    prediction, shape = plan.prediction, plan.shape
+    parts = Table(title=f"Predicted peak, in the {prediction.moment} ({plan.device_type})")
     parts.add_column("part")
     parts.add_column("GiB", justify="right")
     for name, size in prediction.parts.items():
         parts.add_row(name.replace("_", " "), f"{size / GIB:.3f}")
     parts.add_row("total", f"{prediction.peak_bytes / GIB:.3f}", style="bold")
-    parts.add_row("limit", f"{found.limit_bytes / GIB:.3f}")
+    parts.add_row("limit", f"{plan.limit_bytes / GIB:.3f}")
     cost = Table(title="A step")
     cost.add_column("what")
     cost.add_column("how much", justify="right")
@@ -35,14 +36,14 @@ def plan_tables(found: RecipePlan) -> list[Table]:
         ("logical batch", f"{shape.rows:,} rows, {shape.slots:,} texts"),
         ("tokens", f"{prediction.tokens:,} and {padding:.1%} padding"),
         ("longest text", f"{shape.longest} tokens"),
-        ("arithmetic", f"{prediction.flops / 1e12:,.1f} TFLOP in {found.dtype}"),
+        ("arithmetic", f"{prediction.flops / 1e12:,.1f} TFLOP in {plan.dtype}"),
         ("cost", f"{prediction.relative_cost:.2f} x the plain step"),
     ):
         cost.add_row(what, value)
     largest = Table(title="Largest logical batch")
     largest.add_column("memory")
     largest.add_column("rows", justify="right")
-    for limit, rows in found.max_logical_batch.items():
+    for limit, rows in plan.max_logical_batch.items():
         largest.add_row(f"{limit / GIB:g} GiB", f"{rows:,}" if rows else "does not fit")
     return [parts, cost, largest]
 
@@ -89,17 +90,17 @@ def _data_notes(scores: Sequence[SetScore]) -> str:
     return "\n".join(notes)
 
 
-def score_table(found: Report) -> Table:
+def score_table(report: StsReport) -> Table:
     """Correlations x 100 with the interval of Spearman's, a row per set, and the mean."""
     table = Table(
-        title=f"{found.label}, x 100",
-        caption=_data_notes(found.scores),
+        title=f"{report.label}, x 100",
+        caption=_data_notes(report.scores),
         collapse_padding=True,  # so that the sets of a protocol fit 80 columns
     )
     for column in ("set", "pairs", "Spearman", "95 %", "Pearson", "data"):
         left = column in ("set", "data")  # a file's path is long, and not cut
         table.add_column(column, justify="left" if left else "right", overflow="fold")
-    for score, interval in zip(found.scores, found.intervals, strict=True):
+    for score, interval in zip(report.scores, report.intervals, strict=True):
         table.add_row(
             score.name + ("" if score.own_text else "*"),
             str(score.num_pairs),
@@ -108,28 +109,28 @@ def score_table(found: Report) -> Table:
             "" if score.pearson is None else f"{100 * score.pearson:.2f}",
             score.version.partition(":")[2],
         )
-    if len(found.sets) > 1:
-        of = "" if found.protocol is None else f" of {len(found.protocol.sets)}"
+    if len(report.sets) > 1:
+        of = "" if report.protocol is None else f" of {len(report.protocol.sets)}"
         table.add_row(
-            "mean" if found.complete else f"mean of {len(found.sets)}{of}",
-            str(sum(score.num_pairs for score in found.scores)),
-            f"{100 * found.mean:.2f}",
-            _between(found.mean_interval.low, found.mean_interval.high),
-            f"{100 * found.mean_pearson:.2f}",
+            "mean" if report.complete else f"mean of {len(report.sets)}{of}",
+            str(sum(score.num_pairs for score in report.scores)),
+            f"{100 * report.mean:.2f}",
+            _between(report.mean_interval.low, report.mean_interval.high),
+            f"{100 * report.mean_pearson:.2f}",
             "",
             style="bold",
         )
     return table
 
 
-def transfer_table(found: TransferReport) -> Table:
+def transfer_table(report: TransferReport) -> Table:
     """Accuracies in percent, a row per task, and the mean."""
-    table = Table(title="Transfer tasks, accuracy in %", caption=_transfer_notes(found))
+    table = Table(title="Transfer tasks, accuracy in %", caption=_transfer_notes(report))
     for column in ("task", "accuracy", "dev", "rows", "sha256 of the file"):
         left = column in ("task", "sha256 of the file")
         table.add_column(column, justify="left" if left else "right")
-    mark = "" if found.limit is None else "*"
-    for score in found.scores:
+    mark = "" if report.limit is None else "*"
+    for score in report.scores:
         rows = [
             f"{used:,}"
             + ("" if used == score.task_rows[split] else f" of {score.task_rows[split]:,}")
@@ -143,12 +144,12 @@ def transfer_table(found: TransferReport) -> Table:
             "\n".join(rows),
             "\n".join(checksum[:DIGITS] for checksum in score.checksums.values()),
         )
-    if len(found.scores) > 1:
-        of = "" if found.all_tasks else f" of {len(found.scores)} of {found.num_tasks}"
+    if len(report.scores) > 1:
+        of = "" if report.all_tasks else f" of {len(report.scores)} of {report.num_tasks}"
         table.add_row(
             f"mean{of}{mark}",
-            f"{100 * found.mean:.2f}",
-            f"{100 * found.mean_dev:.2f}",
+            f"{100 * report.mean:.2f}",
+            f"{100 * report.mean_dev:.2f}",
             "",
             "",
             style="bold",
@@ -156,71 +157,66 @@ def transfer_table(found: TransferReport) -> Table:
     return table
 
 
-def _transfer_notes(found: TransferReport) -> str:
+def _transfer_notes(report: TransferReport) -> str:
     """Protocols with their tasks, what was embedded, and what departs from the protocol."""
     tasks: dict[str, list[str]] = {}
-    for score in found.scores:
+    for score in report.scores:
         tasks.setdefault(score.protocol, []).append(score.name)
     notes = [f"{', '.join(names)}: {protocol}" for protocol, names in tasks.items()]
-    notes.append(f"embeddings: {found.embeddings}")
-    if found.cleaned_up:
+    notes.append(f"embeddings: {report.embeddings}")
+    if report.cleaned_up:
         notes.append(CLEAN_UP)
-    if found.limit is not None:
-        notes.append(f"*: {found.limit} rows a split at most; not the protocol's figure")
+    if report.limit is not None:
+        notes.append(f"*: {report.limit} rows a split at most; not the protocol's figure")
     return "\n".join(notes)
 
 
-def report_table(found: Report | TransferReport) -> Table:
+def report_table(report: StsReport | TransferReport) -> Table:
     """The table of what `eval` scored."""
-    return score_table(found) if isinstance(found, Report) else transfer_table(found)
+    return score_table(report) if isinstance(report, StsReport) else transfer_table(report)
 
 
-def comparison_table(found: Comparison) -> Table:
-    """Spearman x 100 of A and B, and B less A with its interval."""
-    caption = None
-    if found.a.float32 != found.b.float32:
-        exact, other = "AB" if found.a.float32 else "BA"
-        caption = f"{exact} was computed in float32, {other} in its model's own dtype"
-    mean = "mean" if found.a.complete else f"mean of {len(found.sets)}"
-    table = Table(title=f"{found.a.label}, x 100", caption=caption)
-    for column in ("set", "pairs", "A", "B", "B - A", "95 % of B - A"):
-        table.add_column(column, justify="left" if column == "set" else "right")
-    for entry in (*found.sets, found.mean):
-        if entry is found.mean and len(found.sets) == 1:
+def trial_table(trials: Sequence[Trial], rows: int) -> Table:
+    """The best trials, and the one without a demonstration wherever it stands."""
+    table = Table(title="Spearman x 100, with 95 % intervals")
+    for column in ("", "Spearman", "interval", "gain", "interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("demonstration", overflow="fold")
+    for place, trial in enumerate(trials, 1):
+        plain = trial.sentence is None
+        if place > rows and not plain:
             continue
         table.add_row(
-            mean if entry is found.mean else entry.name,
+            str(place),
+            f"{100 * trial.spearman:.2f}",
+            f"{100 * trial.low:.2f} to {100 * trial.high:.2f}",
+            "" if plain else f"{100 * trial.gain:+.2f}",
+            "" if plain else f"{100 * trial.gain_low:+.2f} to {100 * trial.gain_high:+.2f}",
+            Text("none" if plain else f"{trial.sentence} -> {trial.word}"),  # brackets and all
+        )
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Spearman x 100 of A and B, and B less A with its interval."""
+    caption = None
+    if comparison.a.float32 != comparison.b.float32:
+        exact, other = "AB" if comparison.a.float32 else "BA"
+        caption = f"{exact} was computed in float32, {other} in its model's own dtype"
+    mean = "mean" if comparison.a.complete else f"mean of {len(comparison.sets)}"
+    table = Table(title=f"{comparison.a.label}, x 100", caption=caption)
+    for column in ("set", "pairs", "A", "B", "B - A", "95 % of B - A"):
+        table.add_column(column, justify="left" if column == "set" else "right")
+    for entry in (*comparison.sets, comparison.mean):
+        if entry is comparison.mean and len(comparison.sets) == 1:
+            continue
+        table.add_row(
+            mean if entry is comparison.mean else entry.name,
             str(entry.num_pairs),
             f"{100 * entry.a:.2f}",
             f"{100 * entry.b:.2f}",
             f"{100 * entry.difference:+.2f}",
             f"{100 * entry.interval.low:+.2f} to {100 * entry.interval.high:+.2f}",
-            style="bold" if entry is found.mean else None,
+            style="bold" if entry is comparison.mean else None,
         )
-    return table
-
-
-def stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Stages of a reproduction with their estimates, and the sum of what is left."""
-    table = Table(title="Stages (estimates)")
-    # one column of names, as --stage takes them, and words: both whole in 80 columns
-    for column in ("stage", "TFLOP", "hours here", "GiB", ""):
-        table.add_column(
-            column, justify="left" if column in ("stage", "") else "right", overflow="fold"
-        )
-    for row in rows:
-        effort = [f"{row['tflop']:,.0f}", f"{row['hours']:.2f}", f"{row['memory_gib']:.1f}"]
-        if not row["memory_gib"]:
-            effort = ["", "", ""]
-        name = f"{row['stage']}\n  {row['what']}"
-        table.add_row(name, *effort, "done" if row["done"] else "")
-    left = [row for row in rows if not row["done"]]
-    table.add_row(
-        "left",
-        f"{sum(row['tflop'] for row in left):,.0f}",
-        f"{sum(row['hours'] for row in left):.2f}",
-        f"{max((row['memory_gib'] for row in left), default=0.0):.1f}",
-        "",
-        style="bold",
-    )
     return table

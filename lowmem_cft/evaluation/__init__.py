@@ -1,6 +1,6 @@
 """Vectors become scores with intervals.
 
-suites    what `eval` runs: sts, transfer
+suites    what a model is scored on: STS sets or transfer tasks
 sts/      semantic similarity
 transfer/ classification on frozen vectors
 search/   the search for a demonstration

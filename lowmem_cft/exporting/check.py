@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from lowmem_cft.data.tokens import TextFormat, Tokenizer, overhead, query_format, tokenize
+from lowmem_cft.data.tokens import TextFormat, Tokenizer, overhead, tokenize
 from lowmem_cft.exporting.layout import Kind
 from lowmem_cft.inference.embed import Vectors, embed_texts
-from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.inference.loading import Embedder
 from lowmem_cft.model.precision import float32_arithmetic, keep_weight_layout
 from lowmem_cft.progress import Says
-from lowmem_cft.recipe.schema import TEXT_SLOT, Recipe
+from lowmem_cft.recipe.schema import TEXT_SLOT
 
 MIN_COSINE: dict[Kind, float] = {"adapter": 0.9999, "merged": 0.999}
 """An adapter export computes the same; a merged one rounds its weights to 16 bit once more."""
@@ -41,14 +41,7 @@ def _min_cosine(ours: Vectors, theirs: torch.Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a, b).min())
 
 
-def check_export(
-    folder: Path,
-    kind: Kind,
-    encoder: Encoder,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    texts: Sequence[str],
-) -> ExportCheck:
+def check_export(folder: Path, kind: Kind, embedder: Embedder, texts: Sequence[str]) -> ExportCheck:
     """Load the export with sentence-transformers and compare it with the model it was made from.
 
     Raises:
@@ -58,18 +51,18 @@ def check_export(
     from sentence_transformers import SentenceTransformer
 
     texts = list(texts[:NUM_CHECKED])
-    loaded = SentenceTransformer(str(folder), device=str(encoder.device))
+    loaded = SentenceTransformer(str(folder), device=str(embedder.encoder.device))
     name = "query" if loaded.prompts.get("query") else None
 
     def lowest() -> float:
-        ours = embed_texts(encoder, tokenizer, texts, query_format(recipe))
+        ours = embed_texts(embedder.encoder, embedder.tokenizer, texts, embedder.text_format)
         theirs = loaded.encode(
             texts, prompt_name=name, convert_to_tensor=True, show_progress_bar=False
         )
         return _min_cosine(ours, theirs)
 
     keep_weight_layout(loaded)
-    with float32_arithmetic(encoder.model), float32_arithmetic(loaded):
+    with float32_arithmetic(embedder.encoder.model), float32_arithmetic(loaded):
         exact = lowest()
     keep_weight_layout(loaded, keep=False)
     check = ExportCheck(len(texts), exact, lowest())
@@ -92,13 +85,7 @@ _PLAIN_TEXTS = (
 
 
 def checked(
-    target: Path,
-    kind: Kind,
-    encoder: Encoder,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    observer: Says,
-    texts: Sequence[str] = (),
+    target: Path, kind: Kind, embedder: Embedder, observer: Says, texts: Sequence[str] = ()
 ) -> ExportCheck | None:
     """Compare an export with its model and say so; None where it could not be compared.
 
@@ -109,12 +96,9 @@ def checked(
     Raises:
         RuntimeError: it does not embed as the model it was made from.
     """
-    text_format = query_format(recipe)
-    fitting = fitting_texts(tokenizer, texts, text_format)
+    fitting = fitting_texts(embedder.tokenizer, texts, embedder.text_format)
     try:
-        check = check_export(
-            target, kind, encoder, tokenizer, recipe, fitting or list(_PLAIN_TEXTS)
-        )
+        check = check_export(target, kind, embedder, fitting or _PLAIN_TEXTS)
     except (ImportError, torch.OutOfMemoryError) as error:
         reason = (
             "sentence-transformers is not installed (pip install 'lowmem-cft[check]')"

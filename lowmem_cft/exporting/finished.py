@@ -36,9 +36,9 @@ def export_run(run: Path, target: Path, kind: Kind, device: torch.device, observ
         raise ValueError(f"{run} is no run folder (no recipe.yaml in it)")
     check_target(target)
     loaded = load_model(str(run), device, observer.say)
-    export_model(loaded.encoder, loaded.backbone, loaded.recipe, target, kind)
+    export_model(loaded, target, kind)
     card = run / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8").replace(str(folder.model), str(target))
         (target / "README.md").write_text(text, encoding="utf-8")
-    checked(target, kind, loaded.encoder, loaded.tokenizer, loaded.recipe, observer)
+    checked(target, kind, loaded, observer)

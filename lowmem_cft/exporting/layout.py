@@ -25,10 +25,8 @@ from lowmem_cft.exporting.merge import merged_model
 from lowmem_cft.exporting.tokenizer import prepared_tokenizer
 from lowmem_cft.files import whole_folder
 from lowmem_cft.inference.embed import embed_texts
-from lowmem_cft.inference.loading import RECORD
+from lowmem_cft.inference.loading import RECORD, Embedder
 from lowmem_cft.machine import dtype_name, library_versions
-from lowmem_cft.model.backbone import Backbone
-from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import Recipe
 
 Kind = Literal["adapter", "merged"]
@@ -106,8 +104,9 @@ def _pooling(pooling: str, width: int) -> dict[str, Any]:
 
 
 def _write_layout(
-    folder: Path, recipe: Recipe, backbone: Backbone, kind: Kind, dtype: torch.dtype, width: int
+    folder: Path, embedder: Embedder, kind: Kind, dtype: torch.dtype, width: int
 ) -> None:
+    recipe, backbone = embedder.recipe, embedder.backbone
     text_format, prompts = _prompts(recipe)
     prepared_tokenizer(backbone.tokenizer, text_format).save_pretrained(folder)
     adapter = kind == "adapter"
@@ -136,9 +135,7 @@ def _write_layout(
     (folder / "2_Normalize").mkdir(exist_ok=True)
 
 
-def export_model(
-    encoder: Encoder, backbone: Backbone, recipe: Recipe, target: Path, kind: Kind
-) -> None:
+def export_model(embedder: Embedder, target: Path, kind: Kind) -> None:
     """Write the model for sentence-transformers; `target` appears whole or not at all.
 
     Args:
@@ -149,10 +146,11 @@ def export_model(
         ValueError: there is no adapter, or the layout cannot express the recipe.
         OSError: it cannot be written.
     """
+    encoder, backbone = embedder.encoder, embedder.backbone
     if not hasattr(encoder.model, "peft_config"):
         raise ValueError("nothing to export: this is a base model without an adapter")
     # not config.hidden_size: some models project their last hidden state (OPT-350m)
-    width = embed_texts(encoder, backbone.tokenizer, ["a"], query_format(recipe)).shape[1]
+    width = embed_texts(encoder, embedder.tokenizer, ["a"], embedder.text_format).shape[1]
     dtype = torch.float16 if backbone.dtype == torch.float16 else torch.bfloat16
     with whole_folder(target) as folder:
         if kind == "adapter":
@@ -160,4 +158,4 @@ def export_model(
             (folder / "README.md").unlink(missing_ok=True)
         else:
             merged_model(encoder, dtype).save_pretrained(folder)
-        _write_layout(folder, recipe, backbone, kind, dtype, width)
+        _write_layout(folder, embedder, kind, dtype, width)

@@ -21,7 +21,7 @@ _RECORD = "_lowmem_cft_patches"
 class _Patch:
     """One replaced attribute; without an `original` the attribute came from the owner's class."""
 
-    attributes: MutableMapping[str, Any]
+    owner: Any
     name: str
     replacement: Any
     original: tuple[Any, ...]
@@ -33,13 +33,19 @@ class _Patch:
         if self.original:
             self._put(*self.original)
         else:
-            del self.attributes[self.name]
+            del _attributes(self.owner)[self.name]
 
     def _put(self, value: Any) -> None:
-        standing = self.attributes.get(self.name)
+        attributes = _attributes(self.owner)
+        standing = attributes.get(self.name)
         if isinstance(value, nn.Module) and isinstance(standing, nn.Module):
             value.train(standing.training)  # it heard of no change of mode while it was out
-        self.attributes[self.name] = value
+        attributes[self.name] = value
+
+
+def _attributes(owner: Any) -> MutableMapping[str, Any]:
+    """What is an object's own, not its class's; of a ModuleDict its modules."""
+    return owner._modules if isinstance(owner, nn.ModuleDict) else vars(owner)
 
 
 class Patches:
@@ -59,9 +65,9 @@ class Patches:
 
     def install(self, owner: Any, name: str, replacement: Any) -> None:
         """Replace an attribute of an object, or a module in a ModuleDict."""
-        attributes = owner._modules if isinstance(owner, nn.ModuleDict) else vars(owner)
+        attributes = _attributes(owner)
         original = (attributes[name],) if name in attributes else ()
-        patch = _Patch(attributes, name, replacement, original)
+        patch = _Patch(owner, name, replacement, original)
         patch.apply()
         self._patches.append(patch)
 

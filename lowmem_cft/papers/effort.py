@@ -8,7 +8,7 @@ tokenising, classifiers and de-quantisation are not counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,22 +21,25 @@ from lowmem_cft.machine import choose_device, choose_dtype
 from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
 from lowmem_cft.model.sources import at_hand
-from lowmem_cft.papers.stages import Effort, Kind
+from lowmem_cft.papers.records import StageRecord
+from lowmem_cft.papers.results import Kind
+from lowmem_cft.papers.stages import Effort
+from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.limits import plan_limit
-from lowmem_cft.planning.planner import Planner
 from lowmem_cft.planning.recipe_plan import plan_recipe, planner_for
 from lowmem_cft.recipe.schema import Recipe
 
+# the slice of the model whose speed is measured, and what it is fed
 _SLICE_LAYERS = 2
 _SLICE_TEXTS, _SLICE_TOKENS = 64, 16
+# most tokens that a template and special tokens put around a text
 _AROUND = 32
-"""Tokens at most that a template and special tokens put around a text."""
+# of English text, where no tokenizer is at hand
 _CHARACTERS_PER_TOKEN = 4
-"""Of English text, where no tokenizer is at hand."""
 
 
 class Efforts:
-    """Of one recipe's stages on this machine.
+    """Estimates for the stages of a recipe on this machine.
 
     Raises:
         ValueError: the model's configuration is not to be had, or its step does not fit.
@@ -46,6 +49,7 @@ class Efforts:
         self.recipe = recipe
         self.device = choose_device()
         self.dtype = choose_dtype(recipe.model.dtype, self.device)
+        self._steps: dict[object, Effort] = {}
 
     @cached_property
     def _planner(self) -> Planner:
@@ -58,7 +62,7 @@ class Efforts:
         return tokens * cost(1.0, width).forward_flops / width
 
     def embed(self, texts: Sequence[str], text_format: TextFormat | None = None) -> Effort:
-        """Of embedding distinct texts, after one another in the evaluation's chunks."""
+        """The effort of embedding the distinct ones of the texts, in the evaluation's chunks."""
         distinct = list(dict.fromkeys(texts))
         lengths = self._lengths(distinct, text_format or query_format(self.recipe))
         weights = self._planner.fixed_parts()
@@ -69,28 +73,35 @@ class Efforts:
             self._forward_flops(float(lengths.sum()), float(lengths.mean())), int(held + chunk)
         )
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """None where the model is not on this machine."""
+        source = at_hand(self.recipe.model.id, self.recipe.model.revision)
+        return None if source is None else load_tokenizer(source, None)
+
     def _lengths(self, texts: list[str], text_format: TextFormat) -> Any:
-        model = self.recipe.model
-        found = at_hand(model.id, model.revision)
-        if found is None:
+        if self._tokenizer is None:
             around = text_format.head + text_format.tail
             return np.array([len(around + text) / _CHARACTERS_PER_TOKEN for text in texts])
-        return tokenize(load_tokenizer(found, None), texts, text_format).lengths
+        return tokenize(self._tokenizer, texts, text_format).lengths
 
     def step(self, recipe: Recipe) -> Effort:
-        """Of a training step of a recipe with this one's model."""
-        device_type, limit = plan_limit(recipe, None, None)
-        found = plan_recipe(recipe, device_type, limit).prediction
-        return Effort(found.flops, found.peak_bytes)
+        """The effort of a training step; the recipe may differ in what ablations change."""
+        costs = (recipe.text, recipe.loss.hard_negatives)  # and nothing else that they change
+        if costs not in self._steps:
+            device_type, limit = plan_limit(recipe, None, None)
+            prediction = plan_recipe(recipe, device_type, limit).prediction
+            self._steps[costs] = Effort(prediction.flops, prediction.peak_bytes)
+        return self._steps[costs]
 
     # -- time -----------------------------------------------------------------------------------
 
-    def rates(self, records: Iterable[Mapping[str, Any]]) -> dict[Kind, float]:
-        """FLOP/s by kind of stage: as the done ones had it, else as measured now."""
+    def rates(self, records: Iterable[StageRecord[Any]]) -> dict[Kind, float]:
+        """FLOP/s by kind of stage: as the stages that are done had it, else as measured now."""
         done: dict[Kind, tuple[float, float]] = {}
         for record in records:
-            flops, seconds = done.get(record["kind"], (0.0, 0.0))
-            done[record["kind"]] = (flops + record["flops"], seconds + record["seconds"])
+            flops, seconds = done.get(record.kind, (0.0, 0.0))
+            done[record.kind] = (flops + (record.flops or 0.0), seconds + record.seconds)
         known = {kind: flops / seconds for kind, (flops, seconds) in done.items() if seconds > 1}
         kinds: tuple[Kind, ...] = ("evaluate", "train", "search", "transfer")
         wanting = [kind for kind in kinds if not known.get(kind)]

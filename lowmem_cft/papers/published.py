@@ -1,4 +1,4 @@
-"""What the two papers published: figures with where each was read, and whether that was verified.
+"""What the papers published: figures with where each was read, and whether that was verified.
 
 A figure is `verified` where it stands in a public source that could be opened. One that rests on a
 known bug says so (`Published.bug`), since equality with it is then no success.
@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Paper = Literal["cft", "prompteol"]
 Variant = Literal["base", "fine-tuned", "icl", "transfer"]
 """`base` and `icl` are without training, `icl` with a demonstration; `transfer` is of `base`."""
 
@@ -48,7 +47,7 @@ class ChosenDemonstration(_Data):
 class Published(_Data):
     """One row of a published table. `sets` has the sets that are known, under our names."""
 
-    paper: Paper
+    paper: str
     model: str
     variant: Variant
     sets: dict[str, Figure]
@@ -59,17 +58,6 @@ class Published(_Data):
     demonstration: ChosenDemonstration | None = None
 
 
-class PaperFacts(_Data):
-    """What holds for all of a paper's figures."""
-
-    title: str
-    arxiv: str
-    protocol: str
-    models: dict[str, str]
-    """Names by key."""
-    notes: list[str]
-
-
 class _Source(_Data):
     text: str
     verified: bool = True
@@ -77,7 +65,6 @@ class _Source(_Data):
 
 class _File(_Data):
     sources: dict[str, _Source]
-    papers: dict[Paper, PaperFacts]
     rows: list[Published]
 
     @model_validator(mode="before")
@@ -88,10 +75,7 @@ class _File(_Data):
         return {**values, "rows": [_expanded(row, sources) for row in values["rows"]]}
 
     @model_validator(mode="after")
-    def _models_known(self) -> _File:
-        for row in self.rows:
-            if row.model not in self.papers[row.paper].models:
-                raise ValueError(f"{row.paper}: got a row of {row.model!r}, which is not listed")
+    def _each_once(self) -> _File:
         keys = [(row.paper, row.model, row.variant) for row in self.rows]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
@@ -104,9 +88,9 @@ def _expanded(row: dict[str, Any], sources: dict[str, Any]) -> dict[str, Any]:
     of_row, numbers = row.pop("source"), row.pop("numbers")
 
     def figure(number: Any) -> dict[str, Any]:
-        found = dict(number) if isinstance(number, dict) else {"value": number}
-        source = sources[found.pop("source", of_row)]
-        return {**found, "source": source["text"], "verified": source.get("verified", True)}
+        values = dict(number) if isinstance(number, dict) else {"value": number}
+        source = sources[values.pop("source", of_row)]
+        return {**values, "source": source["text"], "verified": source.get("verified", True)}
 
     mean = {"mean": figure(row["mean"])} if "mean" in row else {}
     return {**row, **mean, "sets": {name: figure(number) for name, number in numbers.items()}}
@@ -118,24 +102,6 @@ def _file() -> _File:
     return _File.model_validate(yaml.safe_load(text))
 
 
-def paper_facts(paper: Paper) -> PaperFacts:
-    """Raises ValueError where there is no such paper."""
-    papers = _file().papers
-    if paper not in papers:
-        raise ValueError(f"paper: got {paper!r}, wanted one of {', '.join(papers)}")
-    return papers[paper]
-
-
-def published(paper: Paper, model: str) -> list[Published]:
-    """The rows of a model; none where the paper has no such model (smollm2-135m).
-
-    Raises:
-        ValueError: there is no such paper.
-    """
-    paper_facts(paper)
-    return [row for row in _file().rows if (row.paper, row.model) == (paper, model)]
-
-
-def find(paper: Paper, model: str, variant: Variant) -> Published | None:
-    """The one row of a model and variant, if it is known."""
-    return next((row for row in published(paper, model) if row.variant == variant), None)
+def published_rows(paper: str) -> tuple[Published, ...]:
+    """All rows of a paper."""
+    return tuple(row for row in _file().rows if row.paper == paper)

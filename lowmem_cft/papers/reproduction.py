@@ -8,29 +8,38 @@ evaluation in work.
 
 from __future__ import annotations
 
-import json
 import platform
-import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lowmem_cft.evaluation.transfer.tasks import SPECS
-from lowmem_cft.files import write_json
 from lowmem_cft.machine import choose_device, library_versions
+from lowmem_cft.papers import names
+from lowmem_cft.papers.paper import Share
 from lowmem_cft.papers.paper_stages import PaperStages
+from lowmem_cft.papers.records import Records, RunRecord
 from lowmem_cft.papers.report.write import write_report
-from lowmem_cft.papers.request import ABLATION_STEPS, DEV_PAIRS, Request, Share, departures
-from lowmem_cft.papers.stages import Kind, Observer, Records, Stage, run_stages
+from lowmem_cft.papers.request import Request, departures
+from lowmem_cft.papers.results import Kind
+from lowmem_cft.papers.stages import Effort, Observer, Stage, run_stages
 
 _HALVINGS = 20
+# however few hours there are: rows of a transfer task's split, pairs that choose a demonstration
 _LEAST_ROWS, _LEAST_PAIRS = 500, 200
-"""Of a transfer task's split, and of STS-B dev for demonstrations, however few hours there are."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage takes on this device, and whether it is done."""
+
+    stage: Stage
+    effort: Effort
+    hours: float
+    done: bool
 
 
 class Reproduction:
@@ -56,51 +65,38 @@ class Reproduction:
     ) -> None:
         self.request, self.folder = request, folder
         self.records = Records(folder)
-        self._file = folder / "reproduction.json"
-        self._before = self._begun()
+        self._begun = self._begun_as()
         self._maker = PaperStages(request, folder, self.records, offline=offline)
         self._chosen = selected
-        everything = [stage.name for stage in self._maker.make(self._cut(1.0))]
+        known = [stage.name for stage in self._maker.make(self._cut(1.0))]
         for name in selected or ():
-            if name not in everything:
-                raise ValueError(f"`stages`: got {name!r}, wanted one of {', '.join(everything)}")
+            if name not in known:
+                raise ValueError(f"`stages`: got {name!r}, wanted one of {', '.join(known)}")
 
-    def _begun(self) -> dict[str, Any] | None:
-        """What the folder was begun with; None while nothing was done that another could spoil."""
-        done = [*self.records.folder.glob("*.json")]
-        done += [one for name in ("runs", "icl", "unfinished") for one in self.folder.glob(name)]
-        if not self._file.is_file() or not done:
+    def _begun_as(self) -> RunRecord | None:
+        """What the folder was begun as; None while nothing was done that another could spoil."""
+        parts = ("runs", "icl", "unfinished")
+        started = self.records.names() or any((self.folder / part).exists() for part in parts)
+        if not self.records.run_file.is_file() or not started:
             return None
-        try:
-            before: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
-            asked = dict(before["request"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self._file}: cannot be read ({error!r}); choose another `out`"
-            ) from error
-        for key, value in json.loads(json.dumps(asdict(self.request))).items():
-            if key != "budget" and asked.get(key) != value:  # memory changes no result
+        begun = self.records.run()
+        for field in fields(Request):
+            then, now = (getattr(asked, field.name) for asked in (begun.request, self.request))
+            if field.name != "budget" and then != now:  # memory changes no result
                 raise ValueError(
-                    f"{self.folder} was begun with {key} = {asked.get(key)!r}, now it is "
-                    f"{value!r}; choose another `out`"
+                    f"{self.folder} was begun with {field.name} = {then!r}, now it is {now!r}; "
+                    "choose another `out`"
                 )
-        return before
+        return begun
 
     # -- how much of it -------------------------------------------------------------------------
 
     @cached_property
     def share(self) -> Share:
         """As the folder was begun: rates measured since must not change what is done."""
-        if self._before is None:
-            return self._cut(self._factor())
-        kept = self._before["share"]
-        ablation = kept["ablation_steps"]
-        return Share(
-            tuple(kept["training_steps"]),
-            None if ablation is None else tuple(ablation),
-            kept["transfer_rows_per_split"],
-            tuple(kept["icl_pairs"]),
-        )
+        request = self.request
+        share = self._cut(self._factor()) if self._begun is None else self._begun.share
+        return share.model_copy(update={"hours": request.hours, "budget": request.budget})
 
     def _cut(self, factor: float) -> Share:
         """The whole run times the factor, but for what the user fixed."""
@@ -110,20 +106,22 @@ class Reproduction:
             most = max(size for spec in SPECS.values() for size in spec.splits.values())
             rows = max(_LEAST_ROWS, round(factor * most))
         if pairs is None:
-            pairs = max(_LEAST_PAIRS, round(factor * DEV_PAIRS))
-        ablation = (max(1, round(factor * ABLATION_STEPS)), ABLATION_STEPS)
+            pairs = max(_LEAST_PAIRS, round(factor * names.DEV_PAIRS))
+        steps = request.of_paper.ablation_steps
+        ablation = (max(1, round(factor * steps)), steps) if steps else None
         return Share(
-            (max(1, round(factor * request.whole_steps)), request.published_steps),
-            ablation if request.is_cft else None,
-            rows,
-            (min(pairs, DEV_PAIRS), DEV_PAIRS),
+            training_steps=(max(1, round(factor * request.whole_steps)), request.published_steps),
+            ablation_steps=ablation,
+            transfer_rows_per_split=rows,
+            icl_pairs=(min(pairs, names.DEV_PAIRS), names.DEV_PAIRS),
         )
 
     def _factor(self) -> float:
-        """The share of the run that fits the hours asked for.
+        """The share of the run that fits into the hours asked for.
 
-        Of the paper's own stages and those chosen beside them, so that it does not hang on which of
-        them are done first. Scores on the way and least sizes are not cut, so it is searched for.
+        The paper's own stages count, and those chosen beside them, so that the share does not
+        depend on which of them are done first. Scores on the way and least sizes are not cut, so
+        it is searched for.
         """
         asked = self.request.hours
         if asked is None or self._taken(1.0) <= asked:
@@ -143,18 +141,16 @@ class Reproduction:
         """Hours of the run cut by a factor."""
         stages = self._maker.make(self._cut(factor))
         counted = [s for s in stages if self._maker.is_own(s) or s.name in (self._chosen or ())]
-        return sum(hours for _, hours in self._hours(counted))
+        return sum(self._hours(stage) for stage in counted)
 
-    def _hours(self, stages: Sequence[Stage]) -> list[tuple[Stage, float]]:
-        rates = self._rates
-        return [
-            (one, one.effort().flops / rates.get(one.kind, float("inf")) / 3600) for one in stages
-        ]
+    def _hours(self, stage: Stage) -> float:
+        rate = self._rates.get(stage.kind, float("inf"))
+        return stage.effort().flops / rate / 3600
 
     @cached_property
     def _rates(self) -> dict[Kind, float]:
-        found = [self.records.get(stage.name) for stage in self._maker.make(self._cut(1.0))]
-        return self._maker.efforts.rates(record for record in found if record is not None)
+        records = [self.records.get(stage.name) for stage in self._maker.make(self._cut(1.0))]
+        return self._maker.efforts.rates(record for record in records if record is not None)
 
     def _selected(self, share: Share) -> list[Stage]:
         stages = self._maker.make(share)
@@ -169,18 +165,11 @@ class Reproduction:
 
     # -- doing it -------------------------------------------------------------------------------
 
-    def estimates(self) -> list[dict[str, Any]]:
-        """A row a stage: what it is, TFLOP, hours here, GiB, whether it is done."""
+    def estimates(self) -> list[Estimate]:
+        """What each of the stages takes here."""
         return [
-            {
-                "stage": stage.name,
-                "what": stage.what,
-                "tflop": stage.effort().flops / 1e12,
-                "hours": hours,
-                "memory_gib": stage.effort().memory_bytes / 2**30,
-                "done": self.records.get(stage.name) is not None,
-            }
-            for stage, hours in self._hours(self.stages)
+            Estimate(stage, stage.effort(), self._hours(stage), self._is_done(stage))
+            for stage in self.stages
         ]
 
     def departures(self) -> list[str]:
@@ -197,11 +186,14 @@ class Reproduction:
     def _is_done(self, stage: Stage) -> bool:
         return self.records.get(stage.name) is not None
 
-    def run(self, observer: Observer, *, redo: Sequence[str] = ()) -> list[Path]:
+    def run(
+        self, observer: Observer, *, redo: Sequence[str] = (), command: str = "from Python"
+    ) -> list[Path]:
         """Do the stages left, write the report.
 
         Args:
             redo: names of stages to do anew, from their beginning; what they left is kept beside.
+            command: how this was asked for, for the report.
 
         Returns:
             The report's files.
@@ -210,39 +202,37 @@ class Reproduction:
             ValueError: the user's mistake, such as data that are not there.
             interrupt.Interrupted: Ctrl-C in training; the same command goes on.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write()
+        self.records.write_run(self._record(command))
         report = partial(write_report, self.folder)
         run_stages(self.stages, self.records, observer, redo=redo, done=report)
         return report()
 
-    def _write(self) -> None:
+    def _record(self, command: str) -> RunRecord:
         request = self.request
-        values = {
-            "paper": request.paper,
-            "model": request.model,
-            "recipe": request.recipe_name,
-            "command": shlex.join(["lowmem-cft", *sys.argv[1:]]),
-            "request": asdict(request),
-            "share": {**asdict(self.share), "hours": request.hours, "budget": request.budget},
-            "ablation_baseline": self._maker.baseline if request.is_cft else None,
-            "departures": self.departures(),
-            "machine": _machine(choose_device()),
-            "versions": library_versions(),
-        }
-        write_json(self._file, values)
+        return RunRecord(
+            paper=request.paper,
+            model=request.model,
+            recipe=request.recipe_name,
+            command=command,
+            request=request,
+            share=self.share,
+            ablation_baseline=self._maker.baseline,
+            departures=self.departures(),
+            machine=_machine(choose_device()),
+            versions=library_versions(),
+        )
 
 
 def _machine(device: torch.device) -> dict[str, str]:
-    """What the figures are computed on."""
-    found = {
+    """The machine that the figures are computed on."""
+    facts = {
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(terse=True),
     }
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-    return found
+        facts["device"] = torch.cuda.get_device_name(device)
+    return facts
 
 
 def _processor() -> str:

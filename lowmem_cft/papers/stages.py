@@ -6,20 +6,17 @@ the stages it needs), so that a number can be traced, and a changed input is not
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from lowmem_cft.files import digest, read_json, write_json
+from lowmem_cft.files import digest
 from lowmem_cft.machine import library_versions
+from lowmem_cft.papers.records import Records, StageRecord
+from lowmem_cft.papers.results import Kind, Result
 from lowmem_cft.progress import Counts
 from lowmem_cft.training import trainer
-
-Kind = Literal["evaluate", "data", "train", "search", "transfer"]
 
 
 class Observer(Counts, trainer.Observer, Protocol):
@@ -33,138 +30,67 @@ class Effort:
     flops: float
     memory_bytes: int
 
+    def times(self, number: int) -> Effort:
+        """The effort of doing it so often, once after the other."""
+        return Effort(self.flops * number, self.memory_bytes)
+
 
 @dataclass(frozen=True)
 class Stage:
-    """`inputs` gives all that the result of `work` depends on, both as JSON values.
+    """A stage and how to do it.
 
-    `needs` names stages whose records must be there; `effort` may take seconds to tell.
+    Args:
+        inputs: gives all that the result depends on, as JSON values.
+        needs: names of the stages whose records must be there.
+        effort: gives an estimate, which may take seconds.
+        forget: puts away what an earlier try left, so that `work` begins anew.
     """
 
     name: str
     kind: Kind
     what: str
     inputs: Callable[[], dict[str, Any]]
-    work: Callable[[Observer], dict[str, Any]]
+    work: Callable[[Observer], Result]
     needs: tuple[str, ...] = ()
     effort: Callable[[], Effort] = lambda: Effort(0.0, 0)
     forget: Callable[[], None] = lambda: None
-    """Put away what an earlier try left, so that `work` begins anew."""
-
-
-class Records:
-    """FOLDER/stages/NAME.json of every stage that is done."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "stages"
-
-    def path(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
-
-    def _seconds_path(self, name: str) -> Path:
-        return self.folder / f"{name}.seconds"
-
-    def forget(self, name: str) -> None:
-        """As if it had never been tried."""
-        self.path(name).unlink(missing_ok=True)
-        self._seconds_path(name).unlink(missing_ok=True)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[Callable[[], float]]:
-        """Tells the seconds spent on a stage, tries that were stopped among them.
-
-        Raises:
-            ValueError: those of before cannot be read.
-        """
-        path, started = self._seconds_path(name), time.perf_counter()
-        try:
-            before = float(path.read_text(encoding="utf-8")) if path.is_file() else 0.0
-        except ValueError as error:
-            raise ValueError(f"{path}: wanted seconds ({error}); remove it") from error
-
-        def spent() -> float:
-            return before + time.perf_counter() - started
-
-        try:
-            yield spent
-        except BaseException:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{spent():.1f}", encoding="utf-8")
-            raise
-        path.unlink(missing_ok=True)
-
-    def get(self, name: str) -> dict[str, Any] | None:
-        """The record, or None.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
-        path = self.path(name)
-        if not path.is_file():
-            return None
-        keys = ("result", "inputs", "inputs_sha256", "seconds", "flops", "kind")
-        return read_json(path, "remove it", *keys)
-
-    def result(self, name: str) -> dict[str, Any]:
-        """Of a stage that is done."""
-        record = self.get(name)
-        assert record is not None, f"{name} is needed before it is done"
-        found: dict[str, Any] = record["result"]
-        return found
-
-    def write(self, stage: Stage, inputs: dict[str, Any], seconds: float, result: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        record = {
-            "name": stage.name,
-            "kind": stage.kind,
-            "what": stage.what,
-            "inputs": inputs,
-            "inputs_sha256": digest(inputs),
-            "seconds": round(seconds, 1),
-            "flops": stage.effort().flops,
-            "versions": library_versions(),
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "result": result,
-        }
-        write_json(self.path(stage.name), record)
 
 
 def _with_needs(stage: Stage, records: Records) -> dict[str, Any] | None:
     """The stage's inputs and the checksums of what it needs; None where that is not done."""
-    needed = {name: records.get(name) for name in stage.needs}
-    if any(record is None for record in needed.values()):
-        return None
-    sums = {name: record["inputs_sha256"] for name, record in needed.items() if record is not None}
-    return {**stage.inputs(), "needs": sums}
+    checksums = {}
+    for name in stage.needs:
+        record = records.get(name)
+        if record is None:
+            return None
+        checksums[name] = record.inputs_sha256
+    return {**stage.inputs(), "needs": checksums}
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
-    found = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """What differs between two sets of inputs, a phrase for each value."""
+    differences = []
+    for key in sorted({*then, *now}):
+        old, new = then.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{path}{key}.")
+            differences += _differences(old, new, f"{path}{key}.")
         elif old != new:
-            found.append(f"{path}{key} was {old!r}, is {new!r}")
-    return found
+            differences.append(f"{path}{key} was {old!r}, is {new!r}")
+    return differences
 
 
-def check_unchanged(stages: Sequence[Stage], records: Records, redo: Sequence[str] = ()) -> None:
-    """Refuse to mix results, before any work.
+def check_unchanged(stages: Sequence[Stage], records: Records) -> None:
+    """Refuse to mix results.
 
     Raises:
         ValueError: a stage is done with other inputs than it would have now.
     """
     for stage in stages:
-        if stage.name not in redo:
-            _check(stage, records)
-
-
-def _check(stage: Stage, records: Records) -> None:
-    record = records.get(stage.name)
-    now = None if record is None else _with_needs(stage, records)
-    if record is not None and now is not None and digest(now) != record["inputs_sha256"]:
-        changed = "; ".join(_differences(record["inputs"], now)[:3])
+        record = records.get(stage.name)
+        inputs = None if record is None else _with_needs(stage, records)
+        if record is None or inputs is None or digest(inputs) == record.inputs_sha256:
+            continue
+        changed = "; ".join(_differences(record.inputs, inputs)[:3])
         raise ValueError(
             f"{records.path(stage.name)}: done with other inputs ({changed}); do it anew with "
             f"`redo` {stage.name}, or choose another `out`"
@@ -193,11 +119,11 @@ def run_stages(
     for name in redo:
         if name not in names:
             raise ValueError(f"`redo`: got {name!r}, wanted one of {', '.join(names)}")
-    check_unchanged(stages, records, redo)
+    check_unchanged([stage for stage in stages if stage.name not in redo], records)
     for place, stage in enumerate(stages, 1):
         title = f"[{place}/{len(stages)}] {stage.name}: {stage.what}"
         if records.get(stage.name) is not None and stage.name not in redo:
-            _check(stage, records)  # an earlier one may have been done anew
+            check_unchanged([stage], records)  # an earlier one may have been done anew
             observer.say(f"{title}: done before")
             continue
         inputs = _with_needs(stage, records)
@@ -211,7 +137,24 @@ def run_stages(
         if stage.name in redo:
             stage.forget()
             records.forget(stage.name)
-        with records.timed(stage.name) as spent:
-            result = stage.work(observer)
-            records.write(stage, inputs, spent(), result)
+        _do(stage, inputs, records, observer)
         done()
+
+
+def _do(stage: Stage, inputs: dict[str, Any], records: Records, observer: Observer) -> None:
+    with records.timed(stage.name) as spent:
+        result = stage.work(observer)
+        records.write(
+            StageRecord[Any](
+                name=stage.name,
+                kind=stage.kind,
+                what=stage.what,
+                inputs=inputs,
+                inputs_sha256=digest(inputs),
+                seconds=round(spent(), 1),
+                flops=stage.effort().flops,
+                versions=library_versions(),
+                finished=datetime.now(timezone.utc),
+                result=result,
+            )
+        )

@@ -1,9 +1,10 @@
-"""What the stages of a reproduction do: evaluate, train, search, transfer. Each gives JSON values."""
+"""What the stages of a reproduction do: describe the data, evaluate, train, search, transfer."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,15 @@ from lowmem_cft.inference.embed import Embed
 from lowmem_cft.inference.kept_vectors import KeptVectors
 from lowmem_cft.inference.loading import Embedder, load_by_recipe
 from lowmem_cft.machine import choose_device
+from lowmem_cft.papers.results import (
+    Curve,
+    Data,
+    Evaluation,
+    Search,
+    Source,
+    Training,
+    Transfer,
+)
 from lowmem_cft.papers.stages import Observer
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
@@ -39,7 +49,7 @@ from lowmem_cft.training.records import read_lines, read_metrics
 
 @contextmanager
 def _loaded(recipe: Recipe, adapter: Path | None, observer: Observer) -> Iterator[Embedder]:
-    """The model, and its memory back afterwards: a later stage loads another."""
+    """Load the model; give its memory back afterwards, since a later stage loads another."""
     device = choose_device()
     loaded = load_by_recipe(recipe, device, observer.say, adapter)
     try:
@@ -72,63 +82,58 @@ def evaluate_sets(
     observer: Observer,
     *,
     cleaned_up: bool = False,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Score the sets (already cleaned up, if so) and write the report to `out`.
 
     Args:
         unfinished: where the vectors of a set stay if it stops before the last one.
-
-    Returns:
-        The report (see `eval_report.as_json`), with the name of its file under `report`.
     """
     with _loaded(recipe, adapter, observer) as loaded:
         scored = []
         embed = unfinished.keeping(loaded.embed)
         observer.begin(len(sets), 0, what="sets")
-        for one in sets:
-            scored.append(score_pairs(embed, one))
+        for loaded_set in sets:
+            scored.append(score_pairs(embed, loaded_set))
             observer.advance(1)
-            observer.say(f"{one.name}: {100 * scored[-1].score.spearman:.2f}")
-    found = eval_report.report(recipe.model.id, scored, protocol=protocol, cleaned_up=cleaned_up)
+            observer.say(f"{loaded_set.name}: {100 * scored[-1].score.spearman:.2f}")
+    report = eval_report.report(recipe.model.id, scored, protocol=protocol, cleaned_up=cleaned_up)
     out.parent.mkdir(parents=True, exist_ok=True)
-    eval_report.write(found, out)
+    eval_report.write(report, out)
     embed.remove()
-    return {**eval_report.as_json(found), "report": f"{out.parent.name}/{out.name}"}
+    values = {**eval_report.as_json(report), "report": f"{out.parent.name}/{out.name}"}
+    return Evaluation.model_validate(values)
 
 
-def describe_data(recipe: Recipe, scored_texts: set[str], *, offline: bool) -> dict[str, Any]:
-    """What is trained on, and how many of its texts stand in the evaluation sets."""
+def describe_data(
+    recipe: Recipe, scored_texts: set[str], published_rows: int, *, offline: bool
+) -> Data:
+    """What is trained on, and how many of its texts stand among those that are scored."""
     sources, reports = corpus.read_sources(recipe.data, offline=offline)
-    texts = {
-        text
-        for rows in sources
-        for row in rows
-        for text in (row.anchor, row.positive, *row.negatives)
-    }
-    listed = [
-        {
-            "path": section.path,
-            "where": section.where,
-            "rows": len(rows),
-            "skipped": sum(report.skipped.values()),
-            "sha256": sha256_of(Path(section.path)) if Path(section.path).is_file() else None,
-        }
-        for section, rows, report in zip(recipe.data.sources, sources, reports, strict=True)
-    ]
-    digest = hashlib.sha256()
-    for rows in sources:
-        for row in rows:
-            digest.update(repr((row.anchor, row.positive, tuple(row.negatives))).encode())
-    return {
-        "sources": listed,
-        "rows": sum(len(rows) for rows in sources),
-        "rows_sha256": digest.hexdigest(),
-        "distinct_texts": len(texts),
-        "texts_in_evaluation": len(texts & scored_texts),
-    }
+    texts: set[str] = set()
+    checksum = hashlib.sha256()
+    for row in itertools.chain(*sources):
+        texts |= {row.anchor, row.positive, *row.negatives}
+        checksum.update(repr((row.anchor, row.positive, tuple(row.negatives))).encode())
+    return Data(
+        sources=[
+            Source(
+                path=section.path,
+                where=section.where,
+                rows=len(rows),
+                skipped=sum(report.skipped.values()),
+                sha256=sha256_of(Path(section.path)) if Path(section.path).is_file() else None,
+            )
+            for section, rows, report in zip(recipe.data.sources, sources, reports, strict=True)
+        ],
+        rows=sum(len(rows) for rows in sources),
+        rows_sha256=checksum.hexdigest(),
+        distinct_texts=len(texts),
+        texts_in_evaluation=len(texts & scored_texts),
+        published_rows=published_rows,
+    )
 
 
-def train(recipe: Recipe, observer: Observer, *, offline: bool) -> dict[str, Any]:
+def train(recipe: Recipe, published_steps: int, observer: Observer, *, offline: bool) -> Training:
     """Train as the recipe says, going on with what its folder holds."""
     assert recipe.output.name is not None
     folder = RunFolder(Path(recipe.output.folder) / recipe.output.name)
@@ -144,19 +149,19 @@ def train(recipe: Recipe, observer: Observer, *, offline: bool) -> dict[str, Any
                 "goes on from there"
             ) from error
     metrics, lines = read_metrics(folder), read_lines(folder)
-    before = metrics.before[0]
-    points: list[tuple[int, float]] = [(0, before.spearman)]
-    points += [(line.step, line.spearman) for line in lines if line.spearman is not None]
-    return {
-        "run": recipe.output.name,
-        "steps": metrics.steps,
-        "learning_rate": recipe.train.learning_rate,
-        "logical_batch": recipe.train.logical_batch,
-        "rows": metrics.rows,
-        "losses": [(line.step, line.loss) for line in lines],
-        "curve": {"set": before.name, "points": points},
-        "metrics": metrics.to_json(),
-    }
+    untrained = metrics.before[0]
+    points = [(line.step, line.spearman) for line in lines if line.spearman is not None]
+    return Training(
+        run=recipe.output.name,
+        steps=metrics.steps,
+        learning_rate=recipe.train.learning_rate,
+        logical_batch=recipe.train.logical_batch,
+        rows=metrics.rows,
+        losses=[(line.step, line.loss) for line in lines],
+        curve=Curve(set=untrained.name, points=[(0, untrained.spearman), *points]),
+        metrics=metrics,
+        published_steps=published_steps,
+    )
 
 
 def put_away(folder: Path) -> None:
@@ -168,13 +173,8 @@ def put_away(folder: Path) -> None:
 
 
 def _trains_the_same(folder: RunFolder, recipe: Recipe) -> bool:
-    before = load_recipe(str(folder.recipe))
-    ours = recipe.model_dump()
-    return all(
-        ours[name] == values
-        for name, values in before.model_dump().items()
-        if name not in run.MAY_CHANGE
-    )
+    then, now = load_recipe(str(folder.recipe)).model_dump(), recipe.model_dump()
+    return all(now[name] == then[name] for name in then if name not in run.MAY_CHANGE)
 
 
 def _is_finished(folder: RunFolder, recipe: Recipe) -> bool:
@@ -190,7 +190,7 @@ def search_demonstration(
     demonstrations: Sequence[Demonstration],
     folder: Path,
     observer: Observer,
-) -> dict[str, Any]:
+) -> Search:
     """Score every demonstration before the recipe's template; trials are kept in the folder."""
     with _loaded(recipe, None, observer) as loaded:
         template = recipe.text.template
@@ -204,13 +204,13 @@ def search_demonstration(
             searched.identity() | icl.set_identity(scored_set),
             observer,
         )
-    return {
-        "trials": [vars(trial) for trial in trials],
-        "set": scored_set.name,
-        "pairs": len(scored_set.pairs),
-        "template": template,
-        "best_template": trials[0].template(template),
-    }
+    return Search(
+        trials=trials,
+        set=scored_set.name,
+        pairs=len(scored_set.pairs),
+        template=template,
+        best_template=trials[0].template(template),
+    )
 
 
 def score_transfer(
@@ -221,13 +221,13 @@ def score_transfer(
     observer: Observer,
     *,
     cleaned_up: bool = False,
-) -> dict[str, Any]:
+) -> Transfer:
     """Accuracy of logistic regressions on raw embeddings, those before normalisation."""
     listed = tasks()
     raw = recipe.embedding.model_copy(update={"normalize": False})
     with _loaded(recipe.model_copy(update={"embedding": raw}), adapter, observer) as loaded:
         embed = unfinished.keeping(loaded.embed)
-        found = transfer_report.score_tasks(
+        report = transfer_report.score_tasks(
             listed,
             embed,
             model=recipe.model.id,
@@ -236,4 +236,4 @@ def score_transfer(
             say=observer.say,
         )
     embed.remove()
-    return transfer_report.as_json(found)
+    return Transfer.model_validate(transfer_report.as_json(report))

@@ -25,11 +25,11 @@ OPTIMIZER_BYTES = {
     "adamw_8bit": 2,
     "paged_adamw_8bit": 2,
 }
-"""Per trained weight: two moments of 4 or 1 byte. Scales of 8-bit blocks are below 1 %."""
+"""Bytes per trained weight: two moments of 4 or 1 byte. Scales of 8-bit blocks are below 1 %."""
 
 
 def nf4_bytes(numel: int, *, double_quantization: bool) -> int:
-    """Of one NF4 weight matrix as bitsandbytes holds it (QLoRA, arXiv 2305.14314)."""
+    """Bytes of one NF4 weight matrix as bitsandbytes holds it (QLoRA, arXiv 2305.14314)."""
     scales = -(-numel // _NF4_BLOCK)
     packed = (numel + 1) // 2
     if not double_quantization:
@@ -39,10 +39,13 @@ def nf4_bytes(numel: int, *, double_quantization: bool) -> int:
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of the frozen weights, and trained weights in number.
+    """What a model's weights take.
 
-    `dequantized_bytes`: the largest 4-bit matrix in the compute dtype, which is what it becomes
-    while it is used.
+    Attributes:
+        quantized_bytes, plain_bytes: bytes of frozen weights in 4 bits and in their own dtype.
+        dequantized_bytes: bytes of the largest 4-bit matrix in the compute dtype, which is what it
+            becomes while it is used.
+        num_trained: how many weights are trained.
     """
 
     quantized_bytes: int
@@ -93,7 +96,7 @@ class Footprint:
         self._traced: dict[Checkpointing, CostModel] = {}
 
     def chunk_costs(self, checkpointing: Checkpointing) -> CostModel:
-        """Traced when first asked for."""
+        """Costs of chunks with these layers checkpointed, traced when first asked for."""
         if checkpointing not in self._traced:
             self._traced[checkpointing] = cost_model(
                 self.config,
@@ -114,13 +117,15 @@ class Footprint:
 
     @property
     def num_layers(self) -> int:
+        """The model's depth."""
         return int(self.config.num_hidden_layers)
 
     @property
     def adapter_bytes(self) -> int:
-        """Float32, as are its gradients."""
+        """Bytes of the adapter, or of its gradients, in float32."""
         return 4 * self.weights.num_trained
 
     @property
     def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's state."""
         return OPTIMIZER_BYTES[self.recipe.train.optimizer] * self.weights.num_trained

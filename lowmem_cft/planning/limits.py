@@ -1,4 +1,4 @@
-"""How many bytes a step may take."""
+"""How many bytes a run may take."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.units import GIB, parse_bytes
 
 MARGINS = {"cuda": GIB // 2, "cpu": 3 * GIB // 4}
-"""What the process holds beside tensors: the CUDA context and cuBLAS; or, on a CPU, the resident
+"""Bytes that the process holds beside tensors: the CUDA context and cuBLAS; on a CPU the resident
 libraries."""
-
 
 HEADROOM = 0.9
 """Share of the free memory that is planned with: other processes live on this machine too."""
 
 
 def plan_limit(recipe: Recipe, memory_option: str | None, device: str | None) -> tuple[str, int]:
-    """The kind of device and the limit in bytes that `plan` is asked for.
+    """The kind of device that is planned for, and how many bytes the run may take there.
 
-    A limit given without a device is a graphics card's. Without one, the recipe's holds, or what
-    is free on this machine.
+    A limit that is given without a device is taken for a graphics card's. Where none is given the
+    recipe's holds, and where that is `auto` what is free on this machine.
+
+    Args:
+        memory_option: the limit, such as "12GiB".
+        device: "cuda" or "cpu".
 
     Raises:
         ValueError: the limit is no amount of memory, or a CUDA device's is asked for without one.
@@ -38,7 +41,7 @@ def plan_limit(recipe: Recipe, memory_option: str | None, device: str | None) ->
 
 
 def free_limit(device: torch.device) -> int:
-    """Bytes for everything, from what is free on the device now."""
+    """Bytes that the whole run may take, from what is free on the device now."""
     # what is free is so beside libraries and context, which are in every prediction
     return int(HEADROOM * machine.free_bytes(device)) + MARGINS[device.type]
 

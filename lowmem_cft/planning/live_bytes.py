@@ -21,7 +21,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known: tensors that exist already and are not to be counted, such as weights.
 
     Attributes:
-        now, peak: bytes alive now and at most so far.
+        now, peak: bytes alive now, and most bytes alive so far.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:

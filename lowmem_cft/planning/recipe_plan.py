@@ -19,8 +19,9 @@ from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
 from lowmem_cft.model.sources import at_hand, resolve
+from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
-from lowmem_cft.planning.planner import BatchShape, Planner, Prediction
+from lowmem_cft.planning.prediction import BatchShape, Prediction
 from lowmem_cft.recipe.schema import TEXT_SLOT, ModelSection, Recipe
 from lowmem_cft.units import GIB
 
@@ -28,14 +29,20 @@ TABLE_LIMITS = tuple(gib * GIB for gib in (6, 8, 12, 16, 24))
 
 _SAMPLE_ROWS = 2048
 _CHARACTERS_PER_TOKEN = 3
-"""Of a template whose tokenizer is not at hand: fewer than English has, so as not to fall short."""
+"""Characters per token of a template whose tokenizer is not at hand: fewer than English has, so as
+not to fall short."""
 
 
 @dataclass(frozen=True)
 class RecipePlan:
     """What `lowmem-cft plan` says.
 
-    `max_logical_batch`: the largest that fits, by limit in bytes. `notes`: what was assumed.
+    Attributes:
+        limit_bytes: bytes that the run may take.
+        device_type: "cuda" or "cpu".
+        dtype: the compute dtype's name.
+        max_logical_batch: the largest logical batch that fits, by limit in bytes.
+        notes: what was assumed.
     """
 
     prediction: Prediction
@@ -60,17 +67,17 @@ class RecipePlan:
         }
 
 
-def shape_of(recipe: Recipe, found: corpus.Corpus) -> BatchShape:
+def shape_of(recipe: Recipe, data: corpus.Corpus) -> BatchShape:
     """The shape of steps on tokenised data."""
-    negatives = (found.table.negative_NK != NO_TEXT).sum(axis=1)
+    table, lengths = data.table, data.store.lengths
+    negatives = (table.negative_NK != NO_TEXT).sum(axis=1)
     if recipe.loss.hard_negatives == "none":
         negatives = negatives * 0
-    chosen = np.random.default_rng(0).permutation(len(found.table))[:_SAMPLE_ROWS]
-    texts = [found.table.anchor_N[chosen], found.table.positive_N[chosen]]
+    sample = np.random.default_rng(0).permutation(len(table))[:_SAMPLE_ROWS]
+    texts = [table.anchor_N[sample], table.positive_N[sample]]
     if recipe.loss.hard_negatives != "none":
-        negative_NK = found.table.negative_NK[chosen]
+        negative_NK = table.negative_NK[sample]
         texts.append(negative_NK[negative_NK != NO_TEXT])
-    lengths = found.store.lengths
     return BatchShape(
         rows=recipe.train.logical_batch,
         slots_per_row=2 + float(negatives.mean()),
@@ -89,7 +96,7 @@ def _assumed_shape(recipe: Recipe, longest: int) -> BatchShape:
 
 
 def _shape(recipe: Recipe) -> tuple[BatchShape, list[str]]:
-    """From the data where model and data lie on this machine, else the worst case."""
+    """The shape from the data where model and data lie on this machine, else the worst case; notes."""
     name = at_hand(recipe.model.id, recipe.model.revision)
     if name is None:
         head, _, tail = recipe.text.template.partition(TEXT_SLOT)
@@ -114,20 +121,15 @@ def _sampled_shape(recipe: Recipe, tokenizer: Any) -> BatchShape:
     """The shape from a sample of the rows; the longest text may be longer than the sample's."""
     sources, _ = corpus.read_sources(recipe.data, offline=True)
     rows = [row for source in sources for row in source]
-    chosen = np.random.default_rng(0).permutation(len(rows))[:_SAMPLE_ROWS]
-    with_negatives = recipe.loss.hard_negatives != "none"
-    queries = [rows[i].anchor for i in chosen]
-    documents = [rows[i].positive for i in chosen]
-    if with_negatives:
-        documents += [text for i in chosen for text in rows[i].negatives]
-    of_queries, of_documents = query_format(recipe), document_format(recipe)
-    lengths = np.concatenate(
-        [
-            tokenize(tokenizer, queries, of_queries).lengths,
-            tokenize(tokenizer, documents, of_documents).lengths,
-        ]
-    )
-    extra = max(overhead(tokenizer, each) for each in (of_queries, of_documents))
+    sample = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:_SAMPLE_ROWS]]
+    queries = [row.anchor for row in sample]
+    documents = [row.positive for row in sample]
+    if recipe.loss.hard_negatives != "none":
+        documents += [text for row in sample for text in row.negatives]
+    formats = (query_format(recipe), document_format(recipe))
+    texts = zip((queries, documents), formats, strict=True)
+    lengths = np.concatenate([tokenize(tokenizer, *each).lengths for each in texts])
+    extra = max(overhead(tokenizer, text_format) for text_format in formats)
     return BatchShape(
         rows=recipe.train.logical_batch,
         slots_per_row=len(lengths) / len(queries),
@@ -165,7 +167,7 @@ def plan_recipe(recipe: Recipe, device_type: str, limit_bytes: int) -> RecipePla
 
     Args:
         device_type: "cuda" or "cpu"; need not be on this machine.
-        limit_bytes: for everything.
+        limit_bytes: bytes that the run may take.
 
     Raises:
         ValueError: the recipe's step does not fit, or its model is unknown.

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lowmem_cft.data.chunks import TokenBatch
+from lowmem_cft.model import lora as lora_layers
 from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.attention import AsOnDevice, AttentionCall, Backend, backward_bytes
 from lowmem_cft.model.dropout import DropoutClock
@@ -34,22 +34,25 @@ from lowmem_cft.recipe.schema import LoraSection
 Checkpointing = Literal["none", "all"]
 
 _LAYERS = (2, 4)
-"""Depths that are traced. Two layers at least: the first and the last one are not like the rest."""
+"""Depths that are traced, in layers: at least two, as the first and the last are not like the rest."""
 
 _TOKENS = 256
-"""Size of the chunks traced, at least: in tiny ones the peak is not where it is in real ones."""
+"""Least tokens of a chunk that is traced: in tiny ones the peak is not where it is in real ones."""
 
 
 @dataclass(frozen=True)
 class ChunkCost:
-    """Of one chunk: bytes besides weights, floating-point operations.
+    """What one chunk takes: bytes besides weights, floating-point operations.
 
-    `graph_bytes`: what stays alive between its forward and its backward.
-    `forward_bytes`: most alive in a forward without a graph, which is never checkpointed: with
-    checkpointing it is not traced, 0.
-    `keep_bytes`: most alive in a forward with a graph.
-    `backward_bytes`: most alive in forward and backward together, adapter gradients included.
-    `forward_flops`, `backward_flops`: without checkpointing; with it they are not traced, 0.
+    Attributes:
+        graph_bytes: bytes that stay alive between its forward and its backward.
+        forward_bytes: most bytes alive in a forward without a graph, which is never checkpointed:
+            with checkpointing it is not traced, 0.
+        keep_bytes: most bytes alive in a forward with a graph.
+        backward_bytes: most bytes alive in forward and backward together, adapter gradients
+            included.
+        forward_flops, backward_flops: operations without checkpointing; with it they are not
+            traced, 0.
     """
 
     graph_bytes: float
@@ -95,12 +98,19 @@ def _give_fake_storage(model: nn.Module) -> None:
 
 
 @contextmanager
-def _traceable() -> Iterator[None]:
-    """Skip what takes too many steps on fake tensors: of dropout what counts is its output."""
-    from lowmem_cft.model import lora
-
-    with mock.patch.object(lora, "identity_dropout", lambda x_LF, **keys: x_LF.clone()):
+def _copying_dropout() -> Iterator[None]:
+    """Dropout copies: its arithmetic is slow on fake tensors, and all that counts is its output."""
+    names = vars(lora_layers)
+    identity_dropout = names["identity_dropout"]
+    names["identity_dropout"] = _copy
+    try:
         yield
+    finally:
+        names["identity_dropout"] = identity_dropout
+
+
+def _copy(x_LF: Tensor, key_L: Tensor, key_F: Tensor, rate: float) -> Tensor:
+    return x_LF.clone()
 
 
 class Tracer:
@@ -145,7 +155,7 @@ class Tracer:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the adapter's gradients."""
+        """Bytes of the adapter's gradients."""
         return sum(parameter.nbytes for parameter in self._parameters)
 
     @property
@@ -159,7 +169,7 @@ class Tracer:
 
         shape = (num_texts, width)
         training = self._encoder.training_mode(step=0)
-        with self._mode, _traceable(), training, self._attention:
+        with self._mode, _copying_dropout(), training, self._attention:
             for module in self._encoder.model.modules():
                 if hasattr(module, "layerdrop"):  # its rate is 0, but the draw has no value here
                     module.training = False
@@ -235,7 +245,7 @@ class CostModel:
         return replace(cost, backward_bytes=cost.backward_bytes + unseen)
 
     def _unseen_bytes(self, num_texts: int, width: int) -> int:
-        """What a GPU's attention holds in the backward of one layer and no trace shows."""
+        """Bytes that a GPU's attention holds in the backward of one layer and no trace shows."""
         return max(
             (
                 backward_bytes(call, num_texts, width, self._dtype, backend)
@@ -245,7 +255,7 @@ class CostModel:
         )
 
     def per_layer(self, num_texts: float, width: int) -> float:
-        """Graph bytes of one layer that is not the last."""
+        """Bytes of the graph of one layer that is not the last."""
         _, slope = self._at(num_texts, width)
         return slope.graph_bytes / (_LAYERS[1] - _LAYERS[0])
 

@@ -26,8 +26,8 @@ from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainabl
 from lowmem_cft.model.backbone import Backbone, BackboneSource, find_backbone, load_backbone
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.limits import cap_allocator, run_limit
-from lowmem_cft.planning.planner import Planner
 from lowmem_cft.planning.recipe_plan import planner_for, shape_of
 from lowmem_cft.progress import Says
 from lowmem_cft.recipe.schema import LossSection, Recipe

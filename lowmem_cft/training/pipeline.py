@@ -13,6 +13,7 @@ from lowmem_cft.data.rows import TrainRow
 from lowmem_cft.evaluation.sts.sets import LoadedSet
 from lowmem_cft.exporting.check import checked
 from lowmem_cft.exporting.layout import Kind, check_expressible, export_model
+from lowmem_cft.inference.loading import Embedder
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs
@@ -103,16 +104,9 @@ def _what_is_kept(folder: RunFolder) -> str:
 def _export(job: TrainingJob, kind: Kind, folder: RunFolder, observer: Observer) -> ExportRecord:
     """Write the trained model as sentence-transformers loads it, and check it."""
     observer.say(f"exporting to {folder.model}")
-    export_model(job.encoder, job.backbone, job.recipe, folder.model, kind)
-    check = checked(
-        folder.model,
-        kind,
-        job.encoder,
-        job.backbone.tokenizer,
-        job.recipe,
-        observer,
-        check_texts(job.eval_sets),
-    )
+    embedder = Embedder(job.encoder, job.backbone, job.recipe)
+    export_model(embedder, folder.model, kind)
+    check = checked(folder.model, kind, embedder, observer, check_texts(job.eval_sets))
     outcome = {} if check is None else vars(check)
     return ExportRecord(kind=kind, checked=check is not None, **outcome)
 

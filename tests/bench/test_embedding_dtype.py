@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from places import BENCH
+from bench import embedding_dtype
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(BENCH))
-    import embedding_dtype
-
-    yield embedding_dtype
-    for name in ("embedding_dtype", "measure"):
-        sys.modules.pop(name, None)
-
-
-def test_quick(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--quick"]) == 0
+def test_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    assert embedding_dtype.main(["--quick"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = said["rows"]
-    assert len(rows) == len(bench.KINDS) * len(bench.MODES) * len(bench.TEMPERATURES)
+    dials = embedding_dtype.KINDS, embedding_dtype.MODES, embedding_dtype.TEMPERATURES
+    assert len(rows) == math.prod(map(len, dials))
     assert said["bf16_from"].keys() == {"drawn 576", "apart 576"}
     assert 1 / 1.1 < said["split_ratio"] < 1.1
     assert 1.2 < said["split_high_ratio"] < 4
@@ -38,9 +28,9 @@ def test_quick(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
             assert 5e-4 < error["yardstick"][i] < error["split_high"][i] <= 1.1 * error["bf16"][i]
 
 
-def test_geometry(bench: Any) -> None:
+def test_geometry() -> None:
     """Cosines are as the script says."""
-    batch = bench.drawn("drawn", (256, 512), 576)
+    batch = embedding_dtype.drawn("drawn", (256, 512), 576)
     cosine_MN = batch.query_MD @ batch.doc_ND.T
     positive_M = cosine_MN.diagonal()
     assert 0.6 <= float(positive_M.min()) < 0.62
@@ -52,7 +42,7 @@ def test_geometry(bench: Any) -> None:
     assert torch.allclose(batch.query_MD.norm(dim=1), torch.ones(256))
 
 
-def test_from_which_temperature_on(bench: Any) -> None:
+def test_from_which_temperature_on() -> None:
     def row(temperature: float, ratio: float) -> dict[str, Any]:
         by_yardstick = {"bf16": ratio}
         return {
@@ -64,5 +54,5 @@ def test_from_which_temperature_on(bench: Any) -> None:
 
     ratios = {0.01: 3.0, 0.02: 1.5, 0.03: 2.5, 0.05: 2.0, 0.1: 1.4}
     rows = [row(*pair) for pair in ratios.items()]
-    assert bench.bf16_from(rows) == {"drawn 8": 0.05}
-    assert bench.bf16_from([*rows, row(0.1, 2.1)]) == {"drawn 8": None}
+    assert embedding_dtype.bf16_from(rows) == {"drawn 8": 0.05}
+    assert embedding_dtype.bf16_from([*rows, row(0.1, 2.1)]) == {"drawn 8": None}

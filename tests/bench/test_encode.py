@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from bench import encode
+from bench.peers import base_in_st
 from lowmem_cft.data.tokens import TextFormat
 from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL
 from lowmem_cft.inference.embed import Vectors, embed_texts
-from lowmem_cft.model.backbone import load_backbone
+from lowmem_cft.model.backbone import find_backbone, load_backbone
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import ModelSection
-from places import BENCH
 from tiny import save_tiny
 
 pytest.importorskip("sentence_transformers")
@@ -26,16 +25,9 @@ CPU = torch.device("cpu")
 TEXTS = ["the cat sat on the mat .", "a dog ran", "sad", "the cat sat on the mat .", "two red sun"]
 
 
-@pytest.fixture
-def encode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(BENCH))
+@pytest.fixture(autouse=True)
+def _no_real_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOWMEM_CFT_DATA", raising=False)
-    import encode
-
-    monkeypatch.setattr(encode, "keep_freed_memory", lambda: None)  # would last for all other tests
-    yield encode
-    for name in ("encode", "measure"):
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("bench") / "smollm", "smollm")
 
 
-def test_last_line(encode: Any, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_last_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--model",
         str(folder),
@@ -58,23 +50,23 @@ def test_last_line(encode: Any, folder: Path, capfd: pytest.CaptureFixture[str])
     assert encode.main(arguments) == 0
     out, err = capfd.readouterr()
     (line,) = out.splitlines()
-    found = json.loads(line)
-    assert 0 < found["max_abs_diff"] < 1e-5
-    assert 0 < found["prefix_max_abs_diff"] < 1e-5
-    (row,), (prefix_row,) = found["rows"], found["prefix_rows"]
-    assert found["speedup"] == pytest.approx(row["st_s"] / row["ours_s"], abs=0.01)
-    assert found["prefix_speedup"] == pytest.approx(
+    results = json.loads(line)
+    assert 0 < results["max_abs_diff"] < 1e-5
+    assert 0 < results["prefix_max_abs_diff"] < 1e-5
+    (row,), (prefix_row,) = results["rows"], results["prefix_rows"]
+    assert results["speedup"] == pytest.approx(row["st_s"] / row["ours_s"], abs=0.01)
+    assert results["prefix_speedup"] == pytest.approx(
         prefix_row["each_s"] / prefix_row["once_s"], abs=0.01
     )
-    assert (row["set"], row["distinct"], found["distinct"]) == ("demo", 40, 40)
-    assert found["st_batch"] in (4, 8)
-    assert found["rounds"] == 2
+    assert (row["set"], row["distinct"], results["distinct"]) == ("demo", 40, 40)
+    assert results["st_batch"] in (4, 8)
+    assert results["rounds"] == 2
     assert "seconds by batch size" in err
     assert err.index("round 1/2  demo  st") < err.index("round 1/2  demo  ours")
     assert err.index("round 2/2  demo  ours") < err.index("round 2/2  demo  st")
 
 
-def test_quick_is_a_sample(encode: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_quick_is_a_sample(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr(encode, "_QUICK_TEXTS", 10)
     monkeypatch.setattr(encode, "_QUICK_PREFIX_TEXTS", 90)
@@ -85,25 +77,21 @@ def test_quick_is_a_sample(encode: Any, monkeypatch: pytest.MonkeyPatch, folder:
     assert seen["prefix_rows"][0]["distinct"] == 90
 
 
-def sides(encode: Any, folder: Path, place: Path) -> tuple[Any, Any]:
-    section = ModelSection(id=str(folder), quantization="none", dtype="fp32")
-    backbone = load_backbone(section, CPU)
-    plain = TextFormat("{text}", append_eos=True, max_tokens=64)
-    encoder = Encoder(backbone.model, pooling="last", normalize=True)
-    st = encode.sentence_transformer(backbone, plain, place)
-    return st.encode, lambda texts: embed_texts(encoder, backbone.tokenizer, texts, plain)
-
-
 @pytest.mark.parametrize("family", ["smollm", "opt", "gemma"])
-def test_both_sides_embed_the_same(encode: Any, tmp_path: Path, family: str) -> None:
-    (tmp_path / "st").mkdir()
-    st, ours = sides(encode, save_tiny(tmp_path / family, family), tmp_path / "st")
-    theirs, own = st(TEXTS), ours(TEXTS)
-    assert float(own.std(axis=0).max()) > 0.01, "the texts embed alike: nothing is compared"
-    assert float(np.abs(theirs - own).max()) < 1e-5
+def test_both_sides_embed_the_same(tmp_path: Path, family: str) -> None:
+    section = ModelSection(
+        id=str(save_tiny(tmp_path / family, family)), quantization="none", dtype="fp32"
+    )
+    source = find_backbone(section)
+    text_format = TextFormat("{text}", append_eos=True, max_tokens=64)
+    encoder = Encoder(load_backbone(section, CPU).model, pooling="last", normalize=True)
+    st = base_in_st(section, source, text_format, CPU, tmp_path / "st", normalize=True)
+    theirs, ours = st.encode(TEXTS), embed_texts(encoder, source.tokenizer, TEXTS, text_format)
+    assert float(ours.std(axis=0).max()) > 0.01, "the texts embed alike: nothing is compared"
+    assert float(np.abs(theirs - ours).max()) < 1e-5
 
 
-def test_a_difference_is_seen(encode: Any) -> None:
+def test_a_difference_is_seen() -> None:
     def one(texts: list[str]) -> Vectors:
         return np.ones((len(texts), 3), dtype=np.float32)
 
@@ -115,7 +103,7 @@ def test_a_difference_is_seen(encode: Any) -> None:
 
 
 def test_a_prefix_that_is_not_shared_is_an_error(
-    encode: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lowmem_cft.inference import prefix_sharing as sharing
     from lowmem_cft.model.prefix import NotShared
@@ -128,14 +116,14 @@ def test_a_prefix_that_is_not_shared_is_an_error(
         encode.main(["--quick", "--model", str(folder)])
 
 
-def test_too_few_texts_to_share_a_prefix_is_an_error(encode: Any, folder: Path) -> None:
+def test_too_few_texts_to_share_a_prefix_is_an_error(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="no prefix was shared: take more --texts"):
         encode.main(["--model", str(folder), "--texts", "2", "--rounds", "1"])
 
 
 @pytest.mark.parametrize("rounds", ["0", "-1"])
 def test_no_rounds_are_refused(
-    encode: Any, folder: Path, rounds: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, rounds: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         encode.main(["--quick", "--model", str(folder), "--rounds", rounds])
@@ -143,7 +131,7 @@ def test_no_rounds_are_refused(
     assert f"--rounds: got {rounds}, wanted at least 1" in capsys.readouterr().err
 
 
-def test_samples_keep_every_occurrence(encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_keep_every_occurrence(monkeypatch: pytest.MonkeyPatch) -> None:
     from lowmem_cft.data.rows import ScoredPair
     from lowmem_cft.evaluation.sts.sets import LoadedSet
 
@@ -161,7 +149,7 @@ def test_samples_keep_every_occurrence(encode: Any, monkeypatch: pytest.MonkeyPa
     assert encode.sentences(["a", "b"], 34) == whole
 
 
-def test_demonstrated_has_about_20_tokens(encode: Any) -> None:
+def test_demonstrated_has_about_20_tokens() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lowmem_cft.evaluation import suites
 from lowmem_cft.evaluation.sts import report as eval_report
-from lowmem_cft.evaluation.sts import score as evaluate
 from lowmem_cft.evaluation.sts import sets
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
+from lowmem_cft.inference.embed import Embed
 from made_sets import write_tsv
 from running import MEAN, Run, sentences
 
@@ -114,15 +115,15 @@ def test_sets_scored_before_a_stop_are_kept(
     named = [part for name in names for part in ("-s", name)]
     out = tmp_path / "scores.json"
     arguments = ("eval", str(tiny_folder), *named, *MEAN, "--resamples", "9", "--out", str(out))
-    real = evaluate.score_pairs
+    real = suites.score_pairs
 
-    def stops(embed: evaluate.Embed, loaded: sets.LoadedSet) -> evaluate.ScoredSet:
+    def stops(embed: Embed, loaded: sets.LoadedSet) -> suites.ScoredSet:
         if loaded.name == "demo":
             raise stopped_by("stopped")
         return real(embed, loaded)
 
     with monkeypatch.context() as broken:
-        broken.setattr(evaluate, "score_pairs", stops)
+        broken.setattr(suites, "score_pairs", stops)
         code, _, err = command(*arguments)
     assert code != 0
     assert "what was scored before it stopped is in" in err

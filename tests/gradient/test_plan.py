@@ -9,8 +9,9 @@ import torch
 
 from lowmem_cft.gradient import step
 from lowmem_cft.gradient.plan import StepPlan, auto_embedding_dtype
+from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
-from lowmem_cft.planning.planner import BatchShape, Planner
+from lowmem_cft.planning.prediction import BatchShape
 from lowmem_cft.recipe.load import parse_recipe
 from lowmem_cft.recipe.schema import LossSection, MemorySection
 from lowmem_cft_kernels import Products, info_nce, split_bytes

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from lowmem_cft.data.batches import RowTable, step_texts
 from lowmem_cft.planning.live_bytes import LiveBytes
-from lowmem_cft_kernels import GTE, ONE_WAY, Direction, FalseNegatives, Hardness, Negatives
+from lowmem_cft_kernels import (
+    GTE,
+    ONE_WAY,
+    Direction,
+    FalseNegatives,
+    Hardness,
+    LossOptions,
+    Negatives,
+)
 from lowmem_cft_kernels.reference import reference_loss
 from numerics import assert_same, compute_norms_in_float64, gradients, relative_error
 from places import ROOT
@@ -238,7 +246,10 @@ def formula(model: SentenceTransformer, columns: Sequence[list[str]], **options:
         options["false_negatives"] = FalseNegatives(**hides)
     query, *docs = [model(model.preprocess(column))["sentence_embedding"] for column in columns]
     value, _ = reference_loss(
-        query, torch.cat(docs), step.candidates, temperature=0.5, normalize=True, **options
+        query,
+        torch.cat(docs),
+        step.candidates,
+        LossOptions(temperature=0.5, normalize=True, **options),
     )
     return value
 

@@ -25,7 +25,15 @@ from loss_cases import (
     option_sets,
     singles,
 )
-from lowmem_cft_kernels import Candidates, Hardness, InfoNCEResult, LossPath, choose_path, info_nce
+from lowmem_cft_kernels import (
+    Candidates,
+    Hardness,
+    InfoNCEResult,
+    LossOptions,
+    LossPath,
+    choose_path,
+    info_nce,
+)
 from lowmem_cft_kernels.masks import NO_TARGET
 from lowmem_cft_kernels.problem import make_problem
 
@@ -106,10 +114,10 @@ def test_shapes(name: str, shape: Shape, dtype: torch.dtype, bound: float) -> No
     if shape[0] > 2:
         assert_substantial(wanted)
     for field in ("loss", "d_query_MD", "d_doc_ND", "d_temperature"):
-        found = getattr(got, field)
-        assert found.dtype == dtype
-        assert found.shape == getattr(wanted, field).shape
-        assert not found.requires_grad
+        value = getattr(got, field)
+        assert value.dtype == dtype
+        assert value.shape == getattr(wanted, field).shape
+        assert not value.requires_grad
 
 
 @EVERY_SET
@@ -129,10 +137,10 @@ def test_16_bit_inputs_lose_at_most_twice_what_eager_loses(dtype: torch.dtype, n
     rounded = dataclasses.replace(
         got, d_query_MD=got.d_query_MD.to(dtype), d_doc_ND=got.d_doc_ND.to(dtype)
     )
-    found = errors(case, rounded, wanted)
+    ours = errors(case, rounded, wanted)
     for field, lost in errors(case, eagerly(case), wanted).items():
         assert lost > 0, "eager is exact: nothing was compared"
-        assert found[field] <= 2 * lost, field
+        assert ours[field] <= 2 * lost, field
 
 
 # numbers at the edge
@@ -224,8 +232,8 @@ def test_a_row_with_nothing_to_beat_adds_nothing(path: LossPath) -> None:
         doc_keys=torch.zeros(5).long(),
     )
     got = info_nce(case.query_MD, case.doc_ND, both, temperature=0.1, path=path)
-    one = Candidates(target=torch.tensor([1]))
-    alone = info_nce(case.query_MD[1:], case.doc_ND, one, temperature=0.1, path=path)
+    second = Candidates(target=torch.tensor([1]))
+    alone = info_nce(case.query_MD[1:], case.doc_ND, second, temperature=0.1, path=path)
     assert float(got.d_query_MD[0].abs().max()) < 1e-14
     assert float(alone.loss) > 0.1
     assert float(got.loss) == pytest.approx(float(alone.loss) / 2, rel=1e-13)
@@ -317,8 +325,8 @@ def test_result_of_the_public_call(path: LossPath) -> None:
     case.query_MD.requires_grad_()
     result = case.run(path)
     assert result.path is path
-    found = [getattr(result, f.name) for f in dataclasses.fields(result)]
-    tensors = [value for value in found if isinstance(value, Tensor)]
+    values = [getattr(result, f.name) for f in dataclasses.fields(result)]
+    tensors = [value for value in values if isinstance(value, Tensor)]
     tensors += vars(result.observed).values()
     assert len(tensors) == 9
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
@@ -360,7 +368,6 @@ def test_cases_can_be_handed_to_another_process(tmp_path: pathlib.Path) -> None:
 @EVERY_SET
 def test_weights_of_pairs_sum_to_one(name: str) -> None:
     case = make_case(SETS[name], (7, 11, 6))
-    options = {**case.options, "temperature": torch.tensor(case.temperature)}
-    problem = make_problem(case.query_MD, case.doc_ND, case.candidates, **options)
+    problem = make_problem(case.query_MD, case.doc_ND, case.candidates, LossOptions(**case.options))
     assert float(problem.weight_MP.sum()) == pytest.approx(1, rel=1e-12)
     assert not problem.weight_MP[~problem.there_MP].any()

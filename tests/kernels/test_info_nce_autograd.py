@@ -161,7 +161,7 @@ def test_a_learned_temperature_finds_the_best_one(start: float, path: LossPath) 
     """From near either bound, by gradients alone."""
     case = make_case(SETS["symmetric"], (37, 53, 8))
     grid = [0.005 * 1.05**k for k in range(1, 108)]
-    losses = [float(case.having(temperature=one).run(path).loss) for one in grid]
+    losses = [float(case.having(temperature=temperature).run(path).loss) for temperature in grid]
     best = grid[losses.index(min(losses))]
     assert 0.02 < best < 0.8
     learned = LearnedTemperature(start)

@@ -44,9 +44,9 @@ def live_bytes(case: Case, path: LossPath, workspace_bytes: int) -> int:
 def allocated_bytes(case: Case, path: LossPath, workspace_bytes: int) -> int:
     """The same, with what torch's operations allocate inside themselves."""
     call, _ = with_out(case, path, workspace_bytes)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
-    profiler: Any = found.profiler
+    profiler: Any = record.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     assert events, "no allocation was recorded"
     held = peak = 0

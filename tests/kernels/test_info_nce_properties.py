@@ -30,8 +30,8 @@ def cases(*without: str, having: str | None = None) -> st.SearchStrategy[Case]:
     """Batches with options of any set that has none of these, and that one."""
     names = [
         name
-        for name, found in SETS.items()
-        if not found & set(without) and (having is None or having in found)
+        for name, settings in SETS.items()
+        if not settings & set(without) and (having is None or having in settings)
     ]
     assert len(names) > 15
     size = st.integers(1, 13)
@@ -156,7 +156,7 @@ def test_documents_hidden_by_keys_might_not_be_there(case: Case, path: LossPath)
 @law(case=cases("bank", "bank without keys", *SOFTMAXES))
 def test_symmetric_is_the_mean_of_both_directions(case: Case, path: LossPath) -> None:
     both = case.having(softmaxes=SYMMETRIC).run(path)
-    there, back = (case.having(softmaxes=one).run(path) for one in (ONE_WAY, CHOICE))
+    there, back = (case.having(softmaxes=softmaxes).run(path) for softmaxes in (ONE_WAY, CHOICE))
     mean = replace(
         both,
         **{

@@ -79,15 +79,15 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def places(case: Case) -> dict[str, tuple[str, ...]]:
     """Every tensor of a case, and where it is."""
-    found: dict[str, tuple[str, ...]] = {"query_MD": ("query_MD",), "doc_ND": ("doc_ND",)}
+    places: dict[str, tuple[str, ...]] = {"query_MD": ("query_MD",), "doc_ND": ("doc_ND",)}
     holders = {"candidates": case.candidates, **case.options}
     for name, holder in holders.items():
         if isinstance(holder, Tensor):
-            found[name] = (name,)
+            places[name] = (name,)
         elif dataclasses.is_dataclass(holder):
             tensors = (key for key, value in vars(holder).items() if isinstance(value, Tensor))
-            found |= {f"{name}.{key}": (name, key) for key in tensors}
-    return found
+            places |= {f"{name}.{key}": (name, key) for key in tensors}
+    return places
 
 
 def with_view(case: Case, place: tuple[str, ...], view: Callable[[Tensor], Tensor]) -> Case:
@@ -162,12 +162,12 @@ def test_every_argument_is_tried() -> None:
 
 
 def tensors(case: Case) -> dict[str, Tensor]:
-    found = {}
+    tensors = {}
     for name, (first, *rest) in places(case).items():
         held = getattr(case, first) if hasattr(case, first) and first != "temperature" else None
         held = case.options[first] if held is None else held
-        found[name] = getattr(held, rest[0]) if rest else held
-    return found
+        tensors[name] = getattr(held, rest[0]) if rest else held
+    return tensors
 
 
 @pytest.mark.parametrize("path", [LossPath.REFERENCE, LossPath.CHUNKED])
@@ -219,5 +219,5 @@ def test_gradients_into_views(name: str, tmp_path: Path) -> None:
             assert result.d_query_MD is out[0]
             assert_written(case, result, kind)
     jobs = [Job(case, {"out": out}) for out in outs(case).values()]
-    for kind, one in zip(outs(case), interpret(tmp_path, jobs), strict=True):
-        assert_written(case, one.result, kind)
+    for kind, job_done in zip(outs(case), interpret(tmp_path, jobs), strict=True):
+        assert_written(case, job_done.result, kind)

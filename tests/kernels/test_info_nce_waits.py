@@ -31,7 +31,7 @@ def on_gpu(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    moved = {name: on_gpu(one) for name, one in held.items() if isinstance(one, Tensor)}
+    moved = {name: on_gpu(tensor) for name, tensor in held.items() if isinstance(tensor, Tensor)}
     return dataclasses.replace(value, **moved)  # type: ignore[type-var]
 
 
@@ -45,10 +45,10 @@ def case_on_gpu(name: str, dtype: torch.dtype = torch.float32) -> Case:
 
 def waits(case: Case, path: LossPath, **keywords: Any) -> list[str]:
     kernels = recorded() if path is LossPath.TRITON else nullcontext()
-    with kernels, HostWaits() as found:
+    with kernels, HostWaits() as waits_seen:
         result = case.run(path, **keywords)
         assert result.loss.device == GPU
-    return found.found
+    return waits_seen.found
 
 
 @pytest.mark.parametrize("path", [LossPath.CHUNKED, LossPath.TRITON])
@@ -65,19 +65,19 @@ def test_nor_where_autograd_calls(path: LossPath) -> None:
     case = case_on_gpu("tensor temperature")
     leaves = [case.query_MD.requires_grad_(), case.doc_ND.requires_grad_()]
     kernels = recorded() if path is LossPath.TRITON else nullcontext()
-    with kernels, HostWaits() as found:
+    with kernels, HostWaits() as waits_seen:
         loss = info_nce_loss(*leaves, case.candidates, **case.options, path=path)
         loss.backward()  # type: ignore[no-untyped-call]
     assert all(leaf.grad is not None for leaf in leaves)
-    assert not found.found
+    assert not waits_seen.found
 
 
 def test_candidates_are_moved_without_waiting() -> None:
     candidates = make_case(SETS["own negatives + two keys"], SHAPE).candidates
-    with HostWaits() as found:
+    with HostWaits() as waits_seen:
         moved = candidates.to(GPU)
     assert moved.target.device == moved.doc_keys.device == GPU  # type: ignore[union-attr]
-    assert not found.found
+    assert not waits_seen.found
 
 
 @pytest.mark.parametrize("name", ["plain", "several positives", "own negatives"])
@@ -85,10 +85,10 @@ def test_a_caller_that_has_not_validated_waits_once(name: str) -> None:
     """Tensors of the CPU stand for the GPU's, as their values are looked at."""
     case = make_case(SETS[name], SHAPE, torch.float32)
     for wanted in (1, 0, 0):
-        with HostWaits("cpu") as found:
+        with HostWaits("cpu") as waits_seen:
             case.candidates.validate(*SHAPE[:2])
-        assert len(found.found) == wanted
-    assert all("masks.py" in line for line in found.found)
+        assert len(waits_seen.found) == wanted
+    assert all("masks.py" in line for line in waits_seen.found)
 
 
 def test_candidates_remember_what_they_are_valid_for() -> None:

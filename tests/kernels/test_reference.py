@@ -21,7 +21,7 @@ from loss_cases import (
     option_sets,
     singles,
 )
-from lowmem_cft_kernels import Candidates, Direction, LossPath, Negatives, info_nce
+from lowmem_cft_kernels import Candidates, Direction, LossOptions, LossPath, Negatives, info_nce
 from lowmem_cft_kernels.masks import NO_TARGET, SHARED
 from lowmem_cft_kernels.reference import reference_loss
 
@@ -165,26 +165,26 @@ class Loops:
                 if constant.query_sees(i, j)
             ]
         if direction is Direction.DOC_TO_QUERY:
-            found = [self.query_doc(k, t) for k in queries if constant.seen_by_doc(t, k)]
+            similarities = [self.query_doc(k, t) for k in queries if constant.seen_by_doc(t, k)]
         elif direction is Direction.QUERY_TO_QUERY:
-            found = [
+            similarities = [
                 self.similarity(self.queries[i], self.queries[k])
                 for k in queries
                 if constant.query_sees_query(i, k)
             ]
         else:
-            found = [
+            similarities = [
                 self.similarity(self.docs[t], self.docs[j])
                 for j in docs
                 if constant.positive_sees_doc(i, t, j)
             ]
-        return [similarity / self.temperature for similarity in found]
+        return [similarity / self.temperature for similarity in similarities]
 
     def pair_loss(self, i: int, t: int) -> float:
         softmaxes = self.options["softmaxes"]
         denominators = [
-            log_sum_exp([logit for direction in one for logit in self.logits(direction, i, t)])
-            for one in softmaxes
+            log_sum_exp([logit for direction in softmax for logit in self.logits(direction, i, t)])
+            for softmax in softmaxes
         ]
         return math.fsum(denominators) / len(softmaxes) - self.query_doc(i, t) / self.temperature
 
@@ -198,7 +198,7 @@ class Loops:
         return math.fsum(losses) / math.fsum(weights) if any(weights) else 0.0
 
     def observed(self) -> dict[str, float]:
-        counted = [i for i, found in enumerate(self.positives) if found and self.weight(i) > 0]
+        counted = [i for i, targets in enumerate(self.positives) if targets and self.weight(i) > 0]
         ranks, positives, negatives, hidden = [], [], [], 0
         for i in counted:
             similarities = [self.query_doc(i, j) for j in range(len(self.docs))]
@@ -267,13 +267,13 @@ def test_every_setting_changes_the_loss() -> None:
         frozenset({"plain", "shared negatives"}),
     }
     names = list(losses)
-    found = {
+    groups = {
         frozenset({a, b})
         for n, a in enumerate(names)
         for b in names[n + 1 :]
         if math.isclose(losses[a], losses[b], rel_tol=1e-9)
     }
-    assert found == same
+    assert groups == same
     pairs = [
         ("one key + bank", "one key + bank without keys"),
         ("shared negatives + gte", "gte"),
@@ -311,7 +311,7 @@ def test_gradcheck(name: str) -> None:
 
     def loss(query_MD: Tensor, doc_ND: Tensor, temperature: Tensor) -> Tensor:
         return reference_loss(
-            query_MD, doc_ND, case.candidates, temperature=temperature, **options
+            query_MD, doc_ND, case.candidates, LossOptions(temperature=temperature, **options)
         )[0]
 
     assert torch.autograd.gradcheck(loss, leaves(case), fast_mode=len(SETS[name]) == 2)
@@ -355,7 +355,7 @@ def test_a_bank_gets_no_gradient() -> None:
     case = make_case(SETS["bank + normalize"], (7, 11, 6))
     case.options["bank"].doc_CD.requires_grad_()
     query_MD = case.query_MD.requires_grad_()
-    loss, _ = reference_loss(query_MD, case.doc_ND, case.candidates, **case.options)
+    loss, _ = reference_loss(query_MD, case.doc_ND, case.candidates, LossOptions(**case.options))
     loss.backward()
     assert query_MD.grad is not None
     assert case.options["bank"].doc_CD.grad is None
@@ -381,17 +381,17 @@ def test_a_tie_counts_as_first() -> None:
 
 def test_losses_by_hand() -> None:
     """Two queries, three documents: every softmax spelled out."""
-    e, one = math.exp, {Direction.QUERY_TO_DOC}
+    e, asking = math.exp, {Direction.QUERY_TO_DOC}
     query_MD = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     doc_ND = torch.tensor([[2.0, 0.0], [1.0, 3.0], [0.0, 1.0]], dtype=torch.float64)
     # similarities: [2, 1, 0] and [0, 3, 1]; of queries 0; of documents 0: [4, 2, 0], 1: [2, 10, 3]
     candidates = Candidates(target=torch.tensor([0, 1]), owner_N=torch.tensor([SHARED, SHARED, 0]))
     wanted = {
-        frozenset(one): (
+        frozenset(asking): (
             math.log(e(2) + e(1) + e(0)) - 2 + math.log(e(0) + e(3) + e(1)) - 3,
             math.log(e(2) + e(1) + e(0)) - 2 + math.log(e(0) + e(3)) - 3,
         ),
-        frozenset(one | {Direction.QUERY_TO_QUERY}): (
+        frozenset(asking | {Direction.QUERY_TO_QUERY}): (
             math.log(e(2) + e(1) + e(0) + e(0)) - 2 + math.log(e(0) + e(3) + e(1) + e(0)) - 3,
             math.log(e(2) + e(1) + e(0) + e(0)) - 2 + math.log(e(0) + e(3) + e(0)) - 3,
         ),
@@ -399,7 +399,7 @@ def test_losses_by_hand() -> None:
             math.log(e(2) + e(0)) - 2 + math.log(e(1) + e(3)) - 3,
             math.log(e(2) + e(0)) - 2 + math.log(e(1) + e(3)) - 3,
         ),
-        frozenset(one | {Direction.DOC_TO_DOC}): (
+        frozenset(asking | {Direction.DOC_TO_DOC}): (
             math.log(e(2) + e(1) + e(0) + e(2))
             - 2
             + math.log(e(0) + e(3) + e(1) + e(2) + e(3))

@@ -22,12 +22,19 @@ from loss_cases import (
     singles,
 )
 from lowmem_cft_kernels import InfoNCEResult, LossPath, Products, info_nce_loss, split_bytes, tiles
-from lowmem_cft_kernels.split import split, split_products
+from lowmem_cft_kernels.split import split
 
 SETS = option_sets()
 ALONE_AND_MANY = [*singles(), *(name for name in SETS if name.startswith("a dozen"))]
 SPLIT = {"products": Products.SPLIT_BF16}
 GRADIENTS = ("d_query_MD", "d_doc_ND")
+
+
+def split_products(row_RD: torch.Tensor, col_CD: torch.Tensor) -> torch.Tensor:
+    """(R, C) float32: the products that split embeddings have, by three plain ones."""
+    row_high, row_low = split(row_RD).float().unbind(dim=1)
+    col_high, col_low = split(col_CD).float().unbind(dim=1)
+    return row_high @ col_high.T + row_high @ col_low.T + row_low @ col_high.T
 
 
 def drawn(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -79,19 +86,19 @@ def check_in_interpreter(cases: dict[str, Case], folder: Path, **keywords: Any) 
     ]
     done = interpret(folder, jobs, small_tiles=small_tiles)
     for kernel in ("gradient_kernel", "scale_kernel"):
-        assert sum(one.launches[kernel] > 0 for one in done) > len(done) / 5
-    for (name, case), one in zip(cases.items(), done, strict=True):
+        assert sum(job_done.launches[kernel] > 0 for job_done in done) > len(done) / 5
+    for (name, case), job_done in zip(cases.items(), done, strict=True):
         wanted = case.to(torch.float64).run(LossPath.REFERENCE)
-        found = errors(case, one.result, wanted)
+        ours = errors(case, job_done.result, wanted)
         lost = errors(case, rounding(case), wanted)
-        factor = 3 if one.launches["scale_kernel"] else 2
+        factor = 3 if job_done.launches["scale_kernel"] else 2
         for field in GRADIENTS:
-            assert 0 < found[field] <= factor * lost[field], f"{name}: {field}"
-        assert found["loss"] <= 2e-6, name
+            assert 0 < ours[field] <= factor * lost[field], f"{name}: {field}"
+        assert ours["loss"] <= 2e-6, name
         # a sum of products of the gradient, whose errors cancel in part
-        assert found["d_temperature"] <= 2**-8, name
+        assert ours["d_temperature"] <= 2**-8, name
         gradients = {field: getattr(wanted, field) for field in (*GRADIENTS, "d_temperature")}
-        exact = InfoNCEResult(**{**vars(one.result), **gradients})
+        exact = InfoNCEResult(**{**vars(job_done.result), **gradients})
         assert_agrees(case, exact, wanted, 2e-5)
 
 
@@ -118,9 +125,9 @@ def test_low_halves_count_in_gradients(tmp_path: Path) -> None:
     (done,) = interpret(tmp_path, [Job(case, {**SPLIT, "workspace_bytes": 1})])
     assert done.launches["gradient_kernel"]
     wanted = case.to(torch.float64).run(LossPath.REFERENCE)
-    found, lost = errors(case, done.result, wanted), errors(case, rounding(case), wanted)
+    ours, lost = errors(case, done.result, wanted), errors(case, rounding(case), wanted)
     for field in GRADIENTS:
-        assert 0 < found[field] <= 1.1 * lost[field]
+        assert 0 < ours[field] <= 1.1 * lost[field]
 
 
 def test_other_paths_are_exact() -> None:

@@ -30,7 +30,7 @@ def test_dropout(capability: int, dtype: str, wide: bool) -> None:
         "out_ptr": f"*{dtype}",
     }
     scalars = {"num_tokens": "i32", "num_features": "i32", "threshold": "i32", "scale": "fp32"}
-    found = compile_for(
+    resources = compile_for(
         triton_dropout.dropout_kernel,
         capability,
         pointers | scalars,
@@ -38,10 +38,10 @@ def test_dropout(capability: int, dtype: str, wide: bool) -> None:
         divisible=[*pointers, "num_features"],
         options=triton_dropout.LAUNCH,
     )
-    print(found)
-    found.check()
-    assert found.registers <= 64, "fewer than 8 blocks of 128 threads would fit"
-    assert found.shared <= 1024, "tiles should never pass through shared memory"
+    print(resources)
+    resources.check()
+    assert resources.registers <= 64, "fewer than 8 blocks of 128 threads would fit"
+    assert resources.shared <= 1024, "tiles should never pass through shared memory"
 
 
 # --- the checks find what they look for -------------------------------------------------------
@@ -66,24 +66,24 @@ def _matmul_kernel(a_ptr, b_ptr, out_ptr, BLOCK: tl.constexpr):
 
 def test_spills_are_found() -> None:
     types = {"x_ptr": "*fp32", "out_ptr": "*fp32"}
-    found = compile_for(_centre_kernel, 80, types, {"BLOCK": 2**14}, options={"num_warps": 1})
+    resources = compile_for(_centre_kernel, 80, types, {"BLOCK": 2**14}, options={"num_warps": 1})
     with pytest.raises(AssertionError, match="spills"):
-        found.check()
+        resources.check()
 
 
 def test_shared_memory_of_a_launch_is_counted() -> None:
     types = {"a_ptr": "*fp16", "b_ptr": "*fp16", "out_ptr": "*fp32"}
-    found = compile_for(_matmul_kernel, 80, types, {"BLOCK": 64}, divisible=types)
-    assert found.shared >= 2 * 64 * 64 * 2
-    found.check()
+    resources = compile_for(_matmul_kernel, 80, types, {"BLOCK": 64}, divisible=types)
+    assert resources.shared >= 2 * 64 * 64 * 2
+    resources.check()
 
 
 def test_instructions_are_counted() -> None:
     types = {"a_ptr": "*fp16", "b_ptr": "*fp16", "out_ptr": "*fp32"}
     for capability, on_tensor_cores in ((75, False), (80, True), (90, True)):
-        found = compile_for(_matmul_kernel, capability, types, {"BLOCK": 64}, divisible=types)
-        assert bool(found.mma) is on_tensor_cores
-        assert not found.async_copies, "there is no loop to copy ahead in"
+        resources = compile_for(_matmul_kernel, capability, types, {"BLOCK": 64}, divisible=types)
+        assert bool(resources.mma) is on_tensor_cores
+        assert not resources.async_copies, "there is no loop to copy ahead in"
 
 
 def test_a_block_that_does_not_fit_is_found() -> None:

@@ -1,27 +1,21 @@
-"""The Triton path against the formula, in triton's interpreter; and what it holds, counted.
+"""The Triton path against the formula, in triton's interpreter.
 
-What is held in bfloat16 is tried in `test_split_products`.
+What is held in bfloat16 is tried in `test_split_products`, how much is held in `test_workspace`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eager import eagerly
 from interpreted import Done, Job, interpret
-from launches import recorded
 from loss_cases import (
-    SOFTMAXES,
     Case,
     Shape,
     assert_agrees,
@@ -32,17 +26,12 @@ from loss_cases import (
     option_sets,
     singles,
 )
-from lowmem_cft.planning.live_bytes import LiveBytes
 from lowmem_cft_kernels import (
     Bank,
     Candidates,
     FalseNegatives,
-    Hardness,
     InfoNCEResult,
     LossPath,
-    Negatives,
-    Products,
-    split_bytes,
 )
 
 SETS = option_sets()
@@ -62,19 +51,19 @@ def assert_all_agree(
     jobs: dict[str, Job], done: list[Done], bound: float = 1e-5, *, saturated: bool = False
 ) -> None:
     """Each with the formula; a failure names its job."""
-    for (name, job), one in zip(jobs.items(), done, strict=True):
+    for (name, job), job_done in zip(jobs.items(), done, strict=True):
         wanted = by_reference(job.case)
         assert torch.isfinite(wanted.loss)
         if len(job.case.query_MD) > 2 and not saturated:
             assert_substantial(wanted)
         try:
-            assert_agrees(job.case, one.result, wanted, bound)
+            assert_agrees(job.case, job_done.result, wanted, bound)
         except AssertionError as error:
             raise AssertionError(f"{name}, {job.keywords}: {error}") from error
 
 
 def launches(done: list[Done], kernel: str) -> int:
-    return sum(one.launches[kernel] for one in done)
+    return sum(job_done.launches[kernel] for job_done in done)
 
 
 # agreement
@@ -130,14 +119,14 @@ def test_float16_loses_at_most_twice_what_eager_loses(tmp_path: Path) -> None:
         Job(make_case(SETS[name], MIDDLE, torch.float16), {"workspace_bytes": WORKSPACES[i % 3]})
         for i, name in enumerate(ALONE_AND_MANY)
     ]
-    for name, job, one in zip(ALONE_AND_MANY, jobs, interpret(tmp_path, jobs), strict=True):
-        got, wanted = one.result, by_reference(job.case)
+    for name, job, job_done in zip(ALONE_AND_MANY, jobs, interpret(tmp_path, jobs), strict=True):
+        got, wanted = job_done.result, by_reference(job.case)
         assert got.d_query_MD.dtype == got.loss.dtype == torch.float32
         halves = {x: getattr(got, x).half() for x in ("d_query_MD", "d_doc_ND")}
-        found = errors(job.case, dataclasses.replace(got, **halves), wanted)
+        ours = errors(job.case, dataclasses.replace(got, **halves), wanted)
         for field, lost in errors(job.case, eagerly(job.case), wanted).items():
             assert lost > 0, "eager is exact: nothing was compared"
-            assert found[field] <= 2 * lost, f"{name}: {field}"
+            assert ours[field] <= 2 * lost, f"{name}: {field}"
 
 
 @pytest.mark.parametrize("scale", [1, 4], ids=["norm 1", "norm 4"])
@@ -163,11 +152,11 @@ def test_a_row_that_sees_its_positive_alone_has_no_gradient(tmp_path: Path) -> N
         keys = {"query_keys": torch.zeros(WIDE[0]).long(), "doc_keys": torch.zeros(WIDE[1]).long()}
         candidates = dataclasses.replace(case.candidates, **keys)
         jobs.append(Job(dataclasses.replace(case, candidates=candidates), rows=16))
-    for one in interpret(tmp_path, jobs, small_tiles=True):
-        assert one.launches["scale_kernel"]
-        assert not one.result.d_query_MD.any()
-        assert not one.result.d_doc_ND.any()
-        assert abs(float(one.result.loss)) < 1e-7
+    for job_done in interpret(tmp_path, jobs, small_tiles=True):
+        assert job_done.launches["scale_kernel"]
+        assert not job_done.result.d_query_MD.any()
+        assert not job_done.result.d_doc_ND.any()
+        assert abs(float(job_done.result.loss)) < 1e-7
 
 
 # nothing else is read or written
@@ -225,8 +214,8 @@ def test_inputs_and_gradients_amid_larger_buffers(tmp_path: Path) -> None:
         jobs[name] = Job(case, keywords, rows=16, watched=True)
     done = interpret(tmp_path, list(jobs.values()))
     assert_all_agree(jobs, done)
-    for one in done:
-        for gradient in (one.result.d_query_MD, one.result.d_doc_ND):
+    for job_done in done:
+        for gradient in (job_done.result.d_query_MD, job_done.result.d_doc_ND):
             storage = gradient.untyped_storage()
             numbers = torch.empty(0).set_(storage)
             assert numbers.numel() == (len(gradient) + 5) * (gradient.shape[1] + 5)
@@ -241,107 +230,3 @@ def test_the_watch_sees_what_lies_beyond(tmp_path: Path) -> None:
         told_less = dataclasses.replace(job, withheld=read_or_written)
         with pytest.raises(AssertionError, match="addresses outside of the arguments"):
             interpret(tmp_path, [told_less])
-
-
-# what is held, counted on tensors without memory
-
-
-@pytest.fixture
-def without_memory() -> Iterator[None]:
-    """Tensors have no numbers: what looks at them is left out, what depends on them is given."""
-    public = importlib.import_module("lowmem_cft_kernels.info_nce")
-    with (
-        FakeTensorMode(),
-        mock.patch.object(public, "check_shapes", return_value=None),
-        mock.patch.object(Candidates, "validate", return_value=None),
-    ):
-        yield
-
-
-def integers(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64)
-
-
-def large_case(name: str, shape: Shape, dtype: torch.dtype) -> Case:
-    """Plain, with other softmaxes, or with these and everything else."""
-    num_queries, num_docs, width = shape
-    softmaxes, _, everything = name.partition(" ")
-    case = make_case(frozenset(), (1, 1, 1), dtype)
-    if softmaxes in SOFTMAXES:
-        case = case.having(softmaxes=SOFTMAXES[softmaxes])
-    query_MD = torch.empty(num_queries, width, dtype=dtype)
-    doc_ND = torch.empty(num_docs, width, dtype=dtype)
-    if not everything:
-        return Case(query_MD, doc_ND, Candidates(target=integers(num_queries)), case.options)
-    candidates = Candidates(
-        target=integers(num_queries, 3),
-        owner_N=integers(num_docs),
-        own_only=True,
-        query_keys=integers(num_queries, 2),
-        doc_keys=integers(num_docs),
-    )
-    guides = {"query_guide_MG": torch.empty(num_queries, 64, dtype=dtype)}
-    guides["doc_guide_NG"] = torch.empty(num_docs, 64, dtype=dtype)
-    bank = Bank(
-        doc_CD=torch.empty(num_docs // 2, width, dtype=dtype),
-        keys_C=integers(num_docs // 2),
-        guide_CG=torch.empty(num_docs // 2, 64, dtype=dtype),
-    )
-    case = case.having(
-        false_negatives=FalseNegatives(margin=0.1, **guides),
-        hardness=Hardness(strength=3.0, on=Negatives.IN_BATCH),
-        weight_M=torch.empty(num_queries),
-        bank=bank,
-        normalize=True,
-    )
-    return Case(query_MD, doc_ND, candidates, case.options)
-
-
-def live_bytes(case: Case, **keywords: Any) -> tuple[int, int]:
-    """Most bytes of tensors alive at once, beside inputs and gradients; launches."""
-    out = tuple(torch.empty(x.shape) for x in (case.query_MD, case.doc_ND))
-    with recorded() as kernels, LiveBytes([*case.tensors(), *out]) as live:
-        case.run(LossPath.TRITON, out=out, **keywords)
-    return live.peak, sum(kernel.count for kernel in kernels.values())
-
-
-LARGE = ["plain", "symmetric", "gte", "symmetric with everything", "gte with everything"]
-KINDS = [
-    *((dtype, Products.EXACT) for dtype in (torch.float32, torch.float16, torch.bfloat16)),
-    (torch.float32, Products.SPLIT_BF16),
-]
-
-
-@pytest.mark.parametrize(("dtype", "products"), KINDS, ids=str)
-@pytest.mark.parametrize("name", LARGE)
-@pytest.mark.usefixtures("without_memory")
-def test_a_batch_of_thousands_stays_within_its_workspace(
-    name: str, dtype: torch.dtype, products: Products
-) -> None:
-    """Halves are held beside it."""
-    case = large_case(name, (8192, 16384, 256), dtype)
-    bank = case.options["bank"]
-    rows = len(case.query_MD) + len(case.doc_ND) + (0 if bank is None else len(bank.doc_CD))
-    count = case.candidates.target.numel() + rows - len(case.query_MD)
-    few_numbers = 16 * count * torch.float32.itemsize
-    halves = 0
-    if products is Products.SPLIT_BF16:
-        halves = split_bytes(rows, 256) + (0 if bank is None else split_bytes(rows, 64))
-    peaks = []
-    for workspace in (2**26, 2**27):
-        peak, num_launches = live_bytes(case, workspace_bytes=workspace, products=products)
-        peak -= halves
-        assert workspace / 2 < peak <= workspace + few_numbers
-        assert num_launches >= 4
-        peaks.append(peak)
-    assert peaks[1] > 1.5 * peaks[0], "the measure does not see the workspace"
-
-
-@pytest.mark.parametrize("name", ["plain", "symmetric", "gte"])
-@pytest.mark.usefixtures("without_memory")
-def test_64_mib_are_enough_for_the_largest_batch(name: str) -> None:
-    """Each matrix of its similarities would take 16 GiB in 16 bit."""
-    case = large_case(name, (65_536, 131_072, 2304), torch.bfloat16)
-    peak, num_launches = live_bytes(case)
-    assert 2**25 < peak <= 2**26
-    assert num_launches > 500

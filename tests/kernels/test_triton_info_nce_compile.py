@@ -22,9 +22,9 @@ KERNELS = {
 def test_resources(target: Target) -> None:
     capability, dtype, name = target
     expected = written()
-    found = measure(target)
-    assert found.keys() == KERNELS[name == "one-way"]
-    for kernel, resources in found.items():
+    measured = measure(target)
+    assert measured.keys() == KERNELS[name == "one-way"]
+    for kernel, resources in measured.items():
         print(kernel, resources)
         resources.check()
         multiplies = kernel in ("lse_kernel", "gradient_kernel")

@@ -17,7 +17,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from loss_cases import make_case, option_sets
-from lowmem_cft_kernels import Candidates, Products, tiles, tune
+from lowmem_cft_kernels import Candidates, LossOptions, Products, tiles, tune
 from lowmem_cft_kernels.problem import Problem, make_problem
 from lowmem_cft_kernels.tiles import LOADS, Tile, choose_tile, load_of, tile_for, write_table
 
@@ -25,14 +25,9 @@ SIZES = [(64, 128, 32), (64, 64, 64)]
 ENTRY = "lse-16-plain"
 
 
-def make(query_MD: torch.Tensor, **options: Any) -> Problem:
-    count = len(query_MD)
-    given = {"softmaxes": tune.ONE_WAY, "false_negatives": None, "hardness": None, **options}
-    given["temperature"] = torch.tensor(0.1)
-    candidates = Candidates(target=torch.arange(count))
-    return make_problem(
-        query_MD, query_MD.clone(), candidates, weight_M=None, bank=None, normalize=False, **given
-    )
+def make(query_MD: torch.Tensor, options: LossOptions) -> Problem:
+    candidates = Candidates(target=torch.arange(len(query_MD)))
+    return make_problem(query_MD, query_MD.clone(), candidates, options)
 
 
 class FakeTimer:
@@ -84,8 +79,8 @@ def test_the_fastest_of_those_that_run_is_chosen(error: Exception) -> None:
 
 def test_all_sizes_count() -> None:
     """1.1 and 1.1 is better than 1 and 2."""
-    one, other, *_ = tune.CANDIDATES["16-plain"]
-    times = {(one, SIZES[0]): 1.0, (one, SIZES[1]): 2.0, (other, SIZES[0]): 1.1}
+    uneven, other, *_ = tune.CANDIDATES["16-plain"]
+    times = {(uneven, SIZES[0]): 1.0, (uneven, SIZES[1]): 2.0, (other, SIZES[0]): 1.1}
 
     def timer(entry: str, tile: Tile, size: tune.Size) -> float:
         return times.get((tile, size), 1.1 if tile == other else 9.0)
@@ -117,7 +112,7 @@ def test_what_breaks_the_device_is_not_hidden(kind: type[Exception]) -> None:
     """What was found before it has been kept."""
     first, second, *_ = tune.CANDIDATES["16-plain"]
     timer = FakeTimer({first: 2.0, second: 1.0}, kind("an illegal memory access"))
-    kept: list[tuple[dict[str, Tile], int]] = []
+    calls: list[tuple[dict[str, Tile], int]] = []
     with pytest.raises(kind, match="illegal memory access"):
         tune.tune(
             {ENTRY: first},
@@ -126,9 +121,9 @@ def test_what_breaks_the_device_is_not_hidden(kind: type[Exception]) -> None:
             room=2**30,
             seconds=100.0,
             say=lambda _: None,
-            keep=lambda best, trials: kept.append((dict(best), len(trials))),
+            keep=lambda best, trials: calls.append((dict(best), len(trials))),
         )
-    assert kept == [({ENTRY: first}, 1), ({ENTRY: second}, 2)]
+    assert calls == [({ENTRY: first}, 1), ({ENTRY: second}, 2)]
 
 
 def test_a_table_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +187,7 @@ def test_a_tile_that_does_not_fit_the_card_is_not_chosen(
     monkeypatch: pytest.MonkeyPatch, room: int, load: str
 ) -> None:
     """128 x 128 x 64 in three stages of 16 bit are 96 KiB, 64 x 128 x 64 are 72."""
-    block = make(torch.randn(8, 16)).blocks[0]
+    block = make(torch.randn(8, 16), LossOptions(temperature=0.1)).blocks[0]
     looking: Any = replace(block, row_RD=CudaLooking())
     assert load_of(block) == "plain"
     large = Tile(block_r=128, block_c=128, block_d=64, num_warps=8, num_stages=3)
@@ -215,7 +210,7 @@ def test_entries_are_those_that_calls_look_up(monkeypatch: pytest.MonkeyPatch) -
     assert all(set(entries) == set(tune.ENTRIES) for entries in table.values())
     for entry in tune.ENTRIES:
         x_MD = torch.randn(8, 16)
-        problem = make(x_MD, **tune.options_for(entry, x_MD, x_MD.clone()))
+        problem = make(x_MD, tune.options_for(entry, x_MD, x_MD.clone()))
         assert load_of(problem.blocks[0]) == entry.rpartition("-")[2]
         assert problem.documents_choose == entry.startswith("gradient")
 
@@ -235,8 +230,7 @@ def test_entries_are_those_that_calls_look_up(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_what_makes_a_block_heavy(name: str, load: str) -> None:
     case = make_case(option_sets()[name], (8, 12, 16), torch.float32)
-    options = {**case.options, "temperature": torch.tensor(0.1)}
-    problem = make_problem(case.query_MD, case.doc_ND, case.candidates, **options)
+    problem = make_problem(case.query_MD, case.doc_ND, case.candidates, LossOptions(**case.options))
     assert load_of(problem.blocks[0]) == load
 
 
@@ -244,7 +238,7 @@ def test_halves_take_half_the_depth_of_a_tile_of_16_bits() -> None:
     """And half its rows where a guide's halves are loaded as well."""
     x_MD = torch.randn(8, 16)
     for load in LOADS:
-        (block, *_) = make(x_MD, **tune.options_for(f"lse-32-{load}", x_MD, x_MD.clone())).blocks
+        (block, *_) = make(x_MD, tune.options_for(f"lse-32-{load}", x_MD, x_MD.clone())).blocks
         tile = tile_for(80, "lse", 16, load)
         rows = tile.block_r // 2 if load == "heavy" else tile.block_r
         wanted = replace(tile, block_r=rows, block_d=tile.block_d // 2)

@@ -21,8 +21,9 @@ from lowmem_cft.model.attention import (
     chosen_backends,
     whole_texts,
 )
+from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
-from lowmem_cft.planning.planner import BatchShape, Planner
+from lowmem_cft.planning.prediction import BatchShape
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import MemorySection
 from lowmem_cft.units import GIB

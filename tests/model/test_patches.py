@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from typing import Any
 
@@ -137,6 +138,17 @@ def test_a_lifted_adapter_computes_as_it_is_patched() -> None:
             plain = encoder(padded)
     torch.testing.assert_close(patched, plain, rtol=1e-10, atol=1e-12)
     assert not torch.equal(patched, plain), "both ran the same layers"
+
+
+def test_a_copy_of_a_model_has_patches_of_its_own() -> None:
+    model = make_encoder("llama", 0.3, dtype=torch.float32).model
+    copied = copy.deepcopy(model)
+    patched_layers(copied).undo()
+    modules = list(copied.modules())
+    assert not any("forward" in vars(m) or isinstance(m, IdentityDropout) for m in modules)
+    assert any("forward" in vars(module) for module in model.modules())
+    patched_layers(model).undo()
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_prefix_without_its_patches_grows() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from typing import get_args
 
 import pytest
 from pydantic import ValidationError
@@ -11,23 +10,16 @@ from pydantic import ValidationError
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
 from lowmem_cft.evaluation.transfer.tasks import SPECS
 from lowmem_cft.papers import published
-from lowmem_cft.papers.published import Paper, Published, find, paper_facts
-from lowmem_cft.recipe.load import preset_names
-
-PAPERS: tuple[Paper, ...] = get_args(Paper)
+from lowmem_cft.papers.published import Published
+from lowmem_cft.papers.request import PAPERS
 
 
 def every_row() -> list[Published]:
-    return [
-        row
-        for paper in PAPERS
-        for model in paper_facts(paper).models
-        for row in published.published(paper, model)
-    ]
+    return [row for paper in PAPERS.values() for row in paper.rows]
 
 
-def found(paper: Paper, model: str, variant: published.Variant) -> Published:
-    row = find(paper, model, variant)
+def row_of(paper: str, model: str, variant: published.Variant) -> Published:
+    row = PAPERS[paper].published(model, variant)
     assert row is not None
     return row
 
@@ -45,15 +37,15 @@ def test_all_rows_are_there() -> None:
 def test_sets_are_those_of_the_protocol_or_the_tasks() -> None:
     for row in every_row():
         if row.variant == "transfer":
-            wanted = set(SPECS)
+            names = set(SPECS)
         else:
-            protocols = {protocol.name: protocol for protocol in PROTOCOLS.values()}
-            wanted = {entry.name for entry in protocols[paper_facts(row.paper).protocol].sets}  # type: ignore[index]
+            protocol = PROTOCOLS[PAPERS[row.paper].facts.protocol]
+            names = {entry.name for entry in protocol.sets}
         if row.model == "gemma-2b":
-            assert set(row.sets) < wanted
+            assert set(row.sets) < names
             assert row.note
         else:
-            assert set(row.sets) == wanted, (row.model, row.variant)
+            assert set(row.sets) == names, (row.model, row.variant)
 
 
 def test_means_recompute() -> None:
@@ -73,10 +65,10 @@ def test_means_recompute() -> None:
 
 
 def test_mean_without_a_demonstration_is_that_with_one_less_the_gain() -> None:
-    sizes = [key for key in paper_facts("prompteol").models if key.startswith("opt")]
+    sizes = [key for key in PAPERS["prompteol"].facts.models if key.startswith("opt")]
     assert len(sizes) == 8
     for model in sizes:
-        icl, base = found("prompteol", model, "icl"), found("prompteol", model, "base")
+        icl, base = row_of("prompteol", model, "icl"), row_of("prompteol", model, "base")
         assert icl.demonstration is not None
         assert icl.mean is not None
         assert base.mean is not None
@@ -85,16 +77,16 @@ def test_mean_without_a_demonstration_is_that_with_one_less_the_gain() -> None:
 
 
 def test_the_spread_that_is_quoted_is_over_sets() -> None:
-    values = [one.value for one in found("cft", "minicpm-2b", "fine-tuned").sets.values()]
+    values = [figure.value for figure in row_of("cft", "minicpm-2b", "fine-tuned").sets.values()]
     assert statistics.pstdev(values) == pytest.approx(4.27, abs=0.005)
-    assert any("spread over the nine sets" in note for note in paper_facts("cft").notes)
+    assert any("spread over the nine sets" in note for note in PAPERS["cft"].facts.notes)
 
 
 def test_known_figures() -> None:
-    assert found("cft", "phi-2", "fine-tuned").sets["STS17"].value == 80.20
-    assert found("prompteol", "opt-1.3b", "fine-tuned").sets["STSBenchmark-test"].value == 87.71
-    assert found("prompteol", "llama-65b", "transfer").sets["TREC"].value == 97.40
-    assert find("prompteol", "opt-125m", "fine-tuned") is None
+    assert row_of("cft", "phi-2", "fine-tuned").sets["STS17"].value == 80.20
+    assert row_of("prompteol", "opt-1.3b", "fine-tuned").sets["STSBenchmark-test"].value == 87.71
+    assert row_of("prompteol", "llama-65b", "transfer").sets["TREC"].value == 97.40
+    assert PAPERS["prompteol"].published("opt-125m", "fine-tuned") is None
 
 
 def test_what_is_verified() -> None:
@@ -104,10 +96,12 @@ def test_what_is_verified() -> None:
         for figure in figures:
             unread = any(words in figure.source for words in ("second hand", "less what"))
             assert figure.verified is not unread
-    assert all(one.verified for one in found("cft", "minicpm-2b", "base").sets.values())
-    assert not any(one.verified for one in found("cft", "gemma-2b", "fine-tuned").sets.values())
-    base = found("prompteol", "opt-6.7b", "transfer")
-    assert not any(one.verified for one in base.sets.values())
+    assert all(figure.verified for figure in row_of("cft", "minicpm-2b", "base").sets.values())
+    assert not any(
+        figure.verified for figure in row_of("cft", "gemma-2b", "fine-tuned").sets.values()
+    )
+    base = row_of("prompteol", "opt-6.7b", "transfer")
+    assert not any(figure.verified for figure in base.sets.values())
     assert base.mean is not None
     assert base.mean.verified
 
@@ -115,7 +109,7 @@ def test_what_is_verified() -> None:
 def test_phi_2_alone_rests_on_a_bug() -> None:
     with_bug = {(row.model, row.variant) for row in every_row() if row.bug}
     assert with_bug == {("phi-2", "base"), ("phi-2", "fine-tuned")}
-    bug = found("cft", "phi-2", "fine-tuned").bug
+    bug = row_of("cft", "phi-2", "fine-tuned").bug
     assert "end-of-sequence" in bug
     assert "149" in bug
     assert "more than 70.89" in bug
@@ -123,19 +117,14 @@ def test_phi_2_alone_rests_on_a_bug() -> None:
 
 def test_models_are_those_with_a_recipe() -> None:
     """But for LLaMA 65B, which has transfer figures only, and our own stand-in."""
-    presets = set(preset_names())
-    for paper in PAPERS:
-        keys = set(paper_facts(paper).models)
-        have = {name.removeprefix(f"{paper}-") for name in presets if name.startswith(paper)}
-        assert keys - have <= {"llama-65b"}
-        assert have - keys == {"smollm2-135m"}
-        assert published.published(paper, "smollm2-135m") == []
+    for paper in PAPERS.values():
+        models = set(paper.facts.models)
+        assert models - set(paper.recipes) <= {"llama-65b"}
+        assert set(paper.recipes) - models == {"smollm2-135m"}
+        assert {row.model for row in paper.rows} <= models
 
 
-def test_unknown_paper_and_damaged_rows() -> None:
-    with pytest.raises(ValueError, match="got 'other', wanted one of cft, prompteol"):
-        published.published("other", "phi-2")  # type: ignore[arg-type]
-    facts = {"title": "t", "arxiv": "1", "protocol": "mteb", "models": {"m": "M"}, "notes": []}
+def test_damaged_rows() -> None:
     row = {
         "paper": "cft",
         "model": "m",
@@ -146,11 +135,11 @@ def test_unknown_paper_and_damaged_rows() -> None:
 
     def check(*rows: dict[str, object]) -> None:
         published._File.model_validate(
-            {"sources": {"s": {"text": "somewhere"}}, "papers": {"cft": facts}, "rows": list(rows)}
+            {"sources": {"s": {"text": "somewhere"}}, "rows": list(rows)}
         )
 
     check(row)
-    for wrong in ({"model": "x"}, {"typo": 1}, {"numbers": {"STS12": 101.0}}, {"variant": "other"}):
+    for wrong in ({"typo": 1}, {"numbers": {"STS12": 101.0}}, {"variant": "other"}):
         with pytest.raises(ValidationError):
             check({**row, **wrong})
     with pytest.raises(ValidationError, match="twice"):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from lowmem_cft.cli.tables import stage_table
 from lowmem_cft.files import digest
-from lowmem_cft.papers import stages
-from lowmem_cft.papers.stages import Effort, Records, Stage, run_stages
+from lowmem_cft.papers import records
+from lowmem_cft.papers.records import Records
+from lowmem_cft.papers.results import Transfer
+from lowmem_cft.papers.stages import Effort, Stage, run_stages
 from running import Heard
+
+
+def result_of(name: str) -> Transfer:
+    return Transfer(model=name, tasks=[])
 
 
 class Bench:
@@ -28,13 +30,13 @@ class Bench:
         self.inputs: dict[str, dict[str, Any]] = {"first": {"a": {"b": 1}}, "second": {"c": 2}}
 
     def stage(self, name: str, needs: tuple[str, ...] = ()) -> Stage:
-        def work(observer: Any) -> dict[str, Any]:
+        def work(observer: Any) -> Transfer:
             self.done.append(name)
-            return {"of": name}
+            return result_of(name)
 
         return Stage(
             name,
-            "evaluate",
+            "transfer",
             f"the {name}",
             lambda: self.inputs[name],
             work,
@@ -71,11 +73,11 @@ def test_a_record_says_what_it_rests_on(bench: Bench) -> None:
     first, second = bench.records.get("first"), bench.records.get("second")
     assert first is not None
     assert second is not None
-    assert first["inputs"] == {"a": {"b": 1}, "needs": {}}
-    assert first["inputs_sha256"] == digest(first["inputs"])
-    assert second["inputs"]["needs"] == {"first": first["inputs_sha256"]}
-    assert second["result"] == {"of": "second"}
-    assert second["flops"] == 3.0
+    assert first.inputs == {"a": {"b": 1}, "needs": {}}
+    assert first.inputs_sha256 == digest(first.inputs)
+    assert second.inputs["needs"] == {"first": first.inputs_sha256}
+    assert second.result == result_of("second")
+    assert second.flops == 3.0
 
 
 def test_order_of_keys_does_not_count() -> None:
@@ -85,10 +87,10 @@ def test_order_of_keys_does_not_count() -> None:
 def test_what_fails_is_done_again(bench: Bench) -> None:
     second = bench.stage("second", ("first",))
 
-    def fails(observer: Any) -> dict[str, Any]:
+    def fails(observer: Any) -> Transfer:
         raise RuntimeError("power")
 
-    broken = Stage("second", "evaluate", "", second.inputs, fails, second.needs)
+    broken = Stage("second", "transfer", "", second.inputs, fails, second.needs)
     with pytest.raises(RuntimeError, match="power"):
         run_stages([bench.stage("first"), broken], bench.records, Heard())
     bench.run()
@@ -124,14 +126,14 @@ def test_anew_forgets_what_was_there(bench: Bench) -> None:
 
 def test_seconds_of_stopped_tries_count(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(records.time, "perf_counter", lambda: now[0])
 
     def takes(seconds: float, error: bool) -> Stage:
-        def work(observer: Any) -> dict[str, Any]:
+        def work(observer: Any) -> Transfer:
             now[0] += seconds
             if error:
                 raise KeyboardInterrupt
-            return {}
+            return result_of("first")
 
         return replace(bench.stage("first"), work=work)
 
@@ -141,11 +143,11 @@ def test_seconds_of_stopped_tries_count(bench: Bench, monkeypatch: pytest.Monkey
     run_stages([takes(1.0, False)], bench.records, Heard())
     record = bench.records.get("first")
     assert record is not None
-    assert record["seconds"] == 13.0
+    assert record.seconds == 13.0
     run_stages([takes(2.0, False)], bench.records, Heard(), redo=["first"])
     again = bench.records.get("first")
     assert again is not None
-    assert again["seconds"] == 2.0
+    assert again.seconds == 2.0
 
 
 def test_a_change_reaches_what_needs_it(bench: Bench) -> None:
@@ -174,23 +176,9 @@ def test_a_damaged_record_is_named(bench: Bench, text: str) -> None:
         bench.run()
 
 
-def test_the_table_has_whole_names_and_numbers_in_80_columns() -> None:
-    name = "evaluate-ablation-no-hard-negatives"
-    row = {"stage": name, "what": "without hard negatives, 500 steps", "done": True}
-    row |= {"tflop": 1_718_012.0, "hours": 2862.67, "memory_gib": 13.2}
-    console = Console(file=io.StringIO(), width=80)
-    console.print(stage_table([row, {**row, "done": False}]))
-    assert isinstance(console.file, io.StringIO)
-    shown = console.file.getvalue()
-    assert (
-        len(re.findall(rf"│ {name} +│ 1,718,012 │ +2862\.67 │ 13\.2 │ (done|    ) │", shown)) == 2
-    )
-    assert shown.count(f"│   {row['what']} ") == 2
-
-
 def test_damaged_seconds_are_named(bench: Bench) -> None:
-    bench.records.folder.mkdir(parents=True)
-    file = bench.records.folder / "first.seconds"
+    bench.records.stages.mkdir(parents=True)
+    file = bench.records.stages / "first.seconds"
     file.write_text("soon")
     with pytest.raises(ValueError, match=r"first\.seconds: wanted seconds .*'soon'.* remove it"):
         bench.run()

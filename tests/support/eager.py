@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from loss_cases import Case
-from lowmem_cft_kernels import InfoNCEResult, LossPath
+from lowmem_cft_kernels import InfoNCEResult, LossOptions, LossPath
 from lowmem_cft_kernels.reference import reference_loss
 
 
@@ -40,9 +40,9 @@ def eagerly(case: Case) -> InfoNCEResult:
     query_MD, doc_ND = (x.clone().requires_grad_() for x in (case.query_MD, case.doc_ND))
     temperature = torch.tensor(case.temperature, requires_grad=True)
     wide = case.to(torch.float32).options
-    options = {**wide, "temperature": temperature}
+    options = LossOptions(**{**wide, "temperature": temperature})
     with _Products(multiply) as products:
-        loss, seen = reference_loss(query_MD.float(), doc_ND.float(), case.candidates, **options)
+        loss, seen = reference_loss(query_MD.float(), doc_ND.float(), case.candidates, options)
     assert products.count == 3
     gradients = torch.autograd.grad(loss, (query_MD, doc_ND, temperature))
     assert gradients[0].dtype == query_MD.dtype

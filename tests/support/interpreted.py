@@ -32,7 +32,7 @@ SMALL_TILES = {
     "lse": {"block_r": 16, "block_c": 64, "block_d": 16, "num_warps": 4, "num_stages": 2},
     "gradient": {"block_r": 32, "block_c": 32, "block_d": 32, "num_warps": 4, "num_stages": 2},
 }
-"""So that small matrices have several, ragged at each side."""
+"""Small, so that small matrices have several, ragged at each side."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Done:
 
 
 def interpret(folder: Path, jobs: Sequence[Job], *, small_tiles: bool = False) -> list[Done]:
-    """Of each job, in their order."""
+    """The outcome of each job, in their order."""
     given, made = folder / "given.pt", folder / "made.pt"
     torch.save(list(jobs), given)
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -81,9 +81,9 @@ def interpret(folder: Path, jobs: Sequence[Job], *, small_tiles: bool = False) -
     command = [sys.executable, __file__, str(given), str(made)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: list[Done] = torch.load(made, weights_only=False)
-    assert len(found) == len(jobs) > 0
-    return found
+    outcomes: list[Done] = torch.load(made, weights_only=False)
+    assert len(outcomes) == len(jobs) > 0
+    return outcomes
 
 
 # in the child
@@ -121,10 +121,10 @@ class _Guarded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Nothing was written to the guards."""
         for buffer in self.buffers:
             for guard in (buffer[: self.GUARD], buffer[-self.GUARD :]):
-                kept = (
+                untouched = (
                     guard.isnan() if buffer.is_floating_point() else guard == self._filler(buffer)
                 )
-                assert bool(kept.all()), f"written beside {buffer.dtype} {buffer.shape}"
+                assert bool(untouched.all()), f"written beside {buffer.dtype} {buffer.shape}"
 
 
 class _Addresses:
@@ -225,7 +225,7 @@ def _run(job: Job) -> Done:
         for name, kernel in kernels.items():
             stack.enter_context(mock.patch.object(triton_info_nce, name, kernel))
         if job.rows is not None:
-            stack.enter_context(mock.patch.object(triton_info_nce, "_ROWS", job.rows))
+            stack.enter_context(mock.patch.object(triton_info_nce, "RECTANGLE_ROWS", job.rows))
             stack.enter_context(mock.patch.object(triton_info_nce, "_FEWEST_ROWS", job.rows))
         guarded = None
         if addresses is not None:

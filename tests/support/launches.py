@@ -82,7 +82,7 @@ def _type_of(value: Any) -> str:
 
 
 def _is_divisible(value: Any) -> bool:
-    """By 16, and known to triton; storages are taken to start where the CUDA allocator's do."""
+    """Whether triton knows it for a multiple of 16; storages start where the CUDA allocator's do."""
     if isinstance(value, Tensor):
         return value.storage_offset() * value.element_size() % 16 == 0
     return isinstance(value, int) and value % 16 == 0

@@ -86,10 +86,10 @@ def singles() -> dict[str, Settings]:
 
 def option_sets() -> dict[str, Settings]:
     """No option, each alone, every two together, and a dozen at once."""
-    found = singles()
+    sets = singles()
     for pair in combinations(SETTINGS, 2):
         if SETTINGS[pair[0]] != SETTINGS[pair[1]] and set(pair) not in _CONFLICTS:
-            found[" + ".join(pair)] = frozenset(pair)
+            sets[" + ".join(pair)] = frozenset(pair)
     common = {"several positives", "ignored rows", "two keys", "guides", "weights", "normalize"}
     for softmaxes, others in {
         "one way": {"own negatives", "relative margin", "all hardness", "bank"},
@@ -98,18 +98,18 @@ def option_sets() -> dict[str, Settings]:
         "qwen3": {"shared negatives", "relative margin", "hard hardness", "bank without keys"},
         "queries only": {"own negatives", "margin per row", "learned temperature"},
     }.items():
-        found[f"a dozen, {softmaxes}"] = frozenset(common | others | {softmaxes} & SETTINGS.keys())
-    return found
+        sets[f"a dozen, {softmaxes}"] = frozenset(common | others | {softmaxes} & SETTINGS.keys())
+    return sets
 
 
 def drawn_set(seed: int) -> Settings:
     """Any number of options at once, each equally often at its default and at each setting."""
-    draw, found = Random(seed), set[str]()
+    draw, settings = Random(seed), set[str]()
     for option in sorted(set(SETTINGS.values())):
-        found.add(draw.choice(["", *(name for name, of in SETTINGS.items() if of == option)]))
-    if "queries only" in found:
-        found -= {"bank", "bank without keys"}
-    return frozenset(found - {""})
+        settings.add(draw.choice(["", *(name for name, of in SETTINGS.items() if of == option)]))
+    if "queries only" in settings:
+        settings -= {"bank", "bank without keys"}
+    return frozenset(settings - {""})
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Case:
     options: dict[str, Any]
 
     def run(self, path: LossPath | None = None, **more: Any) -> InfoNCEResult:
-        """By that path; `more` goes over the case's own options."""
+        """The result by that path; `more` goes over the case's own options."""
         return info_nce(
             self.query_MD, self.doc_ND, self.candidates, **{**self.options, **more}, path=path
         )
@@ -142,14 +142,16 @@ class Case:
 
     @property
     def temperature(self) -> float:
-        """As a number."""
+        """The temperature as a number."""
         temperature = self.options["temperature"]
         return float(temperature.detach() if isinstance(temperature, Tensor) else temperature)
 
     def tensors(self) -> list[Tensor]:
         """Everything that exists before the call."""
         holders = [self.candidates, self.options["false_negatives"], self.options["bank"]]
-        values = [value for one in holders if one is not None for value in vars(one).values()]
+        values = [
+            value for holder in holders if holder is not None for value in vars(holder).values()
+        ]
         values += [self.query_MD, self.doc_ND, *self.options.values()]
         return [value for value in values if isinstance(value, Tensor)]
 
@@ -313,7 +315,7 @@ _CANCELLED = 0.1
 
 
 def errors(case: Case, got: InfoNCEResult, wanted: InfoNCEResult) -> dict[str, float]:
-    """Of the loss and its gradients, each as one vector, relative to what is wanted of it.
+    """Errors of the loss and its gradients, each as one vector, relative to the exact value.
 
     Where the wanted value is a tenth or less of the terms that it is a difference of (the positive
     and all candidates, for each query), the error is relative to that tenth.
@@ -332,12 +334,12 @@ def errors(case: Case, got: InfoNCEResult, wanted: InfoNCEResult) -> dict[str, f
         "d_doc_ND": similarity / doc_norm * inverse_doc / root,
         "d_temperature": similarity / temperature,
     }
-    found = {}
+    relative = {}
     for name, size in terms.items():
         value = getattr(wanted, name)
         magnitude = max(float(value.norm()), _CANCELLED * size)
-        found[name] = vector_error(getattr(got, name), value, magnitude)
-    return found
+        relative[name] = vector_error(getattr(got, name), value, magnitude)
+    return relative
 
 
 def _rms(values: Tensor) -> float:
@@ -349,10 +351,10 @@ def assert_agrees(case: Case, got: InfoNCEResult, wanted: InfoNCEResult, bound: 
     for name, error in errors(case, got, wanted).items():
         assert error <= bound, f"{name}: relative error {error:.3e}, wanted at most {bound:.0e}"
     for name, value in observed(wanted).items():
-        found = observed(got)[name]
+        seen = observed(got)[name]
         assert torch.isclose(
-            torch.tensor(found), torch.tensor(value), rtol=bound, atol=bound, equal_nan=True
-        ), f"{name}: got {found}, wanted {value}"
+            torch.tensor(seen), torch.tensor(value), rtol=bound, atol=bound, equal_nan=True
+        ), f"{name}: got {seen}, wanted {value}"
 
 
 def observed(result: InfoNCEResult) -> Mapping[str, float]:
@@ -371,5 +373,5 @@ def assert_same_bits(got: InfoNCEResult, wanted: InfoNCEResult) -> None:
     for name in ("loss", "d_query_MD", "d_doc_ND", "d_temperature"):
         assert torch.equal(getattr(got, name), getattr(wanted, name)), name
     for name, value in observed(wanted).items():
-        found = observed(got)[name]
-        assert found == value or (math.isnan(found) and math.isnan(value)), name
+        seen = observed(got)[name]
+        assert seen == value or (math.isnan(seen) and math.isnan(value)), name

@@ -65,20 +65,20 @@ def targets() -> Iterator[Target]:
 
 
 def measure(target: Target) -> dict[str, Resources]:
-    """Of each kernel that the loss launches."""
+    """The resources of each kernel that the loss launches."""
     capability, dtype, settings = target
     case = make_case(SETTINGS[settings], (64, 128, 64), DTYPES[dtype])
     if dtype == "split":
         case = case.having(products=Products.SPLIT_BF16)
     with recorded(capability) as kernels:
         case.run(LossPath.TRITON)
-    found = {}
+    by_kernel = {}
     for kernel, recorder in kernels.items():
         # sums of rows come with a tally, those of columns do not
         most = 2 if kernel == "merge_kernel" else 1
         assert len(recorder.launches) <= most, f"{kernel} is compiled more than {most} times"
         for launch, name in zip(recorder.launches, (kernel, f"{kernel}-2"), strict=False):
-            found[name] = compile_for(
+            by_kernel[name] = compile_for(
                 recorder.kernel,
                 capability,
                 launch.types,
@@ -86,7 +86,7 @@ def measure(target: Target) -> dict[str, Resources]:
                 divisible=launch.divisible,
                 options=launch.options,
             )
-    return found
+    return by_kernel
 
 
 def key(target: Target, kernel: str) -> str:
@@ -95,10 +95,10 @@ def key(target: Target, kernel: str) -> str:
     return f"sm_{capability} {dtype} {name} {kernel}"
 
 
-def numbers(found: Resources) -> dict[str, int]:
-    """As written down: nothing spills, so that stack and local memory are not."""
-    kept = ("registers", "shared", "threads", "mma", "async_copies")
-    return {name: asdict(found)[name] for name in kept}
+def numbers(resources: Resources) -> dict[str, int]:
+    """Numbers as written down: nothing spills, so that stack and local memory are not."""
+    written = ("registers", "shared", "threads", "mma", "async_copies")
+    return {name: asdict(resources)[name] for name in written}
 
 
 def written() -> dict[str, Any]:
@@ -111,9 +111,9 @@ def rewrite() -> None:
     """Measure everything; nothing is written where something does not fit."""
     lines = []
     for target in targets():
-        for kernel, found in measure(target).items():
-            found.check()
-            lines.append(f"  {json.dumps(key(target, kernel))}: {json.dumps(numbers(found))}")
+        for kernel, resources in measure(target).items():
+            resources.check()
+            lines.append(f"  {json.dumps(key(target, kernel))}: {json.dumps(numbers(resources))}")
     text = (
         f'{{\n "triton": "{triton.__version__}",\n "kernels": {{\n'
         + ",\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,10 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def assert_trained(found: Mapping[str, Tensor]) -> None:
+def assert_trained(by_name: Mapping[str, Tensor]) -> None:
     """An empty or all-zero set of gradients would pass any comparison."""
-    assert found, "no gradients at all"
-    assert all(bool(gradient.abs().max() > 0) for gradient in found.values())
+    assert by_name, "no gradients at all"
+    assert all(bool(gradient.abs().max() > 0) for gradient in by_name.values())
 
 
 def assert_same(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], bound: float) -> None:
@@ -52,8 +53,8 @@ def compute_norms_in_float64(model: nn.Module) -> None:
         offset = 1.0 if "Gemma" in type(module).__name__ else 0.0
         epsilon = getattr(module, "variance_epsilon", None) or module.eps
 
-        def norm(x: Tensor, m: nn.Module = module, o: float = offset, e: float = epsilon) -> Tensor:
-            assert isinstance(m.weight, Tensor)
-            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * (m.weight + o)
+        def norm(x: Tensor, m: Any = module, o: float = offset, e: Any = epsilon) -> Tensor:
+            out: Tensor = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * (m.weight + o)
+            return out
 
-        module.forward = norm  # type: ignore[method-assign]
+        module.forward = norm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.gradient.step import ContrastiveStep, StepReport, candidates_of
-from lowmem_cft.model.adapter import attach_adapter, trainable_parameters
+from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.configs import disable_base_dropout
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
@@ -26,6 +26,7 @@ from lowmem_cft_kernels import (
     FalseNegatives,
     Hardness,
     LearnedTemperature,
+    LossOptions,
     Negatives,
 )
 from lowmem_cft_kernels.reference import reference_loss
@@ -51,6 +52,13 @@ class Batch:
             mask_duplicates=True,
             encode_twins_once=twins_once,
         )
+
+
+class Stored(Protocol):
+    """Something with texts' token ids."""
+
+    @property
+    def store(self) -> TokenStore: ...
 
 
 def make_batch(
@@ -83,20 +91,35 @@ def make_encoder(
         config = tiny_config(family)
         disable_base_dropout(config)
         base = AutoModel.from_config(config).to(dtype)
+    draw = torch.Generator().manual_seed(3)
+    return with_adapter(base, dropout, pooling=pooling, draw=draw, targets=targets)
+
+
+def with_adapter(
+    base: Any,
+    dropout: float,
+    *,
+    pooling: Any,
+    draw: torch.Generator,
+    targets: Any = "all-linear",
+    round_to: torch.dtype | None = None,
+) -> Encoder:
+    """An encoder around a base model with an adapter that is not zero anywhere.
+
+    `round_to`: a dtype that the adapter's weights are rounded to.
+    """
     base.requires_grad_(False)
-    if dtype == torch.float64:
+    if base.dtype == torch.float64:
         compute_norms_in_float64(base)
+    section = LoraSection(rank=4, dropout=dropout, targets=targets)
     clock = DropoutClock(seed=5)
-    model = attach_adapter(
-        base, LoraSection(rank=4, dropout=dropout, targets=targets), clock, seed=2
-    )
-    generator = torch.Generator().manual_seed(3)
+    model = attach_adapter(base, section, clock, seed=2)
     for name, parameter in model.named_parameters():
-        if "lora" in name:
+        if "lora_" in name:
             # B is zero at the start, which would hide errors in the gradient of A. Drawn in
             # float32 whatever the dtype, so that models of two dtypes have one adapter.
-            drawn = 0.05 * torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(drawn)
+            drawn = 0.05 * torch.randn(parameter.shape, generator=draw)
+            parameter.data.copy_(drawn.to(round_to or torch.float32))
     return Encoder(model, pooling=pooling, normalize=True, clock=clock)
 
 
@@ -124,34 +147,40 @@ def reference_options(section: LossSection) -> dict[str, Any]:
 
 def plain_gradients(
     encoder: Encoder,
-    batch: Batch,
+    batch: Stored,
     texts: StepTexts,
     loss: LossSection = LOSS,
     temperature: Tensor | None = None,
+    during: AbstractContextManager[Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Of one forward over all texts at once and one backward, by transformers' and peft's own layers.
+    """Gradients of one forward over all texts at once and one backward, in the libraries' layers.
 
     `temperature` stands in for the recipe's and gets a gradient too, which is for the caller.
+    `during` is entered for the step and nothing else.
     """
     encoder.model.zero_grad()
-    with patched_layers(encoder.model).lifted("forward"), encoder.training_mode(STEP):
+    set_checkpointing(encoder.model, 0)
+    lifted = patched_layers(encoder.model).lifted("forward")
+    with lifted, encoder.training_mode(STEP), during or nullcontext():
         padded = pad(batch.store, texts.text_P, PAD, "left")
-        emb_SD = encoder(padded)[texts.place_S]
+        emb_SD = encoder(padded)[texts.place_S.to(encoder.device)]
         query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
         value, _ = reference_loss(
             query_MD,
             doc_ND,
-            candidates_of(texts),
-            temperature=loss.temperature if temperature is None else temperature,
-            **reference_options(loss),
+            candidates_of(texts).to(encoder.device),
+            LossOptions(
+                temperature=loss.temperature if temperature is None else temperature,
+                **reference_options(loss),
+            ),
         )
-        value.backward()
+        torch.autograd.backward(value)
     return gradients(encoder.model)
 
 
 def planned_gradients(
     encoder: Encoder,
-    batch: Batch,
+    batch: Stored,
     texts: StepTexts,
     plan: StepPlan,
     *,
@@ -160,9 +189,7 @@ def planned_gradients(
     gradient_scale: float = 1.0,
     during: AbstractContextManager[Any] | None = None,
 ) -> tuple[dict[str, Tensor], StepReport]:
-    """The same by the plan; `during` is entered for the step and nothing else."""
-    from lowmem_cft.model.adapter import set_checkpointing
-
+    """Gradients of one step by the plan; `during` is entered for the step and nothing else."""
     step = ContrastiveStep(
         encoder,
         batch.store,

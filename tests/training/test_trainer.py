@@ -17,7 +17,7 @@ from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.training import interrupt, pipeline
 from lowmem_cft.training.checkpoint import load_state
 from lowmem_cft.training.records import StepLine, read_lines
-from lowmem_cft_kernels import GTE, FalseNegatives, LearnedTemperature, info_nce
+from lowmem_cft_kernels import GTE, FalseNegatives, LearnedTemperature, LossOptions, info_nce
 from lowmem_cft_kernels.reference import reference_loss
 from running import MakeRecipe, Silent, start
 
@@ -114,7 +114,7 @@ def test_a_learned_temperature_goes_down_its_gradient(
     wanted = LearnedTemperature(0.05, 0.005, 1.0)
     assert torch.equal(trainer.job.temperature.raw.cpu(), wanted.raw)
     trainer.step()
-    reference_loss(*given[0], temperature=wanted())[0].backward()
+    reference_loss(*given[0], LossOptions(temperature=wanted()))[0].backward()
     assert wanted.raw.grad is not None
     assert abs(float(wanted.raw.grad)) > 1e-3
     moved = trainer.job.temperature.raw.detach().cpu() - wanted.raw.detach()
@@ -140,9 +140,11 @@ def test_what_the_loss_observes_is_in_the_log(
     for line, tensors in zip(lines, given, strict=True):
         loss, observed = reference_loss(
             *tensors,
-            temperature=0.05,
-            softmaxes=GTE,
-            false_negatives=FalseNegatives(margin=-0.05),
+            LossOptions(
+                temperature=0.05,
+                softmaxes=GTE,
+                false_negatives=FalseNegatives(margin=-0.05),
+            ),
         )
         assert line.loss == pytest.approx(float(loss), rel=1e-4)
         for name in OBSERVED:

@@ -43,28 +43,29 @@ def check_template(template: str) -> None:
 
 
 def read_demonstrations(path: Path) -> list[Demonstration]:
-    """Of a JSONL, CSV, TSV or Parquet file: columns sentence (or definition, or text) and word.
+    """Read a JSONL, CSV, TSV or Parquet file with columns sentence (or definition, or text) and word.
 
     Raises:
         DataError: there is no such file, a row is unusable or stands twice, or there is none.
     """
     if not path.is_file():
         raise DataError(f"`demonstrations`: no such file: {path}")
-    found: dict[Demonstration, int] = {}
+    line_of: dict[Demonstration, int] = {}
     for table in tables(str(path), "train", offline=True):
         for number, cells in table.rows(_columns(table)):
             where = f"{path}, {table.unit} {number}"
             if isinstance(cells, BadRow):
                 raise DataError(f"{where}: {cells}; fix it")
-            one = Demonstration(*(_part(cell, where) for cell in cells))
-            if len(one.word.split()) > 1:
-                raise DataError(f"{where}: got {one.word!r}, wanted one word")
-            if one in found:
-                raise DataError(f"{where}: the same as {table.unit} {found[one]}; remove one")
-            found[one] = number
-    if not found:
+            demonstration = Demonstration(*(_part(cell, where) for cell in cells))
+            if len(demonstration.word.split()) > 1:
+                raise DataError(f"{where}: got {demonstration.word!r}, wanted one word")
+            if demonstration in line_of:
+                first = f"{table.unit} {line_of[demonstration]}"
+                raise DataError(f"{where}: the same as {first}; remove one")
+            line_of[demonstration] = number
+    if not line_of:
         raise DataError(f"{path}: no demonstrations; write a line of sentence and word")
-    return list(found)
+    return list(line_of)
 
 
 def _columns(table: Table) -> tuple[str, str]:

@@ -51,7 +51,7 @@ class SearchedModel:
     def embed_under(self, say: Callable[[str], None]) -> EmbedUnder:
         """Texts are embedded as the model's recipe says, but for the template.
 
-        Of notes on the model only the first is said: under every template it is the same.
+        Only the first note on the model is said: it is the same under every template.
         """
         loaded, text = self.loaded, self.loaded.recipe.text
         said: list[str] = []
@@ -109,6 +109,47 @@ class SearchedModel:
             f"{self.name} is always evaluated under the template it was trained with. To use this "
             "one, train a recipe with these lines:"
         )
+
+    def search(
+        self,
+        scored_set: LoadedSet,
+        demonstrations: Sequence[Demonstration],
+        folder: Path,
+        observer: Counts,
+    ) -> SearchResult:
+        """Score the template without and with each demonstration; see the function `search`."""
+        trials = search(
+            self.embed_under(observer.say),
+            scored_set,
+            self.template,
+            demonstrations,
+            folder,
+            self.identity() | set_identity(scored_set),
+            observer,
+        )
+        return SearchResult(self, trials)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has scored: at least the template without a demonstration, the best first."""
+
+    model: SearchedModel
+    trials: list[Trial]
+
+    @property
+    def best(self) -> Trial:
+        return self.trials[0]
+
+    @property
+    def template(self) -> str:
+        """The template that embeds best."""
+        return self.best.template(self.model.template)
+
+    @property
+    def recipe(self) -> str:
+        """The part of a recipe, as YAML, that embeds so."""
+        return self.model.as_recipe(self.template)
 
 
 def load_searched(
@@ -181,7 +222,7 @@ def search(
         ValueError: the folder is of another search, or the set cannot be scored.
     """
     file = TrialFile(folder, {"template": template, **identity})
-    wanted: list[Demonstration | None] = [None, *demonstrations]
+    candidates: list[Demonstration | None] = [None, *demonstrations]
     plain = folder / "plain.npy"
     gold_P = np.array([pair.score for pair in scored_set.pairs], dtype=np.float64)
     plain_P = np.empty(0)
@@ -192,32 +233,35 @@ def search(
         except ValueError as reason:
             observer.say(f"{plain}: {reason}; the plain template is scored again")
             done.remove(None)
-    left = [one for one in wanted if one not in done]
-    if len(left) < len(wanted):
-        observer.say(f"{len(wanted) - len(left)} of {len(wanted)} are in {file.path}")
-    observer.begin(len(wanted), len(wanted) - len(left), what="demonstrations")
-    for place, one in enumerate(left, len(wanted) - len(left) + 1):
-        under = template if one is None else one.before(template)
+    left = [candidate for candidate in candidates if candidate not in done]
+    num_done = len(candidates) - len(left)
+    if num_done:
+        observer.say(f"{num_done} of {len(candidates)} are in {file.path}")
+    observer.begin(len(candidates), num_done, what="demonstrations")
+    for place, candidate in enumerate(left, num_done + 1):
+        under = template if candidate is None else candidate.before(template)
         scored = score_pairs(embed_under(under), scored_set)
-        if one is None:
+        if candidate is None:
             plain_P = scored.cosine_P
             save_plain(plain, plain_P)
-        trial = _trial(one, scored_set.name, scored.gold_P, plain_P, scored.cosine_P)
+        trial = _trial(candidate, scored_set.name, scored.gold_P, plain_P, scored.cosine_P)
         file.add(trial)
         observer.advance(1)
-        observer.say(f"{place}/{len(wanted)}  {trial.describe()}")
-    found = [file.trials[one] for one in wanted]
-    return sorted(found, key=lambda trial: -trial.spearman)
+        observer.say(f"{place}/{len(candidates)}  {trial.describe()}")
+    trials = [file.trials[candidate] for candidate in candidates]
+    return sorted(trials, key=lambda trial: -trial.spearman)
 
 
 def _trial(
-    one: Demonstration | None, name: str, gold_P: Floats, plain_P: Floats, cosine_P: Floats
+    candidate: Demonstration | None, name: str, gold_P: Floats, plain_P: Floats, cosine_P: Floats
 ) -> Trial:
     score = spearman(cosine_P, gold_P)
-    if one is None:
+    if candidate is None:
         own = interval(resampled_spearman(name, gold_P, [cosine_P])[0])
         return Trial(None, None, score, own.low, own.high)
     plain_B, own_B = resampled_spearman(name, gold_P, [plain_P, cosine_P])
     own, gain = interval(own_B), interval(own_B - plain_B)
     above = score - spearman(plain_P, gold_P)
-    return Trial(one.sentence, one.word, score, own.low, own.high, above, gain.low, gain.high)
+    return Trial(
+        candidate.sentence, candidate.word, score, own.low, own.high, above, gain.low, gain.high
+    )

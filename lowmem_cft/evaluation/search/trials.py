@@ -1,4 +1,4 @@
-"""What a search for a demonstration has scored: in files that are never half written, in a table.
+"""What a search for a demonstration has scored, in files that are never half written.
 
 P: pairs.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from lowmem_cft.evaluation.search.demonstrations import Demonstration
 from lowmem_cft.evaluation.sts.correlation import Floats, spearman
 from lowmem_cft.files import whole_file
 from lowmem_cft.model.configs import first_line
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -86,17 +83,17 @@ class TrialFile:
 
     def _read(self, whole: bytes, search: Mapping[str, Any]) -> None:
         try:
-            before, *trials = [json.loads(line) for line in whole.splitlines()]
-            before = dict(before["search"])
+            header, *trials = [json.loads(line) for line in whole.splitlines()]
+            stored = dict(header["search"])
             for values in trials:
                 trial = Trial(**values)
                 self.trials[trial.demonstration] = trial
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from error
-        for key in {**before, **search}:
-            if before.get(key) != search.get(key):
+        for key in {**stored, **search}:
+            if stored.get(key) != search.get(key):
                 raise ValueError(
-                    f"{self.path} is of another search: {key} was {before.get(key)!r} and is now "
+                    f"{self.path} is of another search: {key} was {stored.get(key)!r} and is now "
                     f"{search.get(key)!r}; choose another `out`"
                 )
 
@@ -148,27 +145,3 @@ def save_plain(path: Path, cosine_P: Floats) -> None:
         file.write(_npy(cosine_P))
         file.flush()
         os.fsync(file.fileno())
-
-
-def top_table(trials: Sequence[Trial], rows: int) -> Table:
-    """The best trials, and the one without a demonstration wherever it stands."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="Spearman x 100, with 95 % intervals")
-    for column in ("", "Spearman", "interval", "gain", "interval"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("demonstration", overflow="fold")
-    for place, trial in enumerate(trials, 1):
-        plain = trial.sentence is None
-        if place > rows and not plain:
-            continue
-        table.add_row(
-            str(place),
-            f"{100 * trial.spearman:.2f}",
-            f"{100 * trial.low:.2f} to {100 * trial.high:.2f}",
-            "" if plain else f"{100 * trial.gain:+.2f}",
-            "" if plain else f"{100 * trial.gain_low:+.2f} to {100 * trial.gain_high:+.2f}",
-            Text("none" if plain else f"{trial.sentence} -> {trial.word}"),  # brackets and all
-        )
-    return table

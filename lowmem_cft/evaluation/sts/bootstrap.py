@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from lowmem_cft.evaluation.sts.correlation import Floats
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -26,6 +25,8 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Interval:
+    """Bounds of a correlation or a difference of two."""
+
     low: float
     high: float
 
@@ -40,7 +41,7 @@ class _Ranked:
     def centred_ranks(self, times_P: Floats, num_drawn: int) -> Floats:
         """float64 (P,): the rank of each pair's value among those drawn, less the mean rank.
 
-        Of n equal values that follow c smaller ones each has the rank c + (n + 1) / 2.
+        The n equal values that follow c smaller ones all have the rank c + (n + 1) / 2.
         """
         times_U = np.bincount(self.place_P, weights=times_P, minlength=self.num_distinct)
         ranks_U = np.cumsum(times_U) - (times_U - 1) / 2

@@ -6,6 +6,7 @@ Both models are resampled with the same draws, so that what a hard pair does to 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 from lowmem_cft.evaluation.sts import bootstrap
 from lowmem_cft.evaluation.sts.bootstrap import Interval
 from lowmem_cft.evaluation.sts.correlation import spearman
-from lowmem_cft.evaluation.sts.report import Scores, read
+from lowmem_cft.evaluation.sts.report import StoredReport, read
 from lowmem_cft.evaluation.transfer.report import FILE_NAME as TRANSFER_REPORT
+from lowmem_cft.files import write_json
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,38 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    a: Scores
-    b: Scores
+    """Two reports, and their paired differences per set and of the mean."""
+
+    a: StoredReport
+    b: StoredReport
     num_resamples: int
     sets: list[Difference]
     mean: Difference
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values: correlations -1 to 1; `difference` is B less A."""
+        return {
+            **{
+                side: {
+                    "model": report.model,
+                    "report": str(report.path),
+                    "float32": report.float32,
+                }
+                for side, report in (("a", self.a), ("b", self.b))
+            },
+            "protocol": self.a.label,
+            "complete": self.a.complete,
+            "mean": asdict(self.mean),
+            "sets": [
+                {**asdict(entry), "pairs_sha256": sha256}
+                for entry, sha256 in zip(self.sets, self.a.sha256, strict=True)
+            ],
+            "bootstrap": bootstrap.describe(self.num_resamples),
+        }
+
+    def write(self, path: str | PathLike[str]) -> None:
+        """Write it as JSON, never half of it."""
+        write_json(Path(path), self.to_json())
 
 
 def _reports(place: Path) -> dict[str, Path]:
@@ -45,8 +74,8 @@ def _reports(place: Path) -> dict[str, Path]:
         raise ValueError(f"no such run folder or report: {place}")
     files = [place]
     if place.is_dir():
-        found = sorted(place.glob("eval*.json"))
-        files = [file for file in found if not file.name.startswith(TRANSFER_REPORT)]
+        reports = sorted(place.glob("eval*.json"))
+        files = [file for file in reports if not file.name.startswith(TRANSFER_REPORT)]
     if not files:
         raise ValueError(
             f"{place} holds no report of STS sets (eval*.json); write one with "
@@ -72,12 +101,12 @@ def find_reports(a: Path, b: Path) -> tuple[Path, Path]:
     for place in (a, b):
         if place.is_file():
             read(place)  # it may be no report of STS sets, and then says so
-    listed = "; ".join(f"{place}: {', '.join(found)}" for place, found in ((a, of_a), (b, of_b)))
+    listed = "; ".join(f"{place}: {', '.join(names)}" for place, names in ((a, of_a), (b, of_b)))
     why = "several reports could be meant" if common else "no report of the same name in both"
     raise ValueError(f"{why} ({listed}); name the two files")
 
 
-def _check_comparable(a: Scores, b: Scores) -> None:
+def _check_comparable(a: StoredReport, b: StoredReport) -> None:
     """Raises ValueError where the two are not of the same protocol, sets and pairs."""
     if a.label != b.label:
         raise ValueError(
@@ -115,8 +144,8 @@ def compare(path_a: Path, path_b: Path, num_resamples: int = bootstrap.RESAMPLES
             bootstrap.resampled_spearman(name, gold_P, cosines, num_resamples), axis=0
         )[0]
         score_a, score_b = (spearman(cosine_P, gold_P) for cosine_P in cosines)
-        found = bootstrap.interval(drawn_B)
-        sets.append(Difference(name, len(gold_P), score_a, score_b, score_b - score_a, found))
+        interval = bootstrap.interval(drawn_B)
+        sets.append(Difference(name, len(gold_P), score_a, score_b, score_b - score_a, interval))
         draws.append(drawn_B)
     mean_a, mean_b = (float(np.mean([getattr(s, side) for s in sets])) for side in "ab")
     mean = Difference(
@@ -128,21 +157,3 @@ def compare(path_a: Path, path_b: Path, num_resamples: int = bootstrap.RESAMPLES
         bootstrap.interval(np.mean(draws, axis=0)),
     )
     return Comparison(a, b, num_resamples, sets, mean)
-
-
-def as_json(found: Comparison) -> dict[str, Any]:
-    """Correlations -1 to 1; `difference` is B less A."""
-    return {
-        **{
-            side: {"model": scores.model, "report": str(scores.path), "float32": scores.float32}
-            for side, scores in (("a", found.a), ("b", found.b))
-        },
-        "protocol": found.a.label,
-        "complete": found.a.complete,
-        "mean": asdict(found.mean),
-        "sets": [
-            {**asdict(entry), "pairs_sha256": sha256}
-            for entry, sha256 in zip(found.sets, found.a.sha256, strict=True)
-        ],
-        "bootstrap": bootstrap.describe(found.num_resamples),
-    }

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_cft.evaluation.sts.protocols import Protocol
-from lowmem_cft.evaluation.sts.report import Report
+from lowmem_cft.evaluation.sts.report import StsReport
 from lowmem_cft.evaluation.sts.score import SetScore
 from lowmem_cft.evaluation.sts.sets import LoadedSet
 from lowmem_cft.files import write_json
 
 _TASKS = {"STSBenchmark-test": "STSBenchmark"}
-"""Names of mteb's that differ from ours."""
+"""The names of mteb's tasks that differ from ours."""
 
 _SUBSETS = {"STS17": "en-en"}
 
@@ -58,7 +58,7 @@ def check_expressible(protocol: Protocol | None, cleaned_up: bool) -> None:
 
 def check_own_text(sets: Sequence[LoadedSet | SetScore]) -> None:
     """Raises ValueError where a set is in another text than mteb's, so its score is not of it."""
-    other = [one.name for one in sets if not one.own_text]
+    other = [entry.name for entry in sets if not entry.own_text]
     if other:
         raise ValueError(
             f"`mteb_out`: {', '.join(other)}: the text at hand is not that of mteb's task; leave "
@@ -66,17 +66,17 @@ def check_own_text(sets: Sequence[LoadedSet | SetScore]) -> None:
         )
 
 
-def write_task_results(found: Report, folder: Path) -> list[Path]:
+def write_task_results(report: StsReport, folder: Path) -> list[Path]:
     """Write FOLDER/TASK.json for each set; the files' paths.
 
     Raises:
         ValueError: the report is not of the mteb protocol, or not of its texts.
     """
-    check_expressible(found.protocol, found.cleaned_up)
-    check_own_text(found.scores)
+    check_expressible(report.protocol, report.cleaned_up)
+    check_own_text(report.scores)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for score in found.scores:
+    for score in report.scores:
         paths.append(folder / f"{task_name(score.name)}.json")
         write_json(paths[-1], as_task_result(score))
     return paths

@@ -57,7 +57,7 @@ class StsSet:
     """Where to get it, if not from the hub."""
 
     @property
-    def wanted(self) -> str:
+    def places(self) -> str:
         """Where it is looked for, in order."""
         saved = () if self.saved is None else (f"{self.saved}/ (saved data set)",)
         return ", ".join((*self.files, *saved, *self.originals))
@@ -129,8 +129,8 @@ _SEMEVAL = tuple(
 def _benchmark(split: str, hub_split: str, num_pairs: int) -> StsSet:
     name = f"STSBenchmark-{split}"
     files = tuple(f"STSBenchmark/{name}{text}.tsv" for text in (".mteb", ""))
-    found = _HUB["STSBenchmark"]
-    hub = HubSet(found.path, found.revision, hub_split)
+    benchmark = _HUB["STSBenchmark"]
+    hub = HubSet(benchmark.path, benchmark.revision, hub_split)
     return StsSet(name, num_pairs, files, (), hub, "STSBenchmark")
 
 

@@ -10,6 +10,7 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from lowmem_cft.files import short_name, whole_file, write_json
 from lowmem_cft.machine import library_versions
 
 _ROUNDING = 1e-9
-"""So far a score may be from that of its pairs: one more digit than a library's rounding."""
+"""Largest difference allowed between a stored score and the score of its pairs."""
 
 
 @dataclass(frozen=True)
-class Report:
+class StsReport:
     """Scores, their mean, and 95 % intervals of each Spearman correlation and of the mean."""
 
     model: str
@@ -77,6 +78,40 @@ class Report:
         label = SCORED if self.protocol is None else self.protocol.scored
         return f"{label}, {CLEAN_UP}" if self.cleaned_up else label
 
+    def to_json(self) -> dict[str, Any]:
+        """The report without the pairs, as JSON values; correlations -1 to 1."""
+        return {
+            "model": self.model,
+            "suite": "sts",
+            "protocol": self.label,
+            "protocol_name": None if self.protocol is None else self.protocol.name,
+            "clean_up": self.cleaned_up,
+            "float32": self.float32,
+            "complete": self.complete,
+            "mean": self.mean,
+            "mean_interval": asdict(self.mean_interval),
+            "mean_pearson": self.mean_pearson,
+            "sets": [
+                {
+                    **asdict(scored.score),
+                    "interval": asdict(interval),
+                    "pairs_sha256": scored.sha256,
+                }
+                for scored, interval in zip(self.sets, self.intervals, strict=True)
+            ],
+            "bootstrap": bootstrap.describe(self.num_resamples),
+            "versions": library_versions(),
+        }
+
+    def write(self, path: str | PathLike[str]) -> None:
+        """Write PATH and, beside it, the pairs (see `pairs_file`); neither is ever half-written."""
+        arrays: dict[str, Any] = {}
+        for i, scored in enumerate(self.sets):
+            arrays[f"cosine_{i}"], arrays[f"gold_{i}"] = scored.cosine_P, scored.gold_P
+        with whole_file(pairs_file(Path(path))) as partial, partial.open("wb") as stream:
+            np.savez(stream, **arrays)
+        write_json(Path(path), self.to_json())
+
 
 def _name_of(scored: ScoredSet) -> str:
     """The set's name; of a file its stem, which others may have too, and which pairs are in it."""
@@ -94,7 +129,7 @@ def report(
     float32: bool = False,
     num_resamples: int = bootstrap.RESAMPLES,
     drawn: dict[str, Floats] | None = None,
-) -> Report:
+) -> StsReport:
     """Resample the pairs of every set (at least one), for intervals.
 
     Args:
@@ -107,7 +142,7 @@ def report(
                 s.score.name, s.gold_P, [s.cosine_P], num_resamples
             )[0]
     draws = [drawn[s.score.name] for s in sets]
-    return Report(
+    return StsReport(
         model,
         protocol,
         cleaned_up,
@@ -119,45 +154,13 @@ def report(
     )
 
 
-def as_json(found: Report) -> dict[str, Any]:
-    """The report without the pairs; correlations -1 to 1."""
-    return {
-        "model": found.model,
-        "suite": "sts",
-        "protocol": found.label,
-        "protocol_name": None if found.protocol is None else found.protocol.name,
-        "clean_up": found.cleaned_up,
-        "float32": found.float32,
-        "complete": found.complete,
-        "mean": found.mean,
-        "mean_interval": asdict(found.mean_interval),
-        "mean_pearson": found.mean_pearson,
-        "sets": [
-            {**asdict(scored.score), "interval": asdict(interval), "pairs_sha256": scored.sha256}
-            for scored, interval in zip(found.sets, found.intervals, strict=True)
-        ],
-        "bootstrap": bootstrap.describe(found.num_resamples),
-        "versions": library_versions(),
-    }
-
-
 def pairs_file(path: Path) -> Path:
     """Where the pairs of a report lie."""
     return path.with_suffix(".npz")
 
 
-def write(found: Report, path: Path) -> None:
-    """Write PATH and, beside it, the pairs; neither is ever half-written."""
-    arrays: dict[str, Any] = {}
-    for i, scored in enumerate(found.sets):
-        arrays[f"cosine_{i}"], arrays[f"gold_{i}"] = scored.cosine_P, scored.gold_P
-    with whole_file(pairs_file(path)) as partial, partial.open("wb") as stream:
-        np.savez(stream, **arrays)
-    write_json(path, as_json(found))
-
-
 @dataclass(frozen=True)
-class Scores:
+class StoredReport:
     """What a comparison needs of a report on disk."""
 
     path: Path
@@ -171,8 +174,8 @@ class Scores:
     golds: list[Floats]
 
 
-def read(path: Path) -> Scores:
-    """A report as `write` left it.
+def read(path: Path) -> StoredReport:
+    """A report as `StsReport.write` left it.
 
     Raises:
         ValueError: it is no STS report of ours, or its pairs are not there or not of this report.
@@ -187,7 +190,7 @@ def read(path: Path) -> Scores:
         sha256 = [str(entry["pairs_sha256"]) for entry in listed]
         label, model = str(values["protocol"]), str(values["model"])
         float32, complete = bool(values["float32"]), bool(values["complete"])
-        told = [float(entry["spearman"]) for entry in listed]
+        spearmans = [float(entry["spearman"]) for entry in listed]
         sizes = [int(entry["num_pairs"]) for entry in listed]
     except (
         OSError,
@@ -208,16 +211,16 @@ def read(path: Path) -> Scores:
             f"{pairs}: the similarities of every pair, which a comparison resamples, cannot be "
             f"read ({error}); {again}"
         ) from error
-    for found in ([len(values_P) for values_P in side] for side in (cosines, golds)):
-        if found != sizes:
-            raise ValueError(f"{pairs}: holds {found} pairs, {path.name} says {sizes}; {again}")
-    for name, cosine_P, gold_P, wanted in zip(names, cosines, golds, told, strict=True):
-        if abs(_spearman(pairs, name, cosine_P, gold_P) - wanted) > _ROUNDING:
+    for lengths in ([len(values_P) for values_P in side] for side in (cosines, golds)):
+        if lengths != sizes:
+            raise ValueError(f"{pairs}: holds {lengths} pairs, {path.name} says {sizes}; {again}")
+    for name, cosine_P, gold_P, stored in zip(names, cosines, golds, spearmans, strict=True):
+        if abs(_spearman(pairs, name, cosine_P, gold_P) - stored) > _ROUNDING:
             raise ValueError(
                 f"{pairs}: its pairs of {name} do not have the score in {path.name}, so they are "
                 f"of another model; {again}"
             )
-    return Scores(path, model, label, float32, complete, names, sha256, cosines, golds)
+    return StoredReport(path, model, label, float32, complete, names, sha256, cosines, golds)
 
 
 def _spearman(file: Path, name: str, cosine_P: Floats, gold_P: Floats) -> float:
@@ -225,3 +228,7 @@ def _spearman(file: Path, name: str, cosine_P: Floats, gold_P: Floats) -> float:
         return spearman(cosine_P, gold_P)
     except ValueError as error:
         raise ValueError(f"{file}: {name}: {error}") from None
+
+
+# the names under which the stages of a reproduction know them
+as_json, write = StsReport.to_json, StsReport.write

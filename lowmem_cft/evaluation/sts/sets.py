@@ -30,7 +30,7 @@ from lowmem_cft.evaluation.sts.protocols import (
 from lowmem_cft.files import cache_folder, sha256_of, whole_folder
 
 DIGITS = 12
-"""Of a checksum or revision, as it stands beside a number."""
+"""How many digits of a checksum or revision stand beside a number."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def data_folder() -> Path | None:
 
 
 def pairs_sha256(pairs: list[ScoredPair]) -> str:
-    """Of texts and gold scores in their order, wherever they were read from."""
+    """The checksum of texts and gold scores in their order, wherever they were read from."""
     digest = hashlib.sha256()
     for pair in pairs:
         for part in (pair.sentence1, pair.sentence2, repr(pair.score)):
@@ -121,7 +121,7 @@ def _find_and_read(entry: StsSet, folder: Path | None, offline: bool) -> LoadedS
         name = place.path.name
         return LoadedSet(entry.name, pairs, entry.num_pairs, name, version, place.own_text)
     looked = "LOWMEM_CFT_DATA names no folder" if folder is None else f"{folder} has not"
-    tried = f"{looked} {entry.wanted}" if folder else f"{looked} (wanted in it: {entry.wanted})"
+    tried = f"{looked} {entry.places}" if folder else f"{looked} (wanted in it: {entry.places})"
     if entry.hub is None:
         hub = "no data set on the hub has it"
     else:
@@ -175,10 +175,10 @@ def load_set(
         ValueError: it is not there, a row is wrong, or its size is not the protocol's.
     """
     loaded = _by_name(name, folder, protocol, offline)
-    num_read, wanted = len(loaded.pairs), loaded.set_pairs
-    if wanted is not None and num_read != wanted:
+    num_read, size = len(loaded.pairs), loaded.set_pairs
+    if size is not None and num_read != size:
         raise ValueError(
-            f"{loaded.source}: got {num_read:,} pairs, {name} has {wanted:,}"
+            f"{loaded.source}: got {num_read:,} pairs, {name} has {size:,}"
             + ("" if protocol is None else f" under the {protocol.name} protocol")
             + "; get it anew, or name the file itself to score what is in it"
         )
@@ -220,8 +220,8 @@ def _names(protocol: Protocol | None, names: list[str] | None, folder: Path | No
         return [entry.name for entry in protocol.sets]
     if folder is None:
         return ["demo"]
-    if found := sets_in(folder):
-        return found
+    if at_hand := sets_in(folder):
+        return at_hand
     raise ValueError(f"LOWMEM_CFT_DATA: {folder} holds none of {', '.join(SETS)}")
 
 
@@ -238,9 +238,9 @@ def load_sets(
         ValueError: some cannot be read; each is named, with where to get it.
     """
     folder = data_folder()
-    wanted = _names(protocol, names, folder)
+    listed = _names(protocol, names, folder)
     loaded, wrong = [], []
-    for name in wanted:
+    for name in listed:
         try:
             loaded.append(
                 load_set(name, folder, offline=offline, protocol=protocol, cleaned_up=cleaned_up)
@@ -251,6 +251,6 @@ def load_sets(
         raise ValueError(wrong[0])
     if wrong:
         raise ValueError(
-            "\n  ".join([f"{len(wrong)} of {len(wanted)} sets cannot be read:", *wrong])
+            "\n  ".join([f"{len(wrong)} of {len(listed)} sets cannot be read:", *wrong])
         )
     return loaded

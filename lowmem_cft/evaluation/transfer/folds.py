@@ -16,9 +16,9 @@ Rows = npt.NDArray[np.int64]
 class FitPlan:
     """Sets of row numbers, those of one split after those of the other.
 
-    For each of `test` there are as many sets in `train` and `dev`, in its order: fits on them
-    choose its penalty. With it a fit on the set of `final` is tested; without `final`, the fit on
-    the one training set.
+    Every set of `test` has its share of `train` and `dev`, in the same order: fits on those choose
+    the penalty. A fit on its set of `final` with that penalty is tested; where `final` is None, the
+    fit on its only training set is.
     """
 
     train: list[Rows]
@@ -52,23 +52,30 @@ def plan_fits(labels: Mapping[str, npt.NDArray[np.int64]], folds: int, seed: int
     return FitPlan([rest for rest, _ in inner], [fold for _, fold in inner], final, test)
 
 
+def check_scikit_learn() -> None:
+    """Raise ValueError where scikit-learn is not installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "transfer tasks need scikit-learn, which is not here: "
+            "pip install 'lowmem-cft[transfer]'"
+        ) from None
+
+
 def _folds(
     rows: Rows, label_N: npt.NDArray[np.int64], folds: int, seed: int
 ) -> list[tuple[Rows, Rows]]:
     """(the rest, the fold) for each stratified fold of these rows."""
-    try:
-        from sklearn.model_selection import StratifiedKFold  # type: ignore[import-untyped]
-    except ImportError:
-        raise ValueError(
-            "transfer tasks take their folds from scikit-learn, which is not here; "
-            "pip install scikit-learn"
-        ) from None
+    check_scikit_learn()
+    from sklearn.model_selection import StratifiedKFold
+
     kfold = StratifiedKFold(folds, shuffle=True, random_state=seed)
     try:
         with warnings.catch_warnings():
             # "the least populated class ...": folds without a class are not the protocol's
             warnings.simplefilter("error", UserWarning)
-            found = list(kfold.split(np.zeros(len(rows)), label_N[rows]))
+            splits = list(kfold.split(np.zeros(len(rows)), label_N[rows]))
     except (ValueError, UserWarning) as error:
         raise ValueError(f"{error} Take more rows: a greater limit, or none.") from None
-    return [(rows[rest], rows[fold]) for rest, fold in found]
+    return [(rows[rest], rows[fold]) for rest, fold in splits]

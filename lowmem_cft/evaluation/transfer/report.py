@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 
 from lowmem_cft.evaluation.clean_up import clean_up
-from lowmem_cft.evaluation.transfer import score as transfer
 from lowmem_cft.evaluation.transfer import tasks as transfer_data
 from lowmem_cft.evaluation.transfer.score import (
     SENTEVAL,
@@ -24,12 +24,13 @@ from lowmem_cft.evaluation.transfer.tasks import TransferTask
 from lowmem_cft.files import short_name, write_json
 from lowmem_cft.inference.embed import Embed, Vectors
 from lowmem_cft.machine import library_versions
+from lowmem_cft.progress import Say
 
 FILE_NAME = "eval-transfer"
 """What the names of these reports begin with in a run's folder."""
 
 _UNIT = 1e-3
-"""So far a length may be from 1 by rounding in 16 bit."""
+"""Largest difference from 1 that rounding in 16 bit makes in the length of a normalised vector."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TransferReport:
 
     @property
     def num_tasks(self) -> int:
-        """Of the protocol."""
+        """How many tasks the protocol has."""
         return len(transfer_data.SPECS)
 
     @property
@@ -76,7 +77,7 @@ class TransferReport:
 
     @property
     def complete(self) -> bool:
-        """Whether it is all tasks with all their rows, so that the mean is the protocol's."""
+        """Whether all tasks with all their rows are in it, so that the mean is the protocol's."""
         return self.limit is None and self.all_tasks
 
     @property
@@ -100,8 +101,32 @@ class TransferReport:
         )
         return f"not normalised, of length {low:.3g} to {high:.3g}"
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON values: accuracies 0 to 1; `complete` says whether the mean is the protocol's."""
+        return {
+            "model": self.model,
+            "suite": "transfer",
+            "solver": self.settings.solver,
+            "clean_up": self.cleaned_up,
+            "float32": self.float32,
+            "limit": self.limit,
+            "complete": self.complete,
+            "embeddings": self.embeddings,
+            "mean": self.mean,
+            "mean_dev": self.mean_dev,
+            "tasks": [
+                {**asdict(score), "embedding_length": asdict(lengths)}
+                for score, lengths in zip(self.scores, self.lengths, strict=True)
+            ],
+            "versions": library_versions(),
+        }
 
-def score_tasks(
+    def write(self, path: str | PathLike[str]) -> None:
+        """Write the report as JSON, never half of it."""
+        write_json(Path(path), self.to_json())
+
+
+def partial_reports(
     tasks: Sequence[TransferTask],
     embed: Embed,
     *,
@@ -110,10 +135,9 @@ def score_tasks(
     device: torch.device | str = "cpu",
     cleaned_up: bool = False,
     float32: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-    keep: Callable[[TransferReport], None] = lambda report: None,
-) -> TransferReport:
-    """Score tasks (at least one) one after the other.
+    say: Say = lambda line: None,
+) -> Iterator[TransferReport]:
+    """Score tasks one after the other: the report so far after each, the last one whole.
 
     Args:
         embed: raw embeddings are the protocol's; the report says how long they were.
@@ -121,14 +145,14 @@ def score_tasks(
         cleaned_up: apply `clean_up` to every text before it is embedded.
         float32: whether `embed` computes in float32, for the record.
         say: told each task's size, then its accuracy.
-        keep: given the report so far after each task but the last.
 
     Raises:
         ValueError: as in `score_task`; too few rows in any task are refused before all work.
     """
     for task in tasks:
         check_task(task, settings)
-    scores, lengths = [], []
+    scores: list[TransferScore] = []
+    lengths: list[Lengths] = []
     for task in tasks:
         rows = sum(len(split.label_N) for split in task.splits.values())
         say(f"{task.name}: {rows:,} rows")
@@ -138,12 +162,26 @@ def score_tasks(
         say(f"{task.name}: {100 * scores[-1].accuracy:.2f}")
         if scores[-1].unconverged:
             say(f"{task.name}: {scores[-1].unconverged} fits were cut off before their minimum")
-        found = TransferReport(
+        yield TransferReport(
             model, settings, cleaned_up, float32, task.limit, list(scores), list(lengths)
         )
-        if task is not tasks[-1]:
-            keep(found)
-    return found
+
+
+def score_tasks(
+    tasks: Sequence[TransferTask],
+    embed: Embed,
+    *,
+    model: str,
+    settings: TransferSettings = SENTEVAL,
+    device: torch.device | str = "cpu",
+    cleaned_up: bool = False,
+    say: Say = lambda line: None,
+) -> TransferReport:
+    """The whole report of tasks, at least one; arguments and errors as in `partial_reports`."""
+    *_, report = partial_reports(
+        tasks, embed, model=model, settings=settings, device=device, cleaned_up=cleaned_up, say=say
+    )
+    return report
 
 
 class _Measured:
@@ -160,29 +198,5 @@ class _Measured:
         return emb_PD
 
 
-def as_json(found: TransferReport) -> dict[str, Any]:
-    """Accuracies 0 to 1; `complete` says whether the mean is the protocol's."""
-    values: dict[str, Any] = transfer.as_json(found.scores)
-    tasks = [
-        {**task, "embedding_length": asdict(lengths)}
-        for task, lengths in zip(values["tasks"], found.lengths, strict=True)
-    ]
-    return {
-        "model": found.model,
-        "suite": "transfer",
-        "solver": found.settings.solver,
-        "clean_up": found.cleaned_up,
-        "float32": found.float32,
-        "limit": found.limit,
-        "complete": found.complete,
-        "embeddings": found.embeddings,
-        "mean": found.mean,
-        "mean_dev": found.mean_dev,
-        "tasks": tasks,
-        "versions": library_versions(),
-    }
-
-
-def write(found: TransferReport, path: Path) -> None:
-    """Write the report as JSON, never half of it."""
-    write_json(path, as_json(found))
+# the name under which the stages of a reproduction know it
+as_json = TransferReport.to_json

@@ -7,8 +7,8 @@ choice (`TransferSettings.solver`), named in every result. docs/transfer.md has 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem_cft.evaluation.transfer.converged import solve_logistic
-from lowmem_cft.evaluation.transfer.folds import FitPlan, Rows, plan_fits
+from lowmem_cft.evaluation.transfer.folds import FitPlan, Rows, check_scikit_learn, plan_fits
 from lowmem_cft.evaluation.transfer.senteval_adam import AdamSettings, train_logistic
 from lowmem_cft.evaluation.transfer.tasks import TransferTask
 from lowmem_cft.inference.embed import Embed
@@ -94,7 +94,7 @@ def score_task(
     Args:
         embed: called once. Its vectors are taken as they are: their scale counts, since the
             penalties are absolute.
-        device: where the regressions are solved.
+        device: where the regressions are solved; `converged` solves them on the CPU.
 
     Raises:
         ValueError: embeddings of a wrong shape or not finite, too few rows for the folds, or
@@ -123,20 +123,16 @@ def check_task(task: TransferTask, settings: TransferSettings) -> FitPlan:
     """The fits that the task takes.
 
     Raises:
-        ValueError: too few rows for the folds, or settings without meaning.
+        ValueError: too few rows for the folds, settings without meaning, or no scikit-learn.
     """
     _check(settings)
     labels = {name: split.label_N for name, split in task.splits.items()}
     try:
+        if settings.solver == "converged":
+            check_scikit_learn()
         return plan_fits(labels, settings.folds, settings.seed)
     except ValueError as error:
         raise ValueError(f"{task.name}: {error}") from None
-
-
-def as_json(scores: Sequence[TransferScore]) -> dict[str, Any]:
-    """Scores with their mean accuracy; each has its protocol's name."""
-    mean = float(np.mean([score.accuracy for score in scores])) if scores else None
-    return {"mean": mean, "tasks": [asdict(score) for score in scores]}
 
 
 def _check(settings: TransferSettings) -> None:
@@ -213,19 +209,9 @@ class _Bench:
         if self.settings.solver == "senteval":
             adam = self.settings.adam
             return train_logistic(x_ND, label_N, train, dev, penalty_FR, num_classes, adam)
-        num_rows = 1 + max(int(rows.max()) for rows in train)  # training rows stand first
-        member_NF = torch.zeros((num_rows, len(train)), dtype=torch.bool)
-        for i, rows in enumerate(train):
-            member_NF[rows, i] = True
-        solved = solve_logistic(
-            x_ND[:num_rows],
-            label_N[:num_rows],
-            member_NF.to(x_ND.device),
-            penalty_FR.to(x_ND.device),
-            num_classes,
-        )
-        self.unconverged += int((~solved.converged_FR).sum())
-        return solved.weight_FRKE
+        weight_FRKE, num_cut_off = solve_logistic(x_ND, label_N, train, penalty_FR, num_classes)
+        self.unconverged += num_cut_off
+        return weight_FRKE.to(x_ND.device)
 
     def _accuracy(self, test: Sequence[Rows], weight_FRKE: Tensor) -> npt.NDArray[np.float64]:
         """(F, R): of each fit on the rows of its set."""

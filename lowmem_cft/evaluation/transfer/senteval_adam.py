@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-Rows = npt.NDArray[np.int64]
+from lowmem_cft.evaluation.transfer.folds import Rows
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class AdamSettings:
     """Looks without a new best that are tolerated, in all and not in a row."""
     max_epoch: int = 200
     validation_split: float = 0.05
-    """Of the training rows, held out where no development rows are given."""
+    """Share of the training rows that is held out where no development rows are given."""
 
 
 def train_logistic(
@@ -171,8 +170,8 @@ class _Lockstep:
         correct = []
         for i, row_V in enumerate(self._dev):
             logit_VC = torch.addmm(self._bias_F1C[i], self._features_ND[row_V], self._weight_FDC[i])
-            found_VR = logit_VC.view(-1, *self._shape).argmax(dim=2)
-            correct.append((found_VR == self._label_N[row_V, None]).sum(dim=0))
+            class_VR = logit_VC.view(-1, *self._shape).argmax(dim=2)
+            correct.append((class_VR == self._label_N[row_V, None]).sum(dim=0))
         return torch.stack(correct)
 
     def _keep(self, keep_F: Tensor) -> None:

@@ -92,11 +92,6 @@ class TransferTask:
         return self.spec.name
 
 
-def tasks_in(folder: Path) -> list[str]:
-    """Names of the tasks of which the folder holds every file."""
-    return [name for name, spec in SPECS.items() if not _missing(spec, folder)]
-
-
 def load_tasks(
     folder: Path | None, names: Sequence[str], *, limit: int | None = None
 ) -> list[TransferTask]:
@@ -179,9 +174,9 @@ def _in_senteval_order(rows: list[_Row], limit: int | None) -> Split:
         rows = [rows[i * len(rows) // limit] for i in range(limit)]
     # stable, as in SentEval: rows of equal length and class stay in the order of the file
     ordered = sorted(rows, key=lambda row: ([len(tokens) for tokens in row[1]], row[0]))
-    texts = [[" ".join(tokens) for tokens in sentences] for _, sentences in ordered]
+    texts = [[" ".join(tokens) for tokens in row] for _, row in ordered]
     return Split(
-        [one[0] for one in texts],
-        [one[1] for one in texts if len(one) > 1],
+        [sentences[0] for sentences in texts],
+        [sentences[1] for sentences in texts if len(sentences) > 1],
         np.array([label for label, _ in ordered], dtype=np.int64),
     )

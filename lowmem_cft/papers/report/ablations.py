@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import yaml
+from lowmem_cft.papers import names
+from lowmem_cft.papers.paper import Paper
+from lowmem_cft.papers.records import Records
+from lowmem_cft.papers.report.figures import Score, compared, score
+from lowmem_cft.papers.results import Evaluation, Training
 
-from lowmem_cft.papers.report.figures import Score, compared, is_whole, score
-from lowmem_cft.papers.report.records import ABLATED, Evaluation, Records, Training
-
-IGNORED = "output."
-"""Where a run is written and in what form: it does not touch what is trained."""
-
+# where a run is written and in what form: it does not touch what is trained
+_IGNORED = "output."
 _ABSENT = "(absent)"
 
 
@@ -49,37 +50,74 @@ class Ablations:
     baseline: Ablation | None
     others: list[Ablation]
 
+    def of(self, key: str) -> list[tuple[Ablation, str]]:
+        """The ablations of a key after the baseline, each with its value of it; else none."""
+        of_key = [ablation for ablation in self.others if ablation.key == key]
+        if not of_key or self.baseline is None:
+            return [(ablation, ablation.value) for ablation in of_key]
+        known = {change.key: change.baseline for ab in of_key for change in ab.changes}
+        same = self.baseline.key == key
+        value = self.baseline.value if same else known.get(key, "the same")
+        return [(self.baseline, value), *((ablation, ablation.value) for ablation in of_key)]
 
-def ablations(records: Records) -> Ablations:
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run left; `facts` are what defined it: recipe keys, other inputs, how much was done."""
+
+    name: str
+    training: Training
+    evaluation: Evaluation | None
+    facts: dict[str, str]
+
+
+def ablations(records: Records, paper: Paper, baseline: str | None) -> Ablations:
     """All that were run, with what differs from the baseline in their inputs."""
-    asked = records.reproduction
-    found = {name: _ablation(records, name) for name in asked.ablations}
-    baseline = found.pop(asked.baseline, None)
-    return Ablations(baseline, [one for one in found.values() if one is not None])
+    keys = {ablation.name: ablation.key for ablation in paper.ablations}
+    order = paper.ablations_from(baseline)
+    runs = {name: run for name in order if (run := _read(records, name)) is not None}
+    if not order:
+        return Ablations(None, [])
+    base, scored = runs.pop(order[0], None), records.find(names.evaluation_of(order[0]), Evaluation)
+    others = []
+    for name, run in runs.items():
+        changes, problems = _changes(base, run, keys[name])
+        difference = None
+        if run.evaluation is not None:
+            try:
+                difference = _difference(scored, run.evaluation, records.folder)
+            except ValueError as error:
+                problems.append(f"no paired difference: {error}")
+        others.append(_ablation(run, keys[name], difference, changes, problems))
+    return Ablations(
+        None if base is None else _ablation(base, keys[base.name], None, [], []), others
+    )
 
 
-def _ablation(records: Records, name: str) -> Ablation | None:
-    training = records.get(name, Training)
+def _read(records: Records, name: str) -> _Run | None:
+    training = records.find(name, Training)
     if training is None:
         return None
-    scored = records.get(f"evaluate-{name}", Evaluation)
-    key = ABLATED.get(name, "train.learning_rate")
-    is_baseline = name == records.reproduction.baseline
-    facts = _facts(records, name)
-    changes: list[Change] = []
-    problems: list[str] = []
-    if not is_baseline:
-        changes, problems = _changes(records, name, key)
-    difference = None
-    if scored is not None and not is_baseline:
-        difference = _difference(records, scored, problems)
-    whole = scored is not None and all(is_whole(one) for one in scored.sets)
+    stage = records.get(name)
+    assert stage is not None, f"{name} has a result"
+    inputs = {**stage.inputs}
+    recipe = inputs.pop("recipe", {})
+    done = {"steps": training.steps, "logical_batch": training.logical_batch, "rows": training.rows}
+    facts = dict(_flat({**recipe, "inputs": inputs, "result": done}))
+    return _Run(name, training, records.find(names.evaluation_of(name), Evaluation), facts)
+
+
+def _ablation(
+    run: _Run, key: str, difference: Score | None, changes: list[Change], problems: list[str]
+) -> Ablation:
+    scored = run.evaluation
+    whole = scored is not None and all(result.is_whole for result in scored.sets)
     return Ablation(
-        name,
+        run.name,
         key,
-        facts.get(key, _ABSENT),
-        training.steps,
-        "" if scored is None else ", ".join(one.name for one in scored.sets),
+        run.facts.get(key, _ABSENT),
+        run.training.steps,
+        "" if scored is None else ", ".join(result.name for result in scored.sets),
         None if scored is None else score(scored.mean, scored.mean_interval, whole),
         difference,
         changes,
@@ -87,28 +125,22 @@ def _ablation(records: Records, name: str) -> Ablation | None:
     )
 
 
-def _difference(records: Records, scored: Evaluation, problems: list[str]) -> Score | None:
-    base = records.get(f"evaluate-{records.reproduction.baseline}", Evaluation)
+def _difference(base: Evaluation | None, scored: Evaluation, folder: Path) -> Score:
     if base is None:
-        problems.append("no paired difference: the baseline was not scored")
-        return None
-    try:
-        mean = compared(records.folder, base, scored).mean
-    except ValueError as error:
-        problems.append(f"no paired difference: {error}")
-        return None
+        raise ValueError("the baseline was not scored")
+    mean = compared(folder, base, scored).mean
     return score(mean.difference, mean.interval)
 
 
-def _changes(records: Records, name: str, key: str) -> tuple[list[Change], list[str]]:
-    baseline = records.reproduction.baseline
-    if baseline not in records.stages:
+def _changes(base: _Run | None, run: _Run, key: str) -> tuple[list[Change], list[str]]:
+    """What differs from the baseline, and what is wrong with that."""
+    if base is None:
         return [], ["the baseline was not run: whether all else is equal was not checked"]
-    before, now = _facts(records, baseline), _facts(records, name)
+    then, now = base.facts, run.facts
     changes = [
-        Change(one, before.get(one, _ABSENT), now.get(one, _ABSENT), one == key)
-        for one in sorted({*before, *now})
-        if before.get(one) != now.get(one) and not one.startswith(IGNORED)
+        Change(name, then.get(name, _ABSENT), now.get(name, _ABSENT), name == key)
+        for name in sorted({*then, *now})
+        if then.get(name) != now.get(name) and not name.startswith(_IGNORED)
     ]
     problems = []
     others = [change.key for change in changes if not change.named]
@@ -122,29 +154,12 @@ def _changes(records: Records, name: str, key: str) -> tuple[list[Change], list[
     return changes, problems
 
 
-def _facts(records: Records, name: str) -> dict[str, str]:
-    """What defined a training stage: recipe keys, its other inputs, and how much was done."""
-    inputs = dict(records.stages[name].inputs)
-    recipe = inputs.pop("recipe", None)
-    if isinstance(recipe, str) and "\n" in recipe:
-        recipe = yaml.safe_load(recipe)
-    facts = {f"inputs.{key}": str(value) for key, value in _flat(inputs)}
-    if isinstance(recipe, Mapping):
-        facts |= {key: str(value) for key, value in _flat(recipe)}
-    elif recipe is not None:
-        facts["recipe"] = str(recipe)
-    training = records.get(name, Training)
-    assert training is not None, f"{name} is a training stage that was run"
-    done = {"steps": training.steps, "logical_batch": training.logical_batch, "rows": training.rows}
-    return facts | {f"result.{key}": str(value) for key, value in done.items()}
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys; lists of sections by their index."""
+def _flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Values by dotted keys; lists of sections by their index."""
     for key, value in values.items():
-        if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-            value = {str(i): one for i, one in enumerate(value)}
+        if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+            value = {str(i): section for i, section in enumerate(value)}
         if isinstance(value, Mapping):
             yield from _flat(value, f"{path}{key}.")
         else:
-            yield f"{path}{key}", value
+            yield f"{path}{key}", str(value)

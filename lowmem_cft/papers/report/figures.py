@@ -13,13 +13,16 @@ from statistics import fmean
 from lowmem_cft.evaluation.sts import compare
 from lowmem_cft.evaluation.sts.bootstrap import Interval
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
-from lowmem_cft.papers.published import Figure, Published, Variant, find, paper_facts
-from lowmem_cft.papers.report.records import Evaluation, Records, SetResult, TaskScore, Transfer
+from lowmem_cft.papers import names
+from lowmem_cft.papers.paper import Paper
+from lowmem_cft.papers.published import Figure, Published, Variant
+from lowmem_cft.papers.records import Records
+from lowmem_cft.papers.results import Evaluation, SetResult, TaskScore, Transfer
 
 SIDES: dict[str, tuple[str, Variant]] = {
-    "base": ("base", "base"),
-    "icl": ("evaluate-icl", "icl"),
-    "trained": ("evaluate", "fine-tuned"),
+    "base": (names.BASE, "base"),
+    "icl": (names.WITH_DEMONSTRATION, "icl"),
+    "trained": (names.EVALUATE, "fine-tuned"),
 }
 """What is set side by side: the stage that has ours, and the published variant."""
 
@@ -79,44 +82,101 @@ class TransferTable:
 # --- STS, set by set ----------------------------------------------------------------------
 
 
-def sts_table(records: Records) -> StsTable:
-    """Every set of the protocol, and any other that was scored."""
-    asked = records.reproduction
-    facts = paper_facts(asked.paper)
-    sides = [side for side in SIDES if side != "icl" or asked.paper == "prompteol"]
-    ours = {side: records.get(SIDES[side][0], Evaluation) for side in sides}
-    published = {side: find(asked.paper, asked.model, SIDES[side][1]) for side in sides}
-    wanted = next(p for p in PROTOCOLS.values() if p.name == facts.protocol)
-    names = [entry.name for entry in wanted.sets]
-    found = [one.name for scored in ours.values() if scored for one in scored.sets]
-    names += [name for name in dict.fromkeys(found) if name not in names]
-    rows = [Row(name, _pairs(name, ours), *_by_side(name, ours, published), {}) for name in names]
-    mean = Row("mean", None, *_means(ours, published))
-    problems = _protocol_problems(facts.protocol, ours)
-    base = ours["base"]
-    for side in sides[1:]:
-        here = ours[side]
-        if base is not None and here is not None:
-            problems += _add_differences(records.folder, base, here, side, [*rows, mean])
-    known = {side: row for side, row in published.items() if row is not None}
+@dataclass(frozen=True)
+class _Side:
+    """What there is of a side; either may be absent."""
+
+    name: str
+    ours: Evaluation | None
+    published: Published | None
+
+    def result(self, set_name: str) -> SetResult | None:
+        results = [] if self.ours is None else self.ours.sets
+        return next((result for result in results if result.name == set_name), None)
+
+    def mean(self) -> Score | None:
+        if self.ours is None:
+            return None
+        whole = self.ours.complete and all(result.is_whole for result in self.ours.sets)
+        return score(self.ours.mean, self.ours.mean_interval, whole)
+
+    def published_mean(self) -> Figure | None:
+        """Over the sets that we scored, where these are not all; None where one is not known."""
+        if self.published is None or self.ours is None or self.ours.complete:
+            return None if self.published is None else self.published.mean
+        known = self.published.sets
+        figures = [known[result.name] for result in self.ours.sets if result.name in known]
+        if len(figures) < len(self.ours.sets):
+            return None
+        return Figure(
+            value=fmean(figure.value for figure in figures),
+            source="; ".join(dict.fromkeys(figure.source for figure in figures)),
+            verified=all(figure.verified for figure in figures),
+            note=f"computed here over the {len(figures)} sets that we scored",
+        )
+
+    def problem(self, protocol: str) -> str | None:
+        """Why our mean is not comparable with a published one by the protocol."""
+        if self.ours is None:
+            return None
+        if self.ours.protocol_name != protocol:
+            return (
+                f"{self.name}: scored by another protocol ({self.ours.protocol}) than the "
+                f"published figures ({protocol}): the two are not comparable."
+            )
+        if self.ours.complete:
+            return None
+        return (
+            f"{self.name}: our mean is over {len(self.ours.sets)} sets instead of the protocol's."
+        )
+
+
+def sts_table(records: Records, paper: Paper, model: str) -> StsTable:
+    """Every set of the paper's protocol, and any other that was scored."""
+    sides = {
+        name: _Side(name, records.find(stage, Evaluation), paper.published(model, variant))
+        for name, (stage, variant) in SIDES.items()
+        if stage in paper.stages
+    }
+    protocol = paper.facts.protocol
+    scored = [result.name for side in sides.values() if side.ours for result in side.ours.sets]
+    listed = dict.fromkeys([*(entry.name for entry in PROTOCOLS[protocol].sets), *scored])
+    rows = [_row(name, list(sides.values())) for name in listed]
+    mean = Row(
+        "mean",
+        None,
+        {name: ours for name, side in sides.items() if (ours := side.mean())},
+        {name: figure for name, side in sides.items() if (figure := side.published_mean())},
+    )
+    problems = [problem for side in sides.values() if (problem := side.problem(protocol))]
+    base = sides["base"].ours if "base" in sides else None
+    for name, side in sides.items():
+        if name != "base" and base is not None and side.ours is not None:
+            problems += _add_differences(records.folder, base, side.ours, name, [*rows, mean])
+    published = {name: side.published for name, side in sides.items() if side.published}
     return StsTable(
-        facts.protocol,
-        sides,
+        protocol,
+        list(sides),
         rows,
         mean,
-        {side: row.bug for side, row in known.items() if row.bug},
-        {side: row.note for side, row in known.items() if row.note},
+        {name: row.bug for name, row in published.items() if row.bug},
+        {name: row.note for name, row in published.items() if row.note},
         problems,
     )
 
 
-def _set_of(scored: Evaluation | None, name: str) -> SetResult | None:
-    return next((one for one in scored.sets if one.name == name), None) if scored else None
-
-
-def _pairs(name: str, ours: dict[str, Evaluation | None]) -> int | None:
-    sizes = [one.num_pairs for scored in ours.values() if (one := _set_of(scored, name))]
-    return sizes[0] if sizes else None
+def _row(set_name: str, sides: Sequence[_Side]) -> Row:
+    results = {side.name: result for side in sides if (result := side.result(set_name))}
+    return Row(
+        set_name,
+        next((result.num_pairs for result in results.values()), None),
+        {name: score(r.spearman, r.interval, r.is_whole) for name, r in results.items()},
+        {
+            side.name: side.published.sets[set_name]
+            for side in sides
+            if side.published and set_name in side.published.sets
+        },
+    )
 
 
 def score(value: float, interval: Interval, whole: bool = True) -> Score:
@@ -124,81 +184,17 @@ def score(value: float, interval: Interval, whole: bool = True) -> Score:
     return Score(100 * value, 100 * interval.low, 100 * interval.high, whole)
 
 
-def is_whole(one: SetResult) -> bool:
-    """Whether the set is the protocol's: all pairs, its text."""
-    return one.own_text and one.set_pairs in (None, one.num_pairs)
-
-
-def _by_side(
-    name: str, ours: dict[str, Evaluation | None], published: dict[str, Published | None]
-) -> tuple[dict[str, Score], dict[str, Figure]]:
-    scores = {
-        side: score(one.spearman, one.interval, is_whole(one))
-        for side, scored in ours.items()
-        if (one := _set_of(scored, name))
-    }
-    figures = {side: row.sets[name] for side, row in published.items() if row and name in row.sets}
-    return scores, figures
-
-
-def _means(
-    ours: dict[str, Evaluation | None], published: dict[str, Published | None]
-) -> tuple[dict[str, Score], dict[str, Figure]]:
-    scores, figures = {}, {}
-    for side, scored in ours.items():
-        row = published[side]
-        if scored is not None:
-            whole = scored.complete and all(is_whole(one) for one in scored.sets)
-            scores[side] = score(scored.mean, scored.mean_interval, whole)
-        mean = None if row is None else _published_mean(row, scored)
-        if mean is not None:
-            figures[side] = mean
-    return scores, figures
-
-
-def _published_mean(row: Published, scored: Evaluation | None) -> Figure | None:
-    """Over the sets that we scored, where these are not all; None where one is not known."""
-    if scored is None or scored.complete:
-        return row.mean
-    names = [one.name for one in scored.sets]
-    if any(name not in row.sets for name in names):
-        return None
-    figures = [row.sets[name] for name in names]
-    return Figure(
-        value=fmean(figure.value for figure in figures),
-        source="; ".join(dict.fromkeys(figure.source for figure in figures)),
-        verified=all(figure.verified for figure in figures),
-        note=f"computed here over the {len(names)} sets that we scored",
-    )
-
-
-def _protocol_problems(wanted: str, ours: dict[str, Evaluation | None]) -> list[str]:
-    found = []
-    for side, scored in ours.items():
-        if scored is None:
-            continue
-        if scored.protocol_name != wanted:
-            found.append(
-                f"{side}: scored by another protocol ({scored.protocol}) than the published "
-                f"figures ({wanted}): the two are not comparable."
-            )
-        elif not scored.complete:
-            sizes = f"{len(scored.sets)} sets instead of the protocol's"
-            found.append(f"{side}: our mean is over {sizes}.")
-    return found
-
-
 def _add_differences(
     folder: Path, base: Evaluation, here: Evaluation, side: str, rows: Sequence[Row]
 ) -> list[str]:
     """Put the paired differences into the rows; gives what prevented it."""
     try:
-        found = compared(folder, base, here)
+        comparison = compared(folder, base, here)
     except ValueError as error:
         return [f"{side} - base: no paired difference ({error})."]
-    for entry in (*found.sets, found.mean):
-        row = next(row for row in rows if row.name == entry.name)
-        row.differences[side] = score(entry.difference, entry.interval)
+    of_row = {row.name: row for row in rows}
+    for entry in (*comparison.sets, comparison.mean):
+        of_row[entry.name].differences[side] = score(entry.difference, entry.interval)
     return []
 
 
@@ -212,63 +208,56 @@ def compared(folder: Path, a: Evaluation, b: Evaluation) -> compare.Comparison:
     return compare.compare(folder / a.report, folder / b.report, resamples)
 
 
-def other_models(records: Records) -> list[OtherModel]:
+def other_models(paper: Paper, model: str) -> list[OtherModel]:
     """Fine-tuned figures of the paper's models, where it has none of this one."""
-    asked = records.reproduction
-    if find(asked.paper, asked.model, "fine-tuned") is not None:
+    if paper.published(model, "fine-tuned") is not None:
         return []
     return [
         OtherModel(name, row)
-        for key, name in paper_facts(asked.paper).models.items()
-        if (row := find(asked.paper, key, "fine-tuned")) is not None
+        for key, name in paper.facts.models.items()
+        if (row := paper.published(key, "fine-tuned")) is not None
     ]
 
 
 # --- transfer tasks -----------------------------------------------------------------------
 
 
-def transfer_table(records: Records) -> TransferTable | None:
+def transfer_table(records: Records, paper: Paper, model: str) -> TransferTable | None:
     """None where neither side was scored and nothing is published."""
-    asked = records.reproduction
-    found = {side: records.get(f"transfer-{side}", Transfer) for side in ("base", "trained")}
-    row = find(asked.paper, asked.model, "transfer")
-    tasks = {
-        side: {task.name: task for task in scored.tasks} for side, scored in found.items() if scored
-    }
-    if not tasks and row is None:
+    stages = {"base": names.TRANSFER_BASE, "trained": names.TRANSFER_TRAINED}
+    results = {side: records.find(stage, Transfer) for side, stage in stages.items()}
+    scored = {side: result for side, result in results.items() if result is not None}
+    row = paper.published(model, "transfer")
+    if not scored and row is None:
         return None
+    tasks = {side: {task.name: task for task in result.tasks} for side, result in scored.items()}
     figures = {} if row is None else row.sets
-    names = dict.fromkeys([*figures, *(name for side in tasks.values() for name in side)])
+    listed = dict.fromkeys([*figures, *(name for side in tasks.values() for name in side)])
     rows = []
-    for name in names:
-        here = {side: listed[name] for side, listed in tasks.items() if name in listed}
+    for name in listed:
+        here = {side: of_side[name] for side, of_side in tasks.items() if name in of_side}
         rows.append(
             Row(
                 name,
-                max((_test_rows(task) for task in here.values()), default=None),
+                max((task.test_rows for task in here.values()), default=None),
                 {side: _accuracy(task) for side, task in here.items()},
                 {"base": figures[name]} if name in figures else {},
                 _gain({side: task.accuracy for side, task in here.items()}),
             )
         )
-    protocols = [task.protocol for listed in tasks.values() for task in listed.values()]
+    protocols = [task.protocol for of_side in tasks.values() for task in of_side.values()]
     note = "" if row is None else row.note
-    return TransferTable(list(dict.fromkeys(protocols)), rows, _transfer_mean(found, row), note)
-
-
-def _test_rows(task: TaskScore) -> int:
-    """Every row of a cross-validated task is tested once."""
-    return task.num_rows.get("test", sum(task.num_rows.values()))
+    return TransferTable(list(dict.fromkeys(protocols)), rows, _transfer_mean(scored, row), note)
 
 
 def _accuracy(task: TaskScore) -> Score:
     """With Wilson's interval (JASA 22, 1927): test rows as independent draws."""
     from scipy.stats import binomtest
 
-    rows = _test_rows(task)
-    found = binomtest(min(rows, round(task.accuracy * rows)), rows).proportion_ci(method="wilson")
-    whole = task.num_rows == task.task_rows
-    return Score(100 * task.accuracy, 100 * found.low, 100 * found.high, whole)
+    rows = task.test_rows
+    test = binomtest(min(rows, round(task.accuracy * rows)), rows)
+    interval = test.proportion_ci(method="wilson")
+    return Score(100 * task.accuracy, 100 * interval.low, 100 * interval.high, task.is_whole)
 
 
 def _gain(accuracies: dict[str, float]) -> dict[str, Score]:
@@ -277,16 +266,14 @@ def _gain(accuracies: dict[str, float]) -> dict[str, Score]:
     return {"trained": Score(100 * (accuracies["trained"] - accuracies["base"]), None, None)}
 
 
-def _transfer_mean(found: dict[str, Transfer | None], row: Published | None) -> Row:
+def _transfer_mean(scored: dict[str, Transfer], row: Published | None) -> Row:
     """Without intervals: a mean over tasks. The published one only beside all of its tasks."""
-    means, ours, tasks = {}, {}, {}
-    for side, scored in found.items():
-        if scored is None or scored.mean is None:
-            continue
-        whole = all(task.num_rows == task.task_rows for task in scored.tasks)
-        means[side] = scored.mean
-        ours[side] = Score(100 * scored.mean, None, None, whole)
-        tasks[side] = {task.name for task in scored.tasks}
+    means = {side: result.mean for side, result in scored.items() if result.mean is not None}
+    tasks = {side: {task.name for task in scored[side].tasks} for side in means}
+    ours = {
+        side: Score(100 * mean, None, None, all(task.is_whole for task in scored[side].tasks))
+        for side, mean in means.items()
+    }
     figures = {}
     if row is not None and row.mean is not None and tasks.get("base") in (None, set(row.sets)):
         figures["base"] = row.mean

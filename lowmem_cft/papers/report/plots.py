@@ -6,24 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from lowmem_cft.evaluation.sts.correlation import Floats
 from lowmem_cft.files import whole_file
+from lowmem_cft.papers.report.figures import Row
 from lowmem_cft.papers.report.summary import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SETS, EFFICIENCY, LOSSES = "sets.png", "data-efficiency.png", "losses.png"
-NAMES = (SETS, EFFICIENCY, LOSSES)
+SETS, EFFICIENCY, LOSSES = NAMES = ("sets.png", "data-efficiency.png", "losses.png")
 
 # Okabe and Ito's palette, told apart with any colour vision (Color Universal Design, 2008).
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
+# a curve of losses is a running mean that leaves about so many independent points
 _POINTS = 50
-"""A curve of losses is a running mean that leaves about so many independent points."""
 
 
-def draw(found: Report, out: Path) -> list[Path]:
+def draw(report: Report, out: Path) -> list[Path]:
     """Those plots that there are figures for.
 
     Raises:
@@ -38,7 +41,7 @@ def draw(found: Report, out: Path) -> list[Path]:
     ):
         for name, plot in ((SETS, _sets), (EFFICIENCY, _efficiency), (LOSSES, _losses)):
             figure = Figure(figsize=(10, 5.5), layout="constrained")
-            if not plot(found, figure):
+            if not plot(report, figure):
                 continue
             with whole_file(out / name) as partial:
                 figure.savefig(partial, format="png", dpi=120)
@@ -46,9 +49,9 @@ def draw(found: Report, out: Path) -> list[Path]:
     return drawn
 
 
-def _sets(found: Report, figure: Figure) -> bool:
+def _sets(report: Report, figure: Figure) -> bool:
     """Ours as bars with intervals, published figures as diamonds: hollow where not verified."""
-    table = found.sts
+    table = report.sts
     rows = [row for row in (*table.rows, table.mean) if row.ours]
     sides = [side for side in table.sides if any(side in row.ours for row in rows)]
     if not sides:
@@ -56,42 +59,41 @@ def _sets(found: Report, figure: Figure) -> bool:
     axes = figure.subplots()
     width = 0.8 / len(sides)
     for i, side in enumerate(sides):
-        places = [k + (i - (len(sides) - 1) / 2) * width for k in range(len(rows))]
-        scored = [
-            (x, row.ours[side]) for x, row in zip(places, rows, strict=True) if side in row.ours
-        ]
-        values = [one.value for _, one in scored]
-        # an interval of resamples need not hold the score itself
-        below = [
-            max(0.0, one.value - (one.value if one.low is None else one.low)) for _, one in scored
-        ]
-        above = [
-            max(0.0, (one.value if one.high is None else one.high) - one.value) for _, one in scored
-        ]
-        axes.bar(
-            [x for x, _ in scored],
-            values,
-            width * 0.92,
-            yerr=[below, above],
-            capsize=3,
-            color=_COLORS[i],
-            label=f"{side}, ours (95 % interval)",
-        )
+        left = (i - (len(sides) - 1) / 2) * width
+        _bars(axes, rows, side, left, 0.92 * width, _COLORS[i])
         bug = ", known bug" if side in table.bugs else ""
-        figures = [(x, row.published.get(side)) for x, row in zip(places, rows, strict=True)]
-        known = [(x, figure) for x, figure in figures if figure is not None]
+        known = [
+            (k + left, row.published[side]) for k, row in enumerate(rows) if side in row.published
+        ]
         for verified, note in ((True, bug), (False, f"{bug}, source not verified")):
             points = [(x, figure.value) for x, figure in known if figure.verified is verified]
             if points:
-                _diamonds(
-                    axes, points, _COLORS[i] if verified else "white", f"{side}, published{note}"
-                )
+                color = _COLORS[i] if verified else "white"
+                _diamonds(axes, points, color, f"{side}, published{note}")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(rows)), [row.name for row in rows], rotation=30, ha="right")
     axes.set_ylabel("Spearman correlation x 100")
-    axes.set_title(f"{found.model_name}: before and after")
+    axes.set_title(f"{report.model_name}: before and after")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return True
+
+
+def _bars(
+    axes: Axes, rows: Sequence[Row], side: str, left: float, width: float, color: str
+) -> None:
+    scored = [(k + left, row.ours[side]) for k, row in enumerate(rows) if side in row.ours]
+    # an interval of resamples need not hold the score itself
+    below = [0.0 if s.low is None else max(0.0, s.value - s.low) for _, s in scored]
+    above = [0.0 if s.high is None else max(0.0, s.high - s.value) for _, s in scored]
+    axes.bar(
+        [x for x, _ in scored],
+        [s.value for _, s in scored],
+        width,
+        yerr=[below, above],
+        capsize=3,
+        color=color,
+        label=f"{side}, ours (95 % interval)",
+    )
 
 
 def _diamonds(axes: Axes, points: Sequence[tuple[float, float]], color: str, label: str) -> None:
@@ -99,9 +101,9 @@ def _diamonds(axes: Axes, points: Sequence[tuple[float, float]], color: str, lab
     axes.plot(x, y, "D", markersize=7, markerfacecolor=color, markeredgecolor="black", label=label)
 
 
-def _efficiency(found: Report, figure: Figure) -> bool:
+def _efficiency(report: Report, figure: Figure) -> bool:
     """Score by step of every training stage, a panel for each set."""
-    curves = {name: one.curve for name, one in found.trainings.items() if one.curve}
+    curves = {name: training.curve for name, training in report.trainings.items() if training.curve}
     sets = list(dict.fromkeys(curve.set for curve in curves.values()))
     if not sets:
         return False
@@ -122,22 +124,21 @@ def _efficiency(found: Report, figure: Figure) -> bool:
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel(f"Spearman correlation x 100, {set_name}")
         axes.legend(frameon=False)
-    figure.suptitle(f"{found.model_name}: data efficiency")
+    figure.suptitle(f"{report.model_name}: data efficiency")
     return True
 
 
-def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Of each value and those before it, `width` in all or fewer at the beginning."""
-    means = []
-    for end in range(1, len(values) + 1):
-        window = values[max(0, end - width) : end]
-        means.append(sum(window) / len(window))
-    return means
+def running_mean(values: Sequence[float], width: int) -> Floats:
+    """The mean of each value and those before it, `width` in all or fewer at the beginning."""
+    sums = np.convolve(values, np.ones(width))[: len(values)]
+    return sums / np.minimum(np.arange(1, len(values) + 1), width)
 
 
-def _losses(found: Report, figure: Figure) -> bool:
+def _losses(report: Report, figure: Figure) -> bool:
     """Training loss by step, smoothed over the values before."""
-    trainings = {name: one.losses for name, one in found.trainings.items() if one.losses}
+    trainings = {
+        name: training.losses for name, training in report.trainings.items() if training.losses
+    }
     if not trainings:
         return False
     axes = figure.subplots()
@@ -152,6 +153,6 @@ def _losses(found: Report, figure: Figure) -> bool:
         )
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("contrastive loss, nats")
-    axes.set_title(f"{found.model_name}: training loss")
+    axes.set_title(f"{report.model_name}: training loss")
     axes.legend(frameon=False)
     return True

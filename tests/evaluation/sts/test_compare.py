@@ -1,162 +1,21 @@
-"""Bootstrap intervals against scipy, and the comparison of two evaluated models."""
+"""The comparison of two evaluated models."""
 
 from __future__ import annotations
 
-import io
 import json
-import re
-import zlib
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from rich.console import Console
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import spearmanr
 
-from lowmem_cft.cli.tables import comparison_table, score_table
-from lowmem_cft.evaluation.sts import bootstrap, compare
+from lowmem_cft.evaluation.sts import compare
 from lowmem_cft.evaluation.sts import report as eval_report
-from lowmem_cft.evaluation.sts.correlation import Floats, spearman
-from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, SCORED, Protocol
-from lowmem_cft.evaluation.sts.score import ScoredSet, SetScore
+from lowmem_cft.evaluation.sts.correlation import spearman
+from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, SCORED
+from made_reports import drawn_pairs, scored, scores_of, write_report
 
 MTEB = PROTOCOLS["mteb"]
-
-
-def drawn_pairs(name: str, num_pairs: int, num_resamples: int, seed: int = 0) -> list[Floats]:
-    """The draws that the module documents: numpy's generator, seeded by seed and name."""
-    draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return [draw.integers(0, num_pairs, num_pairs) for _ in range(num_resamples)]
-
-
-def scores_of(num_pairs: int, seed: int, noise: float, ties: bool) -> tuple[Floats, Floats]:
-    draw = np.random.default_rng(seed)
-    gold = draw.uniform(0, 5, num_pairs)
-    cosine = gold / 5 + noise * draw.normal(size=num_pairs)
-    return (gold.round(), cosine.round(1)) if ties else (gold, cosine)
-
-
-# --- resampling -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ties", [False, True], ids=["no ties", "ties"])
-@pytest.mark.parametrize("num_pairs", [10, 400])
-def test_every_resample_equals_scipy(num_pairs: int, ties: bool) -> None:
-    gold, cosine = scores_of(num_pairs, 1, 0.3, ties)
-    if ties and num_pairs == 400:
-        assert len(set(gold)) == 6
-        assert len(set(cosine)) < 40
-    got = bootstrap.resampled_spearman("set", gold, [cosine, -cosine], 50)
-    wanted = [
-        float(spearmanr(cosine[rows], gold[rows]).statistic)
-        for rows in drawn_pairs("set", num_pairs, 50)
-    ]
-    assert got[0] == pytest.approx(wanted, abs=1e-12)
-    assert got[1] == pytest.approx([-value for value in wanted], abs=1e-12)
-    assert np.ptp(got[0]) > 0.01
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=12))
-def test_ranks_of_any_ties_equal_scipys(pairs: list[tuple[int, int]]) -> None:
-    gold, cosine = (np.array(side, dtype=np.float64) for side in zip(*pairs, strict=True))
-    got = bootstrap.resampled_spearman("s", gold, [cosine], 5)[0]
-    for value, rows in zip(got, drawn_pairs("s", len(gold), 5), strict=True):
-        x, y = rankdata(cosine[rows]), rankdata(gold[rows])
-        if np.ptp(x) == 0 or np.ptp(y) == 0:
-            assert value == 0.0
-        else:
-            assert value == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-9)
-
-
-def test_a_sets_draws_depend_on_name_and_seed_alone() -> None:
-    gold, cosine = scores_of(100, 2, 0.3, ties=False)
-    first, again = (bootstrap.resampled_spearman("a", gold, [cosine], 20) for _ in range(2))
-    assert np.array_equal(first, again)
-    assert np.array_equal(first[0], bootstrap.resampled_spearman("a", gold, [gold, cosine], 20)[1])
-    assert not np.array_equal(first, bootstrap.resampled_spearman("b", gold, [cosine], 20))
-    assert not np.array_equal(first, bootstrap.resampled_spearman("a", gold, [cosine], 20, seed=1))
-    with pytest.raises(ValueError, match="resamples: got 0"):
-        bootstrap.resampled_spearman("a", gold, [cosine], 0)
-
-
-def test_interval_is_the_middle_of_the_values() -> None:
-    found = bootstrap.interval(np.arange(1001.0))
-    assert (found.low, found.high) == pytest.approx((25, 975))
-
-
-def test_interval_has_the_width_that_theory_gives() -> None:
-    """Of a bivariate normal, Fisher's z of Spearman's r has variance about 1.06 / (n - 3).
-
-    Fieller, Hartley and Pearson, Biometrika 44 (1957).
-    """
-    draw, num_pairs, rho = np.random.default_rng(0), 2000, 0.6
-    x = draw.normal(size=num_pairs)
-    y = rho * x + np.sqrt(1 - rho**2) * draw.normal(size=num_pairs)
-    found = bootstrap.interval(bootstrap.resampled_spearman("n", x, [y], 1000)[0])
-    width = np.arctanh(found.high) - np.arctanh(found.low)
-    assert width == pytest.approx(2 * 1.96 * np.sqrt(1.06 / (num_pairs - 3)), rel=0.15)
-    assert found.low < spearman(y, x) < found.high
-
-
-# --- reports ----------------------------------------------------------------------------------
-
-
-def scored(name: str, gold: Floats, cosine: Floats, sha256: str = "f" * 64) -> ScoredSet:
-    score = SetScore(
-        name, spearman(cosine, gold), len(gold), len(gold), f"{name}.tsv", 0.5, "sha256:1"
-    )
-    return ScoredSet(score, cosine, gold, sha256)
-
-
-def write_report(
-    path: Path,
-    noise: float,
-    names: Sequence[str] = ("STS12", "STS13", "STS14"),
-    *,
-    protocol: Protocol | None = MTEB,
-    cleaned_up: bool = False,
-    float32: bool = False,
-    sha256: str = "f" * 64,
-) -> Path:
-    """Sets of 300, 400, ... pairs, of the same gold scores whatever the noise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sets = [
-        scored(name, *scores_of(300 + 100 * i, i, noise, ties=False), sha256)
-        for i, name in enumerate(names)
-    ]
-    found = eval_report.report(
-        f"model {noise}",
-        sets,
-        protocol=protocol,
-        cleaned_up=cleaned_up,
-        float32=float32,
-        num_resamples=50,
-    )
-    eval_report.write(found, path)
-    return path
-
-
-def test_report_reads_back(tmp_path: Path) -> None:
-    path = write_report(tmp_path / "eval.json", 0.3)
-    values = json.loads(path.read_text())
-    assert values["protocol_name"] == "mteb"
-    assert values["complete"] is False
-    assert values["mean"] == pytest.approx(np.mean([one["spearman"] for one in values["sets"]]))
-    for one in (*values["sets"], {"interval": values["mean_interval"]}):
-        assert one["interval"]["low"] < one["interval"]["high"]
-    widths = [one["interval"]["high"] - one["interval"]["low"] for one in values["sets"]]
-    mean = values["mean_interval"]
-    assert mean["high"] - mean["low"] < min(widths), "a mean varies less than its sets"
-    assert values["mean"] == pytest.approx((mean["low"] + mean["high"]) / 2, abs=0.05)
-    found = eval_report.read(path)
-    assert found.names == ["STS12", "STS13", "STS14"]
-    for i, cosine in enumerate(found.cosines):
-        assert np.array_equal(cosine, scores_of(300 + 100 * i, i, 0.3, ties=False)[1])
 
 
 def test_difference_and_interval_by_hand(tmp_path: Path) -> None:
@@ -281,34 +140,6 @@ def test_reports_of_run_folders(tmp_path: Path) -> None:
         compare.find_reports(a, valid)
 
 
-def test_names_of_reports_in_a_run() -> None:
-    """A report never replaces one of other sets, or of the same sets scored otherwise."""
-    gold, cosine = scores_of(50, 0, 0.3, ties=False)
-    of = lambda *names: [scored(name, gold, cosine) for name in names]
-    every = of(*(entry.name for entry in MTEB.sets))
-
-    def name(sets: list[ScoredSet], protocol: Protocol | None, **options: bool) -> str:
-        found = eval_report.report("m", sets, protocol=protocol, num_resamples=2, **options)
-        return found.file_name
-
-    assert name(every, MTEB) == "eval-mteb.json"
-    assert name(of("STS13", "STS12"), MTEB) == "eval-mteb-partial-STS12-STS13.json"
-    assert name(every, MTEB, cleaned_up=True) == "eval-mteb-clean-up.json"
-    assert name(every, MTEB, float32=True) == "eval-mteb-float32.json"
-    assert name(of("STS12"), None) == "eval-sts-STS12.json"
-    assert name(of("demo"), None, cleaned_up=True) == "eval-sts-demo-clean-up.json"
-    names = [name(every[:k], None) for k in range(1, 10)]
-    assert len(set(names)) == 9
-    assert max(map(len, names)) < 90
-    file = lambda path, sha256: name([scored(path, gold, cosine, sha256)], None)
-    assert file("a/pairs.tsv", "e" * 64) == "eval-sts-pairs-eeeeeeeeeeee.json"
-    assert file("b/pairs.tsv", "f" * 64) == "eval-sts-pairs-ffffffffffff.json"
-    odd = [file(path, "f" * 64) for path in ("a b.tsv", "a:b.tsv", "x" * 300 + ".tsv")]
-    assert len(set(odd)) == 3
-    for one in odd:
-        assert re.fullmatch(r"eval-sts-[A-Za-z0-9._-]{1,80}\.json", one)
-
-
 def test_reports_of_other_sets_are_found_by_name(tmp_path: Path) -> None:
     paths = []
     for run, noise in (("a", 0.4), ("b", 0.3)):
@@ -323,53 +154,3 @@ def test_reports_of_other_sets_are_found_by_name(tmp_path: Path) -> None:
             paths.pop(2).unlink()
     assert compare.find_reports(tmp_path / "a", tmp_path / "b") == (paths[1], paths[2])
     assert compare.compare(tmp_path / "a", tmp_path / "b", 10).a.names == ["transfer.tsv"]
-
-
-def test_the_pairs_of_another_model_are_noticed(tmp_path: Path) -> None:
-    a, b = (write_report(tmp_path / f"{n}.json", n) for n in (0.4, 0.3))
-    (tmp_path / "0.4.npz").replace(tmp_path / "0.3.npz")
-    with pytest.raises(ValueError, match=r"0\.3\.npz: its pairs of STS12 do not have the score in"):
-        eval_report.read(b)
-    assert eval_report.read(write_report(a, 0.4)).names == ["STS12", "STS13", "STS14"]
-    arrays = dict(np.load(tmp_path / "0.4.npz"))
-    np.savez(tmp_path / "0.4.npz", **{**arrays, "cosine_1": np.full(400, np.nan)})
-    with pytest.raises(ValueError, match=r"0\.4\.npz: STS13: got 400 of 400 cosines"):
-        eval_report.read(a)
-    np.savez(tmp_path / "0.4.npz", **{**arrays, "gold_1": arrays["gold_1"][:-1]})
-    with pytest.raises(ValueError, match=r"holds \[300, 399, 500\] pairs"):
-        eval_report.read(a)
-
-
-def test_scores_and_intervals_are_readable_in_80_columns() -> None:
-    """Whole names of the protocol's sets, and bounds below 0 that are told apart."""
-    gold, cosine = scores_of(50, 0, 0.3, ties=False)
-    every = [scored(entry.name, gold, cosine) for entry in MTEB.sets]
-    every = [replace(one, score=replace(one.score, own_text=False)) for one in every]
-    found = eval_report.report("m", every, protocol=MTEB, num_resamples=9)
-    low = bootstrap.Interval(-0.272, -0.0134)
-    console = Console(file=io.StringIO(), width=80)
-    console.print(score_table(replace(found, intervals=[low] * 9)))
-    assert isinstance(console.file, io.StringIO)
-    shown = console.file.getvalue()
-    for entry in MTEB.sets:
-        assert re.search(rf"│ {entry.name}\* .*│-27\.20 to -1\.34 │", shown), shown
-
-
-def test_a_comparison_says_what_its_mean_and_precision_are(tmp_path: Path) -> None:
-    def shown(*paths: Path) -> str:
-        console = Console(file=io.StringIO(), width=200)
-        console.print(comparison_table(compare.compare(*paths, 10)))
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue()
-
-    a, b = (write_report(tmp_path / f"{n}.json", n) for n in (0.4, 0.3))
-    plain = shown(a, b)
-    assert "│ mean of 3 " in plain
-    assert "float32" not in plain
-    whole = write_report(tmp_path / "w.json", 0.4, [entry.name for entry in MTEB.sets])
-    assert "│ mean  " in shown(whole, whole)
-    exact = write_report(tmp_path / "exact.json", 0.3, float32=True)
-    assert "B was computed in float32, A in its model's own dtype" in shown(a, exact)
-    assert "A was computed in float32, B in its model's own dtype" in shown(exact, a)
-    assert compare.as_json(compare.compare(a, exact, 10))["b"]["float32"] is True
-    assert "float32" not in shown(exact, exact)

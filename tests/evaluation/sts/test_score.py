@@ -1,10 +1,10 @@
-"""The same number three ways: our evaluator, sentence-transformers' and mteb's, on the same pairs."""
+"""A set's score, and the same number three ways: ours, sentence-transformers' and mteb's."""
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from lowmem_cft.data.rows import ScoredPair
-from lowmem_cft.evaluation.sts import mteb_results as task_result
-from lowmem_cft.evaluation.sts import report as eval_report
 from lowmem_cft.evaluation.sts import score as evaluate
 from lowmem_cft.evaluation.sts import sets
 from lowmem_cft.evaluation.sts.protocols import PROTOCOLS, SETS, find_in
-from lowmem_cft.evaluation.sts.sets import load_set
+from lowmem_cft.evaluation.sts.sets import LoadedSet, load_set, pairs_sha256
 from lowmem_cft.inference import embedder
+from lowmem_cft.inference.embed import Vectors
 from lowmem_cft.model.precision import float32_arithmetic, keep_weight_layout
 from lowmem_cft.training import pipeline
 from lowmem_cft.training.records import Metrics
@@ -184,65 +183,6 @@ def test_sixteen_bit_models_agree_in_float32(make_recipe: MakeRecipe, tmp_path: 
         assert ours.spearman == pytest.approx(mteb["main_score"], abs=FOUR_DECIMALS)
 
 
-# --- results as mteb's ------------------------------------------------------------------------
-
-
-def small_report(names: list[str]) -> eval_report.Report:
-    draw = np.random.default_rng(0)
-    sets = []
-    for name in names:
-        gold = draw.uniform(0, 5, 50)
-        cosine = gold / 5 + 0.2 * draw.normal(size=50)
-        rho = float(draw.uniform(0.5, 0.9))
-        version = "revision:a0d554a64d88" if name == "STS12" else "sha256:ca803d1deb71"
-        score = evaluate.SetScore(name, rho, 50, 50, f"{name}.tsv", rho - 0.1, version)
-        sets.append(evaluate.ScoredSet(score, cosine, gold, "0" * 64))
-    return eval_report.report("m", sets, protocol=MTEB, num_resamples=2)
-
-
-def test_mteb_reads_the_results_back(tmp_path: Path) -> None:
-    pytest.importorskip("mteb", reason="mteb is not installed (it needs Python 3.11)")
-    from mteb.results import TaskResult
-
-    found = small_report([entry.name for entry in MTEB.sets])
-    paths = task_result.write_task_results(found, tmp_path / "results")
-    assert len(paths) == 9
-    for path, score in zip(paths, found.scores, strict=True):
-        read = TaskResult.from_disk(path)
-        assert read.task.metadata.name == path.stem == score.name.removesuffix("-test")
-        assert read.get_score() == pytest.approx(score.spearman, abs=1e-12)
-        (entry,) = read.scores["test"]
-        assert entry["main_score"] == entry[read.task.metadata.main_score]
-        assert entry["cosine_pearson"] == pytest.approx(score.pearson, abs=1e-12)
-        assert entry["hf_subset"] in read.task.hf_subsets
-        assert read.task.eval_splits == ["test"]
-        assert read.languages == ["eng"]
-        assert read.dataset_revision == score.version.removeprefix("revision:")
-        again = tmp_path / "again.json"
-        read.to_disk(again)
-        assert TaskResult.from_disk(again).get_score() == pytest.approx(score.spearman, abs=1e-6)
-
-
-@pytest.mark.parametrize("what", ["another protocol", "no protocol", "clean-up"])
-def test_only_mteb_scores_become_mteb_results(tmp_path: Path, what: str) -> None:
-    protocol = {"another protocol": PROTOCOLS["senteval"], "no protocol": None}.get(what, MTEB)
-    one = small_report(["STS12"]).sets
-    cleaned_up = what == "clean-up"
-    found = eval_report.report("m", one, protocol=protocol, cleaned_up=cleaned_up, num_resamples=2)
-    with pytest.raises(ValueError, match="`mteb_out`"):
-        task_result.write_task_results(found, tmp_path / "results")
-    assert not (tmp_path / "results").exists()
-
-
-def test_only_mtebs_texts_become_mteb_results(tmp_path: Path) -> None:
-    one, other = small_report(["STS12", "BIOSSES"]).sets
-    other = replace(other, score=replace(other.score, own_text=False))
-    found = eval_report.report("m", [one, other], protocol=MTEB, num_resamples=2)
-    with pytest.raises(ValueError, match="`mteb_out`: BIOSSES: the text at hand"):
-        task_result.write_task_results(found, tmp_path / "results")
-    assert not (tmp_path / "results").exists()
-
-
 # --- a model of known scores ------------------------------------------------------------------
 
 MINILM = {
@@ -287,11 +227,51 @@ def test_minilm_has_its_known_scores(data_folder: Path, tmp_path: Path, names: l
             assert score.spearman == pytest.approx(mteb["main_score"], abs=FOUR_DECIMALS)
 
 
-def test_a_plain_model_takes_no_recipe(tmp_path: Path) -> None:
-    (tmp_path / "modules.json").write_text(json.dumps([]))
-    with pytest.raises(ValueError, match="leave out `recipe` and `overrides`"):
-        embedder.load_embedder(
-            str(tmp_path), torch.device("cpu"), lambda text: None, overrides=["text.max_tokens=3"]
-        )
-    (tmp_path / "lowmem_cft.json").write_text("{}")
-    assert not embedder.is_plain_sentence_transformer(tmp_path)
+# --- a set's score ----------------------------------------------------------------------------
+
+
+def lengths(texts: Sequence[str]) -> Vectors:
+    """An embedding that sees a text's length and number of spaces."""
+    return np.array([[len(t), 1 + t.count(" "), 3] for t in texts], dtype=np.float32)
+
+
+def test_score_and_pairs_belong_together() -> None:
+    draw = np.random.default_rng(0)
+    word = lambda: "x" * int(draw.integers(1, 9)) + " y" * int(draw.integers(0, 4))
+    pairs = [ScoredPair(word(), word(), float(draw.integers(0, 6))) for _ in range(60)]
+    scored = evaluate.score_pairs(lengths, LoadedSet("some", pairs, None, "some.tsv", "sha256:0"))
+    firsts, seconds = (
+        lengths([getattr(p, side) for p in pairs]) for side in ("sentence1", "sentence2")
+    )
+    wanted = (
+        (firsts * seconds).sum(1) / np.linalg.norm(firsts, axis=1) / np.linalg.norm(seconds, axis=1)
+    )
+    assert scored.cosine_P == pytest.approx(wanted, abs=1e-6)
+    assert np.ptp(scored.cosine_P) > 0.1
+    assert list(scored.gold_P) == [pair.score for pair in pairs]
+    assert scored.sha256 == pairs_sha256(pairs)
+    assert (scored.score.num_pairs, scored.score.version) == (60, "sha256:0")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_embedding_that_is_no_number_has_no_score(value: float) -> None:
+    """One text's overflow would else make the whole set a 0.00."""
+    pairs = [ScoredPair("x" * i, "y" * (i * i % 11 + 1), float(i)) for i in range(1, 9)]
+
+    def overflows(texts: Sequence[str]) -> Vectors:
+        emb_PD = lengths(texts)
+        emb_PD[[text in ("xxx", "yy") for text in texts], 1] = value
+        return emb_PD
+
+    loaded = LoadedSet("some", pairs, None, "some.tsv")
+    with pytest.raises(ValueError, match=r"some: 2 of 16 embeddings are not finite; use a wider"):
+        evaluate.score_pairs(overflows, loaded)
+    assert evaluate.score_pairs(lengths, loaded).score.spearman != 0
+
+
+def test_scores_survive_json(tmp_path: Path) -> None:
+    """The trainer keeps them in metrics.json, older ones without the newer fields."""
+    score = evaluate.SetScore("a", 0.5, 3, None, "a.tsv", 0.4, "sha256:1", False)
+    assert evaluate.SetScore(**vars(score)) == score
+    old = {"name": "a", "spearman": 0.5, "num_pairs": 3, "set_pairs": None, "source": "a.tsv"}
+    assert evaluate.SetScore(**old).pearson is None

@@ -13,13 +13,9 @@ import numpy as np
 import pytest
 
 from lowmem_cft.data.rows import ScoredPair
-from lowmem_cft.evaluation.clean_up import clean_up
-from lowmem_cft.evaluation.sts import score as evaluate
 from lowmem_cft.evaluation.sts import sets as sts_data
-from lowmem_cft.evaluation.sts.correlation import pearson, spearman
 from lowmem_cft.evaluation.sts.protocols import DEMO_PAIRS, PROTOCOLS, SETS, find_in
-from lowmem_cft.evaluation.sts.sets import LoadedSet, load_set, load_sets, pairs_sha256
-from lowmem_cft.inference.embed import Vectors
+from lowmem_cft.evaluation.sts.sets import load_set, load_sets, pairs_sha256
 from made_sets import write_tsv
 
 MTEB, SENTEVAL = PROTOCOLS["mteb"], PROTOCOLS["senteval"]
@@ -219,24 +215,6 @@ def test_a_limit_draws_from_the_whole_set(tmp_path: Path) -> None:
 # --- clean-up ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "cleaned"),
-    [
-        ("a man runs", "a man runs."),
-        ("a man runs.", "a man runs."),
-        ("does he run?", "does he run."),
-        ('he said "run"', "he said 'run'"),
-        ("'run'", "'run'"),
-        ('"run" he said', "'run' he said."),
-        ("run!", "run!."),
-        ("", ""),
-    ],
-)
-def test_clean_up(text: str, cleaned: str) -> None:
-    """As the rule in the paper's evaluation.py gives for each text by hand."""
-    assert clean_up(text) == cleaned
-
-
 def test_clean_up_reaches_every_text(tmp_path: Path) -> None:
     file = write_tsv(tmp_path / "pairs.tsv", [("a b", "c?", 1.0), ('d "e" f', "g.", 2.0)])
     loaded = load_set(str(file), None, cleaned_up=True)
@@ -246,7 +224,7 @@ def test_clean_up_reaches_every_text(tmp_path: Path) -> None:
     assert pairs_sha256(plain.pairs) != pairs_sha256(loaded.pairs)
 
 
-# --- checksums and scores ---------------------------------------------------------------------
+# --- checksums --------------------------------------------------------------------------------
 
 
 def test_checksum_of_pairs_tells_any_change() -> None:
@@ -260,58 +238,6 @@ def test_checksum_of_pairs_tells_any_change() -> None:
     sums = {pairs_sha256(some) for some in (pairs, *changed)}
     assert len(sums) == 5
     assert pairs_sha256(list(pairs)) in sums
-
-
-def lengths(texts: Sequence[str]) -> Vectors:
-    """An embedding that sees a text's length and number of spaces."""
-    return np.array([[len(t), 1 + t.count(" "), 3] for t in texts], dtype=np.float32)
-
-
-def test_score_and_pairs_belong_together() -> None:
-    draw = np.random.default_rng(0)
-    word = lambda: "x" * int(draw.integers(1, 9)) + " y" * int(draw.integers(0, 4))
-    pairs = [ScoredPair(word(), word(), float(draw.integers(0, 6))) for _ in range(60)]
-    scored = evaluate.score_pairs(lengths, LoadedSet("some", pairs, None, "some.tsv", "sha256:0"))
-    firsts, seconds = (
-        lengths([getattr(p, side) for p in pairs]) for side in ("sentence1", "sentence2")
-    )
-    wanted = (
-        (firsts * seconds).sum(1) / np.linalg.norm(firsts, axis=1) / np.linalg.norm(seconds, axis=1)
-    )
-    assert scored.cosine_P == pytest.approx(wanted, abs=1e-6)
-    assert np.ptp(scored.cosine_P) > 0.1
-    assert list(scored.gold_P) == [pair.score for pair in pairs]
-    assert scored.sha256 == pairs_sha256(pairs)
-    assert (scored.score.num_pairs, scored.score.version) == (60, "sha256:0")
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_embedding_that_is_no_number_has_no_score(value: float) -> None:
-    """One text's overflow would else make the whole set a 0.00."""
-    pairs = [ScoredPair("x" * i, "y" * (i * i % 11 + 1), float(i)) for i in range(1, 9)]
-
-    def overflows(texts: Sequence[str]) -> Vectors:
-        emb_PD = lengths(texts)
-        emb_PD[[text in ("xxx", "yy") for text in texts], 1] = value
-        return emb_PD
-
-    loaded = LoadedSet("some", pairs, None, "some.tsv")
-    with pytest.raises(ValueError, match=r"some: 2 of 16 embeddings are not finite; use a wider"):
-        evaluate.score_pairs(overflows, loaded)
-    assert evaluate.score_pairs(lengths, loaded).score.spearman != 0
-    gold, cosine = np.arange(4.0), np.array([0.1, value, 0.2, 0.3])
-    for correlation in (spearman, pearson):
-        with pytest.raises(ValueError, match="1 of 4 cosines that are not finite"):
-            correlation(cosine, gold)
-        assert correlation(np.full(4, 0.5), gold) == 0
-
-
-def test_scores_survive_json(tmp_path: Path) -> None:
-    """The trainer keeps them in metrics.json, older ones without the newer fields."""
-    score = evaluate.SetScore("a", 0.5, 3, None, "a.tsv", 0.4, "sha256:1", False)
-    assert evaluate.SetScore(**vars(score)) == score
-    old = {"name": "a", "spearman": 0.5, "num_pairs": 3, "set_pairs": None, "source": "a.tsv"}
-    assert evaluate.SetScore(**old).pearson is None
 
 
 def test_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

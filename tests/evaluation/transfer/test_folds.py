@@ -57,6 +57,6 @@ def test_a_rare_class_is_refused() -> None:
 
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
-    with pytest.raises(ValueError, match="pip install scikit-learn"):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match=r"pip install 'lowmem-cft\[transfer\]'"):
         plan_fits({"all": labels(100)}, 5, 1111)

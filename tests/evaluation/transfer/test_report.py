@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lowmem_cft.evaluation.clean_up import clean_up
 from lowmem_cft.evaluation.sts.compare import find_reports
@@ -19,7 +18,6 @@ from lowmem_cft.evaluation.transfer import report as transfer_report
 from lowmem_cft.evaluation.transfer import tasks as transfer_data
 from lowmem_cft.evaluation.transfer.score import CONVERGED, SENTEVAL, TransferSettings
 from lowmem_cft.evaluation.transfer.tasks import TaskSpec
-from lowmem_cft.inference import embedder
 from lowmem_cft.inference.embed import Vectors
 from made_sets import Lookup, make_task
 from running import MEAN, Run
@@ -50,7 +48,7 @@ def test_a_report_is_its_scores_and_their_mean(tmp_path: Path) -> None:
     first, second = found.scores
     assert first.accuracy != second.accuracy
     assert found.mean == pytest.approx((first.accuracy + second.accuracy) / 2, abs=1e-12)
-    transfer_report.write(found, tmp_path / "a.json")
+    found.write(tmp_path / "a.json")
     values = json.loads((tmp_path / "a.json").read_text())
     assert values["mean"] == found.mean
     assert values["mean_dev"] == pytest.approx((first.dev_accuracy + second.dev_accuracy) / 2)
@@ -111,22 +109,16 @@ def test_names_of_files_tell_reports_apart(monkeypatch: pytest.MonkeyPatch) -> N
     assert replace(found, float32=True).file_name == "eval-transfer-converged-float32.json"
 
 
-def test_the_report_so_far_is_kept_after_each_task() -> None:
+def test_after_each_task_there_is_the_report_so_far() -> None:
     tasks = [make_task({"all": 60 + i}) for i in range(3)]
     looks = [Lookup(task) for task in tasks]
     sizes = {len(look.vector): look for look in looks}
     assert len(sizes) == 3
-    kept: list[transfer_report.TransferReport] = []
-    found = transfer_report.score_tasks(
-        tasks,
-        lambda texts: sizes[len(texts)](texts),
-        model="m",
-        settings=SMALL,
-        keep=kept.append,
-    )
-    assert [len(report.scores) for report in kept] == [1, 2]
-    for report in kept:
-        assert report.scores == found.scores[: len(report.scores)]
+    embed = lambda texts: sizes[len(texts)](texts)
+    reports = list(transfer_report.partial_reports(tasks, embed, model="m", settings=SMALL))
+    assert [len(report.scores) for report in reports] == [1, 2, 3]
+    for report in reports:
+        assert report.scores == reports[-1].scores[: len(report.scores)]
         assert len(report.lengths) == len(report.scores)
 
 
@@ -270,23 +262,3 @@ def test_missing_tasks_are_named(
     code, _, err = command("eval", "any", "--suite", "transfer")
     assert code == 2
     assert "lacks TREC/TREC-test.tsv; make them from SentEval's data" in flat(err)
-
-
-# --- raw embeddings ---------------------------------------------------------------------------
-
-
-def test_an_embedder_with_and_without_normalisation(tiny_folder: Path) -> None:
-    texts = ["the cat sat", "a dog ran in the house", "rain"]
-    load = lambda normalize: embedder.load_embedder(
-        str(tiny_folder),
-        torch.device("cpu"),
-        lambda text: None,
-        overrides=["model.dtype=fp32", "embedding.normalize=true"],
-        normalize=normalize,
-    ).embed(texts)
-    unit, raw = load(True), load(False)
-    assert np.linalg.norm(unit, axis=1) == pytest.approx(np.ones(3), abs=1e-5)
-    lengths = np.linalg.norm(raw, axis=1, keepdims=True)
-    assert (abs(lengths - 1) > 0.01).all()
-    assert raw / lengths == pytest.approx(unit, abs=1e-5)
-    assert (load(None) == unit).all()

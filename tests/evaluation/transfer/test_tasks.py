@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lowmem_cft.evaluation.transfer import tasks as transfer_data
-from lowmem_cft.evaluation.transfer.tasks import SPECS, TaskSpec, load_tasks, tasks_in
+from lowmem_cft.evaluation.transfer.tasks import SPECS, TaskSpec, load_tasks
 
 
 @pytest.fixture
@@ -101,7 +101,6 @@ def test_unknown_task_and_no_folder(tmp_path: Path) -> None:
 
 def test_every_missing_file_is_named_with_where_to_get_it(tmp_path: Path) -> None:
     write(tmp_path, "TREC/TREC-train.tsv", "label\ttext")
-    assert tasks_in(tmp_path) == []
     with pytest.raises(ValueError, match=r"lacks MR/MR\.tsv, TREC/TREC-test\.tsv; make") as caught:
         load_tasks(tmp_path, ["MR", "TREC"])
     assert str(tmp_path) in str(caught.value)
@@ -129,15 +128,15 @@ def test_bad_files(tmp_path: Path, lines: tuple[str, ...], message: str) -> None
 
 
 def test_the_real_tasks(data_folder: Path) -> None:
-    present = tasks_in(data_folder)
+    present = [name for name in SPECS if (data_folder / name).is_dir()]
     if not present:
         pytest.skip(f"{data_folder} holds no transfer task")
     for task in load_tasks(data_folder, present):
         for name, split in task.splits.items():
             assert len(split.texts) == len(split.label_N) == SPECS[task.name].splits[name]
             assert len(split.texts2) == (len(split.texts) if task.name == "MRPC" else 0)
-            found = np.bincount(split.label_N, minlength=len(SPECS[task.name].classes))
-            assert found.all(), (task.name, name, found)
+            rows_of_class = np.bincount(split.label_N, minlength=len(SPECS[task.name].classes))
+            assert rows_of_class.all(), (task.name, name)
             lengths = [len(text.split()) for text in split.texts]
             assert lengths == sorted(lengths)
             assert lengths[0] < lengths[-1]

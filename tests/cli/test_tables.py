@@ -1,0 +1,53 @@
+"""Tables as they are read on a screen."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from lowmem_cft.cli.tables import comparison_table, score_table
+from lowmem_cft.evaluation.sts import bootstrap, compare
+from lowmem_cft.evaluation.sts import report as eval_report
+from lowmem_cft.evaluation.sts.protocols import PROTOCOLS
+from made_reports import scored, scores_of, write_report
+
+MTEB = PROTOCOLS["mteb"]
+
+
+def test_scores_and_intervals_are_readable_in_80_columns() -> None:
+    """Whole names of the protocol's sets, and bounds below 0 that are told apart."""
+    gold, cosine = scores_of(50, 0, 0.3, ties=False)
+    every = [scored(entry.name, gold, cosine) for entry in MTEB.sets]
+    every = [replace(one, score=replace(one.score, own_text=False)) for one in every]
+    found = eval_report.report("m", every, protocol=MTEB, num_resamples=9)
+    low = bootstrap.Interval(-0.272, -0.0134)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(score_table(replace(found, intervals=[low] * 9)))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    for entry in MTEB.sets:
+        assert re.search(rf"│ {entry.name}\* .*│-27\.20 to -1\.34 │", shown), shown
+
+
+def test_a_comparison_says_what_its_mean_and_precision_are(tmp_path: Path) -> None:
+    def shown(*paths: Path) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        console.print(comparison_table(compare.compare(*paths, 10)))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    a, b = (write_report(tmp_path / f"{n}.json", n) for n in (0.4, 0.3))
+    plain = shown(a, b)
+    assert "│ mean of 3 " in plain
+    assert "float32" not in plain
+    whole = write_report(tmp_path / "w.json", 0.4, [entry.name for entry in MTEB.sets])
+    assert "│ mean  " in shown(whole, whole)
+    exact = write_report(tmp_path / "exact.json", 0.3, float32=True)
+    assert "B was computed in float32, A in its model's own dtype" in shown(a, exact)
+    assert "A was computed in float32, B in its model's own dtype" in shown(exact, a)
+    assert compare.compare(a, exact, 10).to_json()["b"]["float32"] is True
+    assert "float32" not in shown(exact, exact)
