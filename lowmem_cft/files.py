@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
 import json
@@ -73,6 +74,15 @@ def read_json(path: Path, way_out: str, *keys: str) -> dict[str, Any]:
     if missing := [key for key in keys if key not in values]:
         raise ValueError(f"{path}: has no {', '.join(missing)}; {way_out}")
     return values
+
+
+def nearest_names(path: Path) -> str:
+    """The names in a missing file's folder that are most like its own, in a clause of a message."""
+    if not path.parent.is_dir():
+        return f"nor does its folder {path.parent}"
+    names = sorted(entry.name for entry in path.parent.iterdir())
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    return f"nearest in {path.parent}: {', '.join(near) or 'nothing of a similar name'}"
 
 
 _LONGEST = 60

@@ -10,6 +10,9 @@ import typer
 
 from lowmem_cft.cli.files import check_json_name, check_writable, read_lines, write_vectors
 from lowmem_cft.cli.options import Offline, Overrides, go_offline, make_screen, print_table
+from lowmem_cft.evaluation.sts.protocols import protocol_named
+from lowmem_cft.evaluation.sts.sets import check_set_name
+from lowmem_cft.model.names import check_model_name
 
 if TYPE_CHECKING:
     from lowmem_cft.evaluation.suites import Report
@@ -103,6 +106,10 @@ def evaluate_model(
 ) -> None:
     """Score a model on STS sets, with intervals, or on transfer tasks."""
     check_json_name(out)
+    check_model_name(model)
+    if suite != "transfer":
+        for name in names or []:
+            check_set_name(name, None if protocol is None else protocol_named(protocol))
     go_offline(offline)
     from lowmem_cft.cli.tables import report_table
     from lowmem_cft.evaluation.suites import read_suite
@@ -226,6 +233,7 @@ def embed(
     out = out or file.with_suffix(file.suffix + ".npy")
     if out.suffix not in (".npy", ".parquet"):
         raise ValueError(f"--out: got {out.name}, wanted a name that ends in .npy or .parquet")
+    check_model_name(model)
     texts = read_lines(file)
     check_writable(out)
     from lowmem_cft.evaluation.sts.correlation import num_not_finite
@@ -263,6 +271,8 @@ def icl_search(
     offline: Offline = False,
 ) -> None:
     """Find the demonstration that helps most; the same command goes on where one was stopped."""
+    check_model_name(model)
+    check_set_name(set_name)
     go_offline(offline)
     from lowmem_cft.cli.tables import trial_table
     from lowmem_cft.evaluation.search.demonstrations import SHIPPED, read_demonstrations

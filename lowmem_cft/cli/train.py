@@ -11,6 +11,7 @@ import typer
 
 from lowmem_cft.cli.files import check_writable
 from lowmem_cft.cli.options import Offline, Overrides, go_offline, make_screen, print_table
+from lowmem_cft.files import nearest_names
 
 
 def train(
@@ -28,6 +29,7 @@ def train(
 ) -> None:
     """Fine-tune a model, evaluate it before and after, export it."""
     from lowmem_cft.recipe.load import load_recipe, to_yaml
+    from lowmem_cft.training.names import check_names
 
     resolved = load_recipe(recipe, overrides or [])
     if print_config:
@@ -35,6 +37,7 @@ def train(
         return
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: choose one")
+    check_names(resolved)
     go_offline(offline)
     from lowmem_cft.cli.tables import before_after_table
     from lowmem_cft.training.pipeline import run_recipe
@@ -68,9 +71,11 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Predict memory and cost of a recipe's steps, from the model's configuration alone."""
+    from lowmem_cft.model.names import check_model_name
     from lowmem_cft.recipe.load import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
+    check_model_name(resolved.model.id)
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device: got {device}, wanted cuda or cpu")
     from lowmem_cft.cli.tables import plan_tables
@@ -112,13 +117,18 @@ def export(
     ] = False,
 ) -> None:
     """Write a finished run as a folder that SentenceTransformer(path) loads, and check it."""
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(
+            f"{run} is no run folder (no recipe.yaml in it)"
+            if run.exists()
+            else f"{run} does not exist; {nearest_names(run)}"
+        )
     from lowmem_cft.exporting.finished import check_target, export_run
     from lowmem_cft.machine import choose_device
 
     target = out or run / "model"
-    if (run / "recipe.yaml").is_file():
-        check_target(target)
-        check_writable(target, folder=True)
+    check_target(target)
+    check_writable(target, folder=True)
     with make_screen() as screen:
         export_run(run, target, "merged" if merged else "adapter", choose_device(), screen)
     typer.echo(str(target))

@@ -7,7 +7,6 @@ are imported when a source needs them.
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_cft.data.columns import DataError, Header
+from lowmem_cft.files import nearest_names
 
 _SUFFIXES = (".jsonl", ".json-lines", ".csv", ".tsv", ".parquet")
 _READABLE = f"{', '.join(_SUFFIXES)}, each also as .gz"
@@ -63,26 +63,28 @@ def tables(source: str, split: str, offline: bool) -> Iterator[Table]:
     Raises:
         DataError: the source is missing or unreadable, or has no such split.
     """
+    check_source_name(source)
     path = Path(source).expanduser()
-    if not source.strip():
-        # Path("") would be the working folder.
-        raise DataError("the source is empty; name a file, a folder or a hub data set")
     if path.is_dir():
         yield from _folder_tables(path, split)
     elif path.exists():
         yield _file_table(path)
-    elif _suffix(path) or source.startswith((".", "/", "~")):
-        raise DataError(f"{source}: the file does not exist; {_nearest(path)}")
     else:
         yield _hub_table(source, split, offline)
 
 
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"nor does its folder {path.parent}"
-    there = sorted(entry.name for entry in path.parent.iterdir())
-    near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
-    return f"nearest in {path.parent}: {', '.join(near) or 'nothing of a similar name'}"
+def check_source_name(source: str) -> None:
+    """Refuse the name of a local source that does not exist; of other names the hub has to be asked.
+
+    Raises:
+        DataError: there is no such file or folder; the message has the nearest names.
+    """
+    path = Path(source).expanduser()
+    if not source.strip():
+        # Path("") would be the working folder.
+        raise DataError("the source is empty; name a file, a folder or a hub data set")
+    if not path.exists() and (_suffix(path) or source.startswith((".", "/", "~"))):
+        raise DataError(f"{source}: the file does not exist; {nearest_names(path)}")
 
 
 def _gzipped(path: Path) -> bool:

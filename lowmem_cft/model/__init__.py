@@ -1,5 +1,6 @@
 """A checkpoint's name becomes a frozen backbone with an adapter that embeds texts.
 
+names       whether a model can be there at all
 sources     where a checkpoint and its tokenizer come from
 configs     shapes of known models without their checkpoints
 minicpm     MiniCPM checkpoints as transformers reads them

@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lowmem_cft.files import cache_folder, sha256_of, whole_folder
+from lowmem_cft.files import cache_folder, nearest_names, sha256_of, whole_folder
 from lowmem_cft.model import minicpm
 from lowmem_cft.progress import Say
 
@@ -45,14 +45,14 @@ def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -
     path = Path(model_id).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"model.id: no such file: {path}")
+            raise ValueError(f"model.id: {path} does not exist; {nearest_names(path)}")
         return str(_from_gguf(path, sha256_of(path), say))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model.id: {path} holds no config.json, so it is no model folder")
         return _translated(path) or str(path.resolve())  # an export names it from anywhere
     if model_id[:1] in "./~" or model_id.count("/") > 1:
-        raise ValueError(f"model.id: no such folder: {path}")
+        raise ValueError(f"model.id: {path} does not exist; {nearest_names(path)}")
     return _from_hub(model_id, revision, say)
 
 

@@ -1,5 +1,6 @@
 """The loop, its checkpoints, and a run as one call.
 
+names       whether what a recipe names can be there
 job         a recipe put together: data, plan, model, optimizer
 trainer     the steps of a job, saved on the way, and its end
 scoring     the run's own scores, and the best adapter

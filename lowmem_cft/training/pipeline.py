@@ -21,6 +21,7 @@ from lowmem_cft.training.card import model_card
 from lowmem_cft.training.checkpoint import load_state
 from lowmem_cft.training.interrupt import interrupts_say
 from lowmem_cft.training.job import TrainingJob, assemble
+from lowmem_cft.training.names import check_names
 from lowmem_cft.training.records import ExportRecord, Metrics
 from lowmem_cft.training.trainer import Observer, Trainer
 
@@ -63,6 +64,7 @@ def run_recipe(
         raise ValueError("`new_rate` goes with `resume`: a new run has the recipe's learning rate")
     if recipe.output.export != "none":
         check_expressible(recipe)
+    check_names(recipe, rows_in_memory=rows is not None)
     if rows is not None:
         recipe = with_rows(recipe, rows)
     folder = runs.open_run(recipe, resume=resume, overwrite=overwrite, new_rate=new_rate)

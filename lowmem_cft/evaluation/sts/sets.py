@@ -6,6 +6,7 @@ same data.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import random
@@ -27,7 +28,7 @@ from lowmem_cft.evaluation.sts.protocols import (
     is_saved,
     sets_in,
 )
-from lowmem_cft.files import cache_folder, sha256_of, whole_folder
+from lowmem_cft.files import cache_folder, nearest_names, sha256_of, whole_folder
 
 DIGITS = 12
 """How many digits of a checksum or revision stand beside a number."""
@@ -137,21 +138,38 @@ def _find_and_read(entry: StsSet, folder: Path | None, offline: bool) -> LoadedS
     raise ValueError(f"eval set {entry.name}: {tried}; {hub}; get it from {entry.origin}")
 
 
+def check_set_name(name: str, protocol: Protocol | None = None) -> None:
+    """Refuse a name that is no set's, no file's and no saved data set's.
+
+    Raises:
+        ValueError: it is none; the message has the nearest names.
+    """
+    if protocol is not None:
+        if protocol.find(name) is None:
+            known = ", ".join(entry.name for entry in protocol.sets)
+            raise ValueError(f"eval set {name!r}: the {protocol.name} protocol has {known}")
+        return
+    path = Path(name).expanduser()
+    if name in SETS or name == "demo" or path.is_file() or is_saved(path):
+        return
+    near = difflib.get_close_matches(name, [*SETS, "demo"], n=1)
+    hint = f" (did you mean {near[0]}?)" if near else f" ({nearest_names(path)})"
+    raise ValueError(
+        f"eval set {name!r}: no such file{hint}, and none of {', '.join(SETS)} or demo"
+    )
+
+
 def _by_name(name: str, folder: Path | None, protocol: Protocol | None, offline: bool) -> LoadedSet:
+    check_set_name(name, protocol)
     entry = SETS.get(name) if protocol is None else protocol.find(name)
     if entry is not None:
         return _find_and_read(entry, folder, offline)
-    if protocol is not None:
-        known = ", ".join(entry.name for entry in protocol.sets)
-        raise ValueError(f"eval set {name!r}: the {protocol.name} protocol has {known}")
     if name == "demo":
         pairs, version = _read(DEMO_PAIRS)
         return LoadedSet(name, pairs, None, DEMO_PAIRS.name, version)
     path = Path(name).expanduser()
-    if path.is_file() or is_saved(path):
-        pairs, version = _read(path)
-        return LoadedSet(name, pairs, None, path.name, version)
-    raise ValueError(f"eval set {name!r}: no such file, and none of {', '.join(SETS)} or demo")
+    pairs, version = _read(path)
+    return LoadedSet(name, pairs, None, path.name, version)
 
 
 def load_set(
