@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,12 @@ from tiny import WORDS
 SMALL = replace(CONVERGED, folds=3, penalties=(1e-3, 1e-1))
 
 
+def score_tasks(*arguments: Any, **options: Any) -> transfer_report.TransferReport:
+    """The whole report, which is the last one."""
+    *_, report = transfer_report.partial_reports(*arguments, **options)
+    return report
+
+
 # --- the report -------------------------------------------------------------------------------
 
 
@@ -40,7 +47,7 @@ def small_report(
     looks = [Lookup(task) for task in tasks]
     sizes = {len(task.splits["all"].texts): look for task, look in zip(tasks, looks, strict=True)}
     embed = lambda texts: scale * sizes[len(texts)](texts)
-    return transfer_report.score_tasks(tasks, embed, model="m", settings=settings)
+    return score_tasks(tasks, embed, model="m", settings=settings)
 
 
 def test_a_report_is_its_scores_and_their_mean(tmp_path: Path) -> None:
@@ -63,7 +70,7 @@ def test_lengths_of_embeddings_are_measured() -> None:
     task = make_task({"all": 60})
     embed = Lookup(task)
     norms = np.linalg.norm(embed(task.splits["all"].texts), axis=1)
-    report = transfer_report.score_tasks([task], embed, model="m", settings=SMALL)
+    report = score_tasks([task], embed, model="m", settings=SMALL)
     assert report.lengths[0].low == pytest.approx(norms.min(), rel=1e-6)
     assert report.lengths[0].high == pytest.approx(norms.max(), rel=1e-6)
     assert report.embeddings == f"not normalised, of length {norms.min():.3g} to {norms.max():.3g}"
@@ -73,7 +80,7 @@ def test_lengths_of_embeddings_are_measured() -> None:
         unit: Vectors = emb / np.linalg.norm(emb, axis=1, keepdims=True)
         return unit
 
-    report = transfer_report.score_tasks([task], normalised, model="m", settings=SMALL)
+    report = score_tasks([task], normalised, model="m", settings=SMALL)
     assert report.embeddings.startswith("of length 1")
 
 
@@ -85,12 +92,10 @@ def test_clean_up_reaches_every_text() -> None:
         seen.extend(texts)
         return embed([text.removesuffix(".") for text in texts])
 
-    cleaned = transfer_report.score_tasks(
-        [task], knows_cleaned, model="m", settings=SMALL, cleaned_up=True
-    )
+    cleaned = score_tasks([task], knows_cleaned, model="m", settings=SMALL, cleaned_up=True)
     assert sorted(seen) == sorted(clean_up(text) for text in embed.vector)
     assert all(text.endswith(".") for text in seen)
-    plain = transfer_report.score_tasks([task], embed, model="m", settings=SMALL)
+    plain = score_tasks([task], embed, model="m", settings=SMALL)
     assert cleaned.scores == plain.scores
     assert cleaned.file_name == "eval-transfer-partial-made-converged-clean-up.json"
 
@@ -126,7 +131,7 @@ def test_a_task_too_small_is_refused_before_any_is_embedded() -> None:
     good, bad = make_task({"all": 60}), make_task({"all": 4})
     embed = Lookup(good)
     with pytest.raises(ValueError, match=r"made: .*Take more rows: a greater limit, or none"):
-        transfer_report.score_tasks([good, bad], embed, model="m", settings=SMALL)
+        score_tasks([good, bad], embed, model="m", settings=SMALL)
     assert embed.calls == []
 
 
