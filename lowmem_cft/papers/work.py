@@ -216,8 +216,8 @@ def score_transfer(
 ) -> Transfer:
     """Accuracy of logistic regressions on raw embeddings, those before normalisation."""
     listed = tasks()
-    raw = recipe.embedding.model_copy(update={"normalize": False})
-    with _loaded(recipe.model_copy(update={"embedding": raw}), adapter, observer) as loaded:
+    raw = recipe.with_values("embedding", normalize=False)
+    with _loaded(raw, adapter, observer) as loaded:
         embed = unfinished.keeping(loaded.embed)
         *_, whole = partial_reports(
             listed,
