@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from lowmem_cft_kernels import (
     Negatives,
     Observed,
     Products,
+    Softmax,
     info_nce,
 )
 from lowmem_cft_kernels.masks import SHARED
@@ -179,7 +180,15 @@ def _info_nce(
     return LossReport(result.loss, result.observed, result.path, temperature, d_raw)
 
 
-def loss_options(section: LossSection) -> dict[str, Any]:
+class LossKeywords(TypedDict):
+    """The arguments of `info_nce` that a recipe decides, its temperature apart."""
+
+    softmaxes: Sequence[Softmax]
+    false_negatives: FalseNegatives | None
+    hardness: Hardness | None
+
+
+def loss_options(section: LossSection) -> LossKeywords:
     """The recipe's choices as arguments of `info_nce`."""
     margin, strength = section.false_negative_margin, section.hardness
     false_negatives = hardness = None

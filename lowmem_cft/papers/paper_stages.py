@@ -133,8 +133,7 @@ class PaperStages:
     def _recipe_with_demonstration(self) -> Recipe:
         """How texts are embedded under the template that the search found."""
         template = self.records.result(names.SEARCH, Search).best_template
-        text = self.recipe.text.model_copy(update={"template": template})
-        return self.recipe.model_copy(update={"text": text})
+        return self.recipe.with_values("text", template=template)
 
     def _evaluation(
         self,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from lowmem_cft.evaluation.transfer.tasks import SPECS
-from lowmem_cft.machine import choose_device, library_versions
+from lowmem_cft.machine import choose_device, library_versions, processor_name
 from lowmem_cft.papers import names
 from lowmem_cft.papers.paper import Share
 from lowmem_cft.papers.paper_stages import PaperStages
@@ -226,17 +226,10 @@ class Reproduction:
 def _machine(device: torch.device) -> dict[str, str]:
     """The machine that the figures are computed on."""
     facts = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(terse=True),
     }
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
     return facts
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()

@@ -52,7 +52,7 @@ class Resampling(Record):
 
 
 class Evaluation(Record):
-    """An STS report (see `sts.report.as_json`); `report` is its file, relative to the folder."""
+    """An STS report (see `StsReport.to_json`); `report` is its file, relative to the folder."""
 
     model: str
     suite: str = "sts"
@@ -153,7 +153,7 @@ class TaskScore(Record):
 
 
 class Transfer(Record):
-    """A report of transfer tasks (see `transfer.report.as_json`)."""
+    """A report of transfer tasks (see `TransferReport.to_json`)."""
 
     model: str = ""
     suite: str = "transfer"

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from lowmem_cft.data import corpus
-from lowmem_cft.evaluation.search import search as icl
 from lowmem_cft.evaluation.search.demonstrations import Demonstration
-from lowmem_cft.evaluation.sts import report as eval_report
+from lowmem_cft.evaluation.search.search import SearchedModel
 from lowmem_cft.evaluation.sts.protocols import Protocol
+from lowmem_cft.evaluation.sts.report import report
 from lowmem_cft.evaluation.sts.score import score_pairs
 from lowmem_cft.evaluation.sts.sets import LoadedSet
-from lowmem_cft.evaluation.transfer import report as transfer_report
+from lowmem_cft.evaluation.transfer.report import partial_reports
 from lowmem_cft.evaluation.transfer.tasks import TransferTask
 from lowmem_cft.files import sha256_of
 from lowmem_cft.inference.embed import Embed
@@ -96,11 +96,11 @@ def evaluate_sets(
             scored.append(score_pairs(embed, loaded_set))
             observer.advance(1)
             observer.say(f"{loaded_set.name}: {100 * scored[-1].score.spearman:.2f}")
-    report = eval_report.report(recipe.model.id, scored, protocol=protocol, cleaned_up=cleaned_up)
+    whole = report(recipe.model.id, scored, protocol=protocol, cleaned_up=cleaned_up)
     out.parent.mkdir(parents=True, exist_ok=True)
-    eval_report.write(report, out)
+    whole.write(out)
     embed.remove()
-    values = {**eval_report.as_json(report), "report": f"{out.parent.name}/{out.name}"}
+    values = {**whole.to_json(), "report": f"{out.parent.name}/{out.name}"}
     return Evaluation.model_validate(values)
 
 
@@ -194,16 +194,8 @@ def search_demonstration(
     """Score every demonstration before the recipe's template; trials are kept in the folder."""
     with _loaded(recipe, None, observer) as loaded:
         template = recipe.text.template
-        searched = icl.SearchedModel(recipe.model.id, loaded, template)
-        trials = icl.search(
-            searched.embed_under(observer.say),
-            scored_set,
-            template,
-            demonstrations,
-            folder,
-            searched.identity() | icl.set_identity(scored_set),
-            observer,
-        )
+        searched = SearchedModel(recipe.model.id, loaded, template)
+        trials = searched.search(scored_set, demonstrations, folder, observer).trials
     return Search(
         trials=trials,
         set=scored_set.name,
@@ -224,10 +216,10 @@ def score_transfer(
 ) -> Transfer:
     """Accuracy of logistic regressions on raw embeddings, those before normalisation."""
     listed = tasks()
-    raw = recipe.embedding.model_copy(update={"normalize": False})
-    with _loaded(recipe.model_copy(update={"embedding": raw}), adapter, observer) as loaded:
+    raw = recipe.with_values("embedding", normalize=False)
+    with _loaded(raw, adapter, observer) as loaded:
         embed = unfinished.keeping(loaded.embed)
-        report = transfer_report.score_tasks(
+        *_, whole = partial_reports(
             listed,
             embed,
             model=recipe.model.id,
@@ -236,4 +228,4 @@ def score_transfer(
             say=observer.say,
         )
     embed.remove()
-    return Transfer.model_validate(transfer_report.as_json(report))
+    return Transfer.model_validate(whole.to_json())

@@ -53,20 +53,20 @@ def test_eval_compare_and_mteb(command: Run, tiny_folder: Path, tmp_path: Path) 
     result = json.loads(a.read_text())
     assert result["complete"] is False
     assert result["protocol"].endswith("(mteb)")
-    for one in result["sets"]:
-        assert one["version"].removeprefix("sha256:") in out
-        assert one["interval"]["low"] <= one["interval"]["high"]
+    for entry in result["sets"]:
+        assert entry["version"].removeprefix("sha256:") in out
+        assert entry["interval"]["low"] <= entry["interval"]["high"]
     code, _, err = command(
         "eval", str(tiny_folder), *sets, *MEAN, "--set", "embedding.pooling=last", "--out", str(b)
     )
     assert code == 0, err
     code, out, err = command("compare", str(a), str(b), "--out", str(tmp_path / "c.json"))
     assert code == 0, err
-    found = json.loads((tmp_path / "c.json").read_text())
-    assert found["mean"]["difference"] != 0
-    for entry in (*found["sets"], found["mean"]):
+    comparison = json.loads((tmp_path / "c.json").read_text())
+    assert comparison["mean"]["difference"] != 0
+    for entry in (*comparison["sets"], comparison["mean"]):
         assert f"{100 * entry['difference']:+.2f}" in out
-    assert found["bootstrap"]["resamples"] == 1000
+    assert comparison["bootstrap"]["resamples"] == 1000
     code, _, err = command(
         "eval", str(tiny_folder), "-s", "STS17", *MEAN, "--clean-up", "--out", str(b)
     )
@@ -128,13 +128,13 @@ def test_sets_scored_before_a_stop_are_kept(
     assert code != 0
     assert "what was scored before it stopped is in" in err
     assert f"{tmp_path}/unfinished-scores.json" in "".join(err.split())
-    kept = eval_report.read(tmp_path / "unfinished-scores.json")
-    assert kept.names == ["STS17", "BIOSSES"]
+    unfinished = eval_report.read(tmp_path / "unfinished-scores.json")
+    assert unfinished.names == ["STS17", "BIOSSES"]
     assert not out.exists()
     code, _, err = command(*arguments)
     assert code == 0, err
     assert eval_report.read(out).names == list(names)
-    for mine, again in zip(kept.cosines, eval_report.read(out).cosines, strict=False):
+    for mine, again in zip(unfinished.cosines, eval_report.read(out).cosines, strict=False):
         assert np.array_equal(mine, again)
     left = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert left == ["scores.json", "scores.npz"]

@@ -22,11 +22,11 @@ def test_scores_and_intervals_are_readable_in_80_columns() -> None:
     """Whole names of the protocol's sets, and bounds below 0 that are told apart."""
     gold, cosine = scores_of(50, 0, 0.3, ties=False)
     every = [scored(entry.name, gold, cosine) for entry in MTEB.sets]
-    every = [replace(one, score=replace(one.score, own_text=False)) for one in every]
-    found = eval_report.report("m", every, protocol=MTEB, num_resamples=9)
+    every = [replace(of_set, score=replace(of_set.score, own_text=False)) for of_set in every]
+    report = eval_report.report("m", every, protocol=MTEB, num_resamples=9)
     low = bootstrap.Interval(-0.272, -0.0134)
     console = Console(file=io.StringIO(), width=80)
-    console.print(score_table(replace(found, intervals=[low] * 9)))
+    console.print(score_table(replace(report, intervals=[low] * 9)))
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     for entry in MTEB.sets:

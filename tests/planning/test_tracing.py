@@ -43,7 +43,8 @@ def test_costs_of_a_depth_and_shape_that_were_not_traced(checkpointing: Checkpoi
         capability=None,
     )
     predicted, traced = costs(20, 40), tracer(checkpointing, config.num_hidden_layers).trace(20, 40)
-    assert astuple(predicted) == pytest.approx(astuple(traced), rel=0.03)
+    for cost, real in zip(astuple(predicted), astuple(traced), strict=True):
+        assert 0.97 * real <= cost <= 1.1 * real
     assert traced.graph_bytes > 20 * 40 * config.hidden_size * 4  # a layer's input at the least
 
 

@@ -118,8 +118,8 @@ class Fabricated:
             sets.append(ScoredSet(score, cosine, gold, "f" * 64))
         report = eval_report.report(name, sets, protocol=protocol, num_resamples=RESAMPLES)
         path = self.folder / "evals" / f"{name}.json"
-        eval_report.write(report, path)
-        result = {**eval_report.as_json(report), "report": f"evals/{name}.json"}
+        report.write(path)
+        result = {**report.to_json(), "report": f"evals/{name}.json"}
         self.stage(name, "evaluate", result)
         return result
 

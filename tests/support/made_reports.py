@@ -52,7 +52,7 @@ def write_report(
         scored(name, *scores_of(300 + 100 * i, i, noise, ties=False), sha256)
         for i, name in enumerate(names)
     ]
-    found = eval_report.report(
+    report = eval_report.report(
         f"model {noise}",
         sets,
         protocol=protocol,
@@ -60,5 +60,5 @@ def write_report(
         float32=float32,
         num_resamples=50,
     )
-    found.write(path)
+    report.write(path)
     return path

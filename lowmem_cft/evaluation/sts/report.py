@@ -228,7 +228,3 @@ def _spearman(file: Path, name: str, cosine_P: Floats, gold_P: Floats) -> float:
         return spearman(cosine_P, gold_P)
     except ValueError as error:
         raise ValueError(f"{file}: {name}: {error}") from None
-
-
-# the names under which the stages of a reproduction know them
-as_json, write = StsReport.to_json, StsReport.write

@@ -167,23 +167,6 @@ def partial_reports(
         )
 
 
-def score_tasks(
-    tasks: Sequence[TransferTask],
-    embed: Embed,
-    *,
-    model: str,
-    settings: TransferSettings = SENTEVAL,
-    device: torch.device | str = "cpu",
-    cleaned_up: bool = False,
-    say: Say = lambda line: None,
-) -> TransferReport:
-    """The whole report of tasks, at least one; arguments and errors as in `partial_reports`."""
-    *_, report = partial_reports(
-        tasks, embed, model=model, settings=settings, device=device, cleaned_up=cleaned_up, say=say
-    )
-    return report
-
-
 class _Measured:
     """An embedder that cleans texts up, if asked to, and keeps how long its vectors are."""
 
@@ -196,7 +179,3 @@ class _Measured:
         length_P = np.linalg.norm(np.atleast_2d(emb_PD), axis=1)
         self.lengths = Lengths(float(length_P.min()), float(length_P.max()))
         return emb_PD
-
-
-# the name under which the stages of a reproduction know it
-as_json = TransferReport.to_json

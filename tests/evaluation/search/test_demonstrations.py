@@ -62,17 +62,20 @@ def test_a_template_has_one_slot(template: str) -> None:
 def test_shipped() -> None:
     shipped = read_demonstrations(SHIPPED)
     assert len(shipped) == 72
-    for parts in ([one.sentence for one in shipped], [one.word for one in shipped]):
+    for parts in (
+        [demonstration.sentence for demonstration in shipped],
+        [demonstration.word for demonstration in shipped],
+    ):
         assert len({part.lower() for part in parts}) == 72
-    for one in shipped:
-        assert re.fullmatch(r"[A-Z][a-z]+", one.word), one
-        assert one.sentence.endswith("."), one
-        assert one.sentence == clean_up(one.sentence), one
-        assert re.fullmatch(r"[A-Za-z' ,.]+", one.sentence), one
-        assert 4 <= len(one.sentence.split()) <= 18, one
-        words = {word.strip(".,").lower() for word in one.sentence.split()}
-        assert one.word.lower() not in words, f"{one} gives its word away"
-    sentences = [one for one in shipped if one.sentence[0].isupper()]
+    for demonstration in shipped:
+        assert re.fullmatch(r"[A-Z][a-z]+", demonstration.word), demonstration
+        assert demonstration.sentence.endswith("."), demonstration
+        assert demonstration.sentence == clean_up(demonstration.sentence), demonstration
+        assert re.fullmatch(r"[A-Za-z' ,.]+", demonstration.sentence), demonstration
+        assert 4 <= len(demonstration.sentence.split()) <= 18, demonstration
+        words = {word.strip(".,").lower() for word in demonstration.sentence.split()}
+        assert demonstration.word.lower() not in words, f"{demonstration} gives its word away"
+    sentences = [demonstration for demonstration in shipped if demonstration.sentence[0].isupper()]
     assert len(sentences) == 36, "half are sentences, half definitions"
 
 
@@ -80,7 +83,7 @@ def test_shipped_are_of_no_set(data_folder: Path) -> None:
     def plain(text: str) -> str:
         return re.sub(r"[^a-z ]", "", text.lower()).strip()
 
-    shipped = {plain(one.sentence) for one in read_demonstrations(SHIPPED)}
+    shipped = {plain(demonstration.sentence) for demonstration in read_demonstrations(SHIPPED)}
     seen = 0
     for name in ("STSBenchmark-test", "STSBenchmark-dev", "SICK-R", "STS16"):
         try:
@@ -98,7 +101,7 @@ def test_shipped_are_of_no_set(data_folder: Path) -> None:
 
 
 def _write(path: Path, column: str) -> None:
-    rows = [{column: one.sentence, "word": one.word} for one in TWO]
+    rows = [{column: demonstration.sentence, "word": demonstration.word} for demonstration in TWO]
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
         return

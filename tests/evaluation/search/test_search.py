@@ -113,8 +113,8 @@ def search(folder: Path, embedding: Embedding, **other: Any) -> tuple[list[Any],
         "demonstrations": DEMONSTRATIONS,
         "identity": IDENTITY,
     } | other
-    found = icl.search(embedding, folder=folder, observer=listener, **values)
-    return found, listener
+    trials = icl.search(embedding, folder=folder, observer=listener, **values)
+    return trials, listener
 
 
 def scored_by_hand(template: str) -> float:
@@ -126,18 +126,19 @@ def scored_by_hand(template: str) -> float:
 
 @pytest.mark.usefixtures("few_resamples")
 def test_the_best_is_the_best(tmp_path: Path) -> None:
-    found, listener = search(tmp_path, Embedding())
+    trials, listener = search(tmp_path, Embedding())
     wanted = {None: scored_by_hand(PROMPTEOL)} | {
-        one: scored_by_hand(one.before(PROMPTEOL)) for one in DEMONSTRATIONS
+        demonstration: scored_by_hand(demonstration.before(PROMPTEOL))
+        for demonstration in DEMONSTRATIONS
     }
-    assert len(set(wanted.values())) == len(wanted) == len(found) == 6
-    order = sorted(wanted, key=lambda one: -wanted[one])
-    assert [trial.demonstration for trial in found] == order
+    assert len(set(wanted.values())) == len(wanted) == len(trials) == 6
+    order = sorted(wanted, key=lambda demonstration: -wanted[demonstration])
+    assert [trial.demonstration for trial in trials] == order
     assert order[0] is not None
     assert None in order[1:5], "the plain template should be neither best nor worst here"
-    for trial in found:
+    for trial in trials:
         assert trial.spearman == pytest.approx(wanted[trial.demonstration], abs=1e-6)
-    best = found[0]
+    best = trials[0]
     assert best.template(PROMPTEOL) == best.demonstration.before(PROMPTEOL)
     assert (listener.total, listener.done, len(listener.said)) == (6, 6, 6)
     assert listener.said[0].startswith("1/6  ")
@@ -145,10 +146,10 @@ def test_the_best_is_the_best(tmp_path: Path) -> None:
 
 
 def test_intervals_and_the_paired_gain(tmp_path: Path) -> None:
-    found, _ = search(tmp_path, Embedding())
-    plain = next(trial for trial in found if trial.demonstration is None)
+    trials, _ = search(tmp_path, Embedding())
+    plain = next(trial for trial in trials if trial.demonstration is None)
     assert (plain.gain, plain.gain_low, plain.gain_high) == (0, 0, 0)
-    for trial in found:
+    for trial in trials:
         assert trial.low < trial.spearman < trial.high
         assert trial.high - trial.low < 0.6
         if trial is plain:
@@ -171,8 +172,8 @@ def test_stopped_anywhere_it_repeats_nothing(tmp_path: Path, stop_before: int) -
             search(tmp_path / "stopped", first)
     else:
         search(tmp_path / "stopped", first)
-    found, listener = search(tmp_path / "stopped", second)
-    assert found == whole
+    trials, listener = search(tmp_path / "stopped", second)
+    assert trials == whole
     together = first.templates + second.templates
     assert len(together) == len(set(together)) == 6
     assert len(first.templates) == stop_before
@@ -187,23 +188,25 @@ def test_stopped_anywhere_it_repeats_nothing(tmp_path: Path, stop_before: int) -
 def test_further_demonstrations_are_added(tmp_path: Path) -> None:
     search(tmp_path, Embedding(), demonstrations=DEMONSTRATIONS[:2])
     embedding = Embedding()
-    found, _ = search(tmp_path, embedding, demonstrations=DEMONSTRATIONS[1:])
-    assert embedding.templates == [one.before(PROMPTEOL) for one in DEMONSTRATIONS[2:]]
-    assert {trial.demonstration for trial in found} == {None, *DEMONSTRATIONS[1:]}
+    trials, _ = search(tmp_path, embedding, demonstrations=DEMONSTRATIONS[1:])
+    assert embedding.templates == [
+        demonstration.before(PROMPTEOL) for demonstration in DEMONSTRATIONS[2:]
+    ]
+    assert {trial.demonstration for trial in trials} == {None, *DEMONSTRATIONS[1:]}
 
 
 @pytest.mark.usefixtures("few_resamples")
-@pytest.mark.parametrize("kept", [0, 1, 20])
+@pytest.mark.parametrize("length", [0, 1, 20])
 @pytest.mark.parametrize("line", [0, 1, 4])
-def test_a_last_line_that_was_cut_off(tmp_path: Path, line: int, kept: int) -> None:
+def test_a_last_line_that_was_cut_off(tmp_path: Path, line: int, length: int) -> None:
     whole, _ = search(tmp_path, Embedding())
     path = tmp_path / "trials.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 7
-    path.write_bytes(b"".join(lines[:line]) + lines[line][:kept])
+    path.write_bytes(b"".join(lines[:line]) + lines[line][:length])
     embedding = Embedding()
-    found, _ = search(tmp_path, embedding)
-    assert found == whole
+    trials, _ = search(tmp_path, embedding)
+    assert trials == whole
     assert len(embedding.templates) == 6 - max(line - 1, 0)
     assert path.read_bytes().splitlines(keepends=True) == lines
 
@@ -213,9 +216,9 @@ def test_without_the_cosines_of_the_plain_template_it_is_scored_again(tmp_path: 
     whole, _ = search(tmp_path, Embedding(), demonstrations=DEMONSTRATIONS[:3])
     (tmp_path / "plain.npy").unlink()
     embedding = Embedding()
-    found, _ = search(tmp_path, embedding, demonstrations=DEMONSTRATIONS[:4])
+    trials, _ = search(tmp_path, embedding, demonstrations=DEMONSTRATIONS[:4])
     assert embedding.templates == [PROMPTEOL, DEMONSTRATIONS[3].before(PROMPTEOL)]
-    assert [trial for trial in found if trial.demonstration != DEMONSTRATIONS[3]] == whole
+    assert [trial for trial in trials if trial.demonstration != DEMONSTRATIONS[3]] == whole
 
 
 def reordered(data: bytes) -> bytes:
@@ -247,9 +250,9 @@ def test_damaged_cosines_of_the_plain_template_are_scored_again(
     assert bad != good
     plain.write_bytes(bad)
     embedding = Embedding()
-    found, listener = search(tmp_path, embedding, demonstrations=DEMONSTRATIONS[:4])
+    trials, listener = search(tmp_path, embedding, demonstrations=DEMONSTRATIONS[:4])
     assert embedding.templates == [PROMPTEOL, DEMONSTRATIONS[3].before(PROMPTEOL)]
-    assert [trial for trial in found if trial.demonstration != DEMONSTRATIONS[3]] == whole
+    assert [trial for trial in trials if trial.demonstration != DEMONSTRATIONS[3]] == whole
     assert listener.said[0].startswith(f"{plain}: ")
     assert reason in listener.said[0]
     assert listener.said[0].endswith("; the plain template is scored again")
@@ -290,12 +293,12 @@ def test_cosines_are_on_the_disk_before_they_have_their_name(
 )
 def test_another_search_is_refused(tmp_path: Path, other: Any, message: str) -> None:
     search(tmp_path, Embedding())
-    before = (tmp_path / "trials.jsonl").read_bytes()
+    content = (tmp_path / "trials.jsonl").read_bytes()
     embedding = Embedding()
     with pytest.raises(ValueError, match=f"is of another search: {message}.*another `out`"):
         search(tmp_path, embedding, **other)
     assert not embedding.templates
-    assert (tmp_path / "trials.jsonl").read_bytes() == before
+    assert (tmp_path / "trials.jsonl").read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -463,12 +466,12 @@ def test_without_a_template_it_is_prompteols(
     code, _, err = command(*arguments)
     assert code == 0, err
     assert f"template: {PROMPTEOL}" in err
-    assert [one.template for one in templates][:2] == [
+    assert [text_format.template for text_format in templates][:2] == [
         'This sentence : "{text}" means in one word:"',
         'This sentence : "the cat sat on the mat ." means in one word:"cat".'
         'This sentence : "{text}" means in one word:"',
     ]
-    assert not any(one.append_eos for one in templates)
+    assert not any(text_format.append_eos for text_format in templates)
 
 
 @pytest.mark.usefixtures("few_resamples")
@@ -544,9 +547,9 @@ def test_a_run_is_searched_as_it_embeds(
     assert (header["pooling"], header["append_eos"], header["lora_scaling"]) == ("eos", True, 4.0)
     assert f"{finished} is always evaluated under the template it was trained with." in out
     assert "train a recipe with these lines:\ntext:\n" in out
-    found = yaml.safe_load(out[out.index("text:\n") :])
-    assert found["text"]["template"].endswith('the sun is "{text}" not "')
-    text, embedding = found["text"], found["embedding"]
+    recipe = yaml.safe_load(out[out.index("text:\n") :])
+    assert recipe["text"]["template"].endswith('the sun is "{text}" not "')
+    text, embedding = recipe["text"], recipe["embedding"]
     assert (text["append_eos"], text["max_tokens"], embedding["pooling"]) == (True, 16, "eos")
 
 

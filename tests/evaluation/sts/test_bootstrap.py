@@ -55,8 +55,8 @@ def test_a_sets_draws_depend_on_name_and_seed_alone() -> None:
 
 
 def test_interval_is_the_middle_of_the_values() -> None:
-    found = bootstrap.interval(np.arange(1001.0))
-    assert (found.low, found.high) == pytest.approx((25, 975))
+    middle = bootstrap.interval(np.arange(1001.0))
+    assert (middle.low, middle.high) == pytest.approx((25, 975))
 
 
 def test_interval_has_the_width_that_theory_gives() -> None:
@@ -67,7 +67,7 @@ def test_interval_has_the_width_that_theory_gives() -> None:
     draw, num_pairs, rho = np.random.default_rng(0), 2000, 0.6
     x = draw.normal(size=num_pairs)
     y = rho * x + np.sqrt(1 - rho**2) * draw.normal(size=num_pairs)
-    found = bootstrap.interval(bootstrap.resampled_spearman("n", x, [y], 1000)[0])
-    width = np.arctanh(found.high) - np.arctanh(found.low)
+    middle = bootstrap.interval(bootstrap.resampled_spearman("n", x, [y], 1000)[0])
+    width = np.arctanh(middle.high) - np.arctanh(middle.low)
     assert width == pytest.approx(2 * 1.96 * np.sqrt(1.06 / (num_pairs - 3)), rel=0.15)
-    assert found.low < spearman(y, x) < found.high
+    assert middle.low < spearman(y, x) < middle.high

@@ -20,33 +20,35 @@ MTEB = PROTOCOLS["mteb"]
 
 def test_difference_and_interval_by_hand(tmp_path: Path) -> None:
     a, b = (write_report(tmp_path / f"{n}.json", n) for n in (0.5, 0.4))
-    found = compare.compare(a, b, 200)
+    comparison = compare.compare(a, b, 200)
     diffs = []
-    for i, entry in enumerate(found.sets):
+    for i, entry in enumerate(comparison.sets):
         gold = scores_of(300 + 100 * i, i, 0.5, ties=False)[0]
         first, second = (scores_of(len(gold), i, n, ties=False)[1] for n in (0.5, 0.4))
-        one = [
+        diff_B = [
             float(spearmanr(second[r], gold[r]).statistic - spearmanr(first[r], gold[r]).statistic)
             for r in drawn_pairs(entry.name, len(gold), 200)
         ]
-        diffs.append(one)
+        diffs.append(diff_B)
         assert entry.difference == pytest.approx(spearman(second, gold) - spearman(first, gold))
-        low, high = np.percentile(one, [2.5, 97.5])
+        low, high = np.percentile(diff_B, [2.5, 97.5])
         assert (entry.interval.low, entry.interval.high) == pytest.approx((low, high))
         assert entry.difference > 0
     low, high = np.percentile(np.mean(diffs, axis=0), [2.5, 97.5])
-    assert (found.mean.interval.low, found.mean.interval.high) == pytest.approx((low, high))
-    assert found.mean.difference == pytest.approx(found.mean.b - found.mean.a)
-    assert found.mean.interval.low > 0
+    assert (comparison.mean.interval.low, comparison.mean.interval.high) == pytest.approx(
+        (low, high)
+    )
+    assert comparison.mean.difference == pytest.approx(comparison.mean.b - comparison.mean.a)
+    assert comparison.mean.interval.low > 0
     back = compare.compare(b, a, 200)
-    assert back.mean.difference == pytest.approx(-found.mean.difference)
-    assert back.mean.interval.low == pytest.approx(-found.mean.interval.high)
+    assert back.mean.difference == pytest.approx(-comparison.mean.difference)
+    assert back.mean.interval.low == pytest.approx(-comparison.mean.interval.high)
 
 
 def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
     path = write_report(tmp_path / "eval.json", 0.4)
-    found = compare.compare(path, path, 50)
-    for entry in (*found.sets, found.mean):
+    comparison = compare.compare(path, path, 50)
+    for entry in (*comparison.sets, comparison.mean):
         assert (entry.difference, entry.interval.low, entry.interval.high) == (0, 0, 0)
 
 

@@ -33,10 +33,10 @@ def test_mteb_reads_the_results_back(tmp_path: Path) -> None:
     pytest.importorskip("mteb", reason="mteb is not installed (it needs Python 3.11)")
     from mteb.results import TaskResult
 
-    found = small_report([entry.name for entry in MTEB.sets])
-    paths = task_result.write_task_results(found, tmp_path / "results")
+    report = small_report([entry.name for entry in MTEB.sets])
+    paths = task_result.write_task_results(report, tmp_path / "results")
     assert len(paths) == 9
-    for path, score in zip(paths, found.scores, strict=True):
+    for path, score in zip(paths, report.scores, strict=True):
         read = TaskResult.from_disk(path)
         assert read.task.metadata.name == path.stem == score.name.removesuffix("-test")
         assert read.get_score() == pytest.approx(score.spearman, abs=1e-12)
@@ -55,18 +55,20 @@ def test_mteb_reads_the_results_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["another protocol", "no protocol", "clean-up"])
 def test_only_mteb_scores_become_mteb_results(tmp_path: Path, what: str) -> None:
     protocol = {"another protocol": PROTOCOLS["senteval"], "no protocol": None}.get(what, MTEB)
-    one = small_report(["STS12"]).sets
+    sets = small_report(["STS12"]).sets
     cleaned_up = what == "clean-up"
-    found = eval_report.report("m", one, protocol=protocol, cleaned_up=cleaned_up, num_resamples=2)
+    report = eval_report.report(
+        "m", sets, protocol=protocol, cleaned_up=cleaned_up, num_resamples=2
+    )
     with pytest.raises(ValueError, match="`mteb_out`"):
-        task_result.write_task_results(found, tmp_path / "results")
+        task_result.write_task_results(report, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
 def test_only_mtebs_texts_become_mteb_results(tmp_path: Path) -> None:
-    one, other = small_report(["STS12", "BIOSSES"]).sets
-    other = replace(other, score=replace(other.score, own_text=False))
-    found = eval_report.report("m", [one, other], protocol=MTEB, num_resamples=2)
+    sts12, biosses = small_report(["STS12", "BIOSSES"]).sets
+    biosses = replace(biosses, score=replace(biosses.score, own_text=False))
+    report = eval_report.report("m", [sts12, biosses], protocol=MTEB, num_resamples=2)
     with pytest.raises(ValueError, match="`mteb_out`: BIOSSES: the text at hand"):
-        task_result.write_task_results(found, tmp_path / "results")
+        task_result.write_task_results(report, tmp_path / "results")
     assert not (tmp_path / "results").exists()

@@ -22,16 +22,16 @@ def test_report_reads_back(tmp_path: Path) -> None:
     values = json.loads(path.read_text())
     assert values["protocol_name"] == "mteb"
     assert values["complete"] is False
-    assert values["mean"] == pytest.approx(np.mean([one["spearman"] for one in values["sets"]]))
-    for one in (*values["sets"], {"interval": values["mean_interval"]}):
-        assert one["interval"]["low"] < one["interval"]["high"]
-    widths = [one["interval"]["high"] - one["interval"]["low"] for one in values["sets"]]
+    assert values["mean"] == pytest.approx(np.mean([entry["spearman"] for entry in values["sets"]]))
+    for entry in (*values["sets"], {"interval": values["mean_interval"]}):
+        assert entry["interval"]["low"] < entry["interval"]["high"]
+    widths = [entry["interval"]["high"] - entry["interval"]["low"] for entry in values["sets"]]
     mean = values["mean_interval"]
     assert mean["high"] - mean["low"] < min(widths), "a mean varies less than its sets"
     assert values["mean"] == pytest.approx((mean["low"] + mean["high"]) / 2, abs=0.05)
-    found = eval_report.read(path)
-    assert found.names == ["STS12", "STS13", "STS14"]
-    for i, cosine in enumerate(found.cosines):
+    stored = eval_report.read(path)
+    assert stored.names == ["STS12", "STS13", "STS14"]
+    for i, cosine in enumerate(stored.cosines):
         assert np.array_equal(cosine, scores_of(300 + 100 * i, i, 0.3, ties=False)[1])
 
 
@@ -42,8 +42,8 @@ def test_names_of_reports_in_a_run() -> None:
     every = of(*(entry.name for entry in MTEB.sets))
 
     def name(sets: list[ScoredSet], protocol: Protocol | None, **options: bool) -> str:
-        found = eval_report.report("m", sets, protocol=protocol, num_resamples=2, **options)
-        return found.file_name
+        report = eval_report.report("m", sets, protocol=protocol, num_resamples=2, **options)
+        return report.file_name
 
     assert name(every, MTEB) == "eval-mteb.json"
     assert name(of("STS13", "STS12"), MTEB) == "eval-mteb-partial-STS12-STS13.json"
@@ -59,8 +59,8 @@ def test_names_of_reports_in_a_run() -> None:
     assert file("b/pairs.tsv", "f" * 64) == "eval-sts-pairs-ffffffffffff.json"
     odd = [file(path, "f" * 64) for path in ("a b.tsv", "a:b.tsv", "x" * 300 + ".tsv")]
     assert len(set(odd)) == 3
-    for one in odd:
-        assert re.fullmatch(r"eval-sts-[A-Za-z0-9._-]{1,80}\.json", one)
+    for file_name in odd:
+        assert re.fullmatch(r"eval-sts-[A-Za-z0-9._-]{1,80}\.json", file_name)
 
 
 def test_the_pairs_of_another_model_are_noticed(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def by_sentence_transformers(model: Any, pairs: list[ScoredPair]) -> Numbers:
         main_similarity="cosine",
         write_csv=False,
     )
-    found = evaluator(model)
-    return Numbers(found["spearman_cosine"], found["pearson_cosine"])
+    scores = evaluator(model)
+    return Numbers(scores["spearman_cosine"], scores["pearson_cosine"])
 
 
 def by_mteb(model: Any, pairs: list[ScoredPair], subset: str = "default") -> dict[str, Any]:
@@ -96,10 +96,10 @@ def related_pairs(path: Path) -> Path:
     lines = ["sentence1\tsentence2\tscore"]
     for _ in range(300):
         words = list(draw.choice(WORDS, 8))
-        kept = int(draw.integers(0, 7))
-        other = words[:kept] + list(draw.choice(WORDS, 8 - kept))
+        num_shared = int(draw.integers(0, 7))
+        other = words[:num_shared] + list(draw.choice(WORDS, 8 - num_shared))
         assert other != words
-        lines.append(f"{' '.join(words)}\t{' '.join(other)}\t{kept / 2}")
+        lines.append(f"{' '.join(words)}\t{' '.join(other)}\t{num_shared / 2}")
     path.write_text("\n".join(lines) + "\n")
     return path
 

@@ -139,7 +139,7 @@ def test_all_missing_sets_are_named_at_once(
     missing = {entry.name for entry in MTEB.sets} - {"STS17", "BIOSSES"}
     assert set(re.findall(r"eval set (\S+): ", message)) == missing
     assert "BIOSSES.mteb.tsv: got 99 pairs, BIOSSES has 100 under the mteb protocol" in message
-    assert [one.name for one in load_sets(MTEB, ["STS17"])] == ["STS17"]
+    assert [loaded.name for loaded in load_sets(MTEB, ["STS17"])] == ["STS17"]
 
 
 # --- names and sizes --------------------------------------------------------------------------
@@ -183,15 +183,15 @@ def test_sentevals_sick_is_the_test_split(tmp_path: Path) -> None:
 def test_sets_at_hand_have_the_protocols_sizes(data_folder: Path) -> None:
     if any(find_in(entry, data_folder) is None for entry in (*MTEB.sets, *SENTEVAL.sets)):
         pytest.skip("the data folder has not all sets")
-    found = {
+    sizes = {
         name: {s.name: (len(s.pairs), s.own_text) for s in load_sets(protocol, None, offline=True)}
         for name, protocol in PROTOCOLS.items()
     }
-    assert {name: size for name, (size, _) in found["mteb"].items()} == {
+    assert {name: size for name, (size, _) in sizes["mteb"].items()} == {
         entry.name: entry.num_pairs for entry in MTEB.sets
     }
-    assert list(found["senteval"]) == [entry.name for entry in SENTEVAL.sets]
-    assert found["senteval"]["SICK-R"][0] == 4927
+    assert list(sizes["senteval"]) == [entry.name for entry in SENTEVAL.sets]
+    assert sizes["senteval"]["SICK-R"][0] == 4927
 
 
 def test_a_limit_draws_from_the_whole_set(tmp_path: Path) -> None:

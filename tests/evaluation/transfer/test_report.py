@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,12 @@ from tiny import WORDS
 SMALL = replace(CONVERGED, folds=3, penalties=(1e-3, 1e-1))
 
 
+def score_tasks(*arguments: Any, **options: Any) -> transfer_report.TransferReport:
+    """The whole report, which is the last one."""
+    *_, report = transfer_report.partial_reports(*arguments, **options)
+    return report
+
+
 # --- the report -------------------------------------------------------------------------------
 
 
@@ -40,17 +47,17 @@ def small_report(
     looks = [Lookup(task) for task in tasks]
     sizes = {len(task.splits["all"].texts): look for task, look in zip(tasks, looks, strict=True)}
     embed = lambda texts: scale * sizes[len(texts)](texts)
-    return transfer_report.score_tasks(tasks, embed, model="m", settings=settings)
+    return score_tasks(tasks, embed, model="m", settings=settings)
 
 
 def test_a_report_is_its_scores_and_their_mean(tmp_path: Path) -> None:
-    found = small_report()
-    first, second = found.scores
+    report = small_report()
+    first, second = report.scores
     assert first.accuracy != second.accuracy
-    assert found.mean == pytest.approx((first.accuracy + second.accuracy) / 2, abs=1e-12)
-    found.write(tmp_path / "a.json")
+    assert report.mean == pytest.approx((first.accuracy + second.accuracy) / 2, abs=1e-12)
+    report.write(tmp_path / "a.json")
     values = json.loads((tmp_path / "a.json").read_text())
-    assert values["mean"] == found.mean
+    assert values["mean"] == report.mean
     assert values["mean_dev"] == pytest.approx((first.dev_accuracy + second.dev_accuracy) / 2)
     assert [task["accuracy"] for task in values["tasks"]] == [first.accuracy, second.accuracy]
     assert values["tasks"][0]["protocol"] == first.protocol
@@ -63,18 +70,18 @@ def test_lengths_of_embeddings_are_measured() -> None:
     task = make_task({"all": 60})
     embed = Lookup(task)
     norms = np.linalg.norm(embed(task.splits["all"].texts), axis=1)
-    found = transfer_report.score_tasks([task], embed, model="m", settings=SMALL)
-    assert found.lengths[0].low == pytest.approx(norms.min(), rel=1e-6)
-    assert found.lengths[0].high == pytest.approx(norms.max(), rel=1e-6)
-    assert found.embeddings == f"not normalised, of length {norms.min():.3g} to {norms.max():.3g}"
+    report = score_tasks([task], embed, model="m", settings=SMALL)
+    assert report.lengths[0].low == pytest.approx(norms.min(), rel=1e-6)
+    assert report.lengths[0].high == pytest.approx(norms.max(), rel=1e-6)
+    assert report.embeddings == f"not normalised, of length {norms.min():.3g} to {norms.max():.3g}"
 
     def normalised(texts: Sequence[str]) -> Vectors:
         emb = embed(texts)
         unit: Vectors = emb / np.linalg.norm(emb, axis=1, keepdims=True)
         return unit
 
-    found = transfer_report.score_tasks([task], normalised, model="m", settings=SMALL)
-    assert found.embeddings.startswith("of length 1")
+    report = score_tasks([task], normalised, model="m", settings=SMALL)
+    assert report.embeddings.startswith("of length 1")
 
 
 def test_clean_up_reaches_every_text() -> None:
@@ -85,28 +92,26 @@ def test_clean_up_reaches_every_text() -> None:
         seen.extend(texts)
         return embed([text.removesuffix(".") for text in texts])
 
-    one = transfer_report.score_tasks(
-        [task], knows_cleaned, model="m", settings=SMALL, cleaned_up=True
-    )
+    cleaned = score_tasks([task], knows_cleaned, model="m", settings=SMALL, cleaned_up=True)
     assert sorted(seen) == sorted(clean_up(text) for text in embed.vector)
     assert all(text.endswith(".") for text in seen)
-    two = transfer_report.score_tasks([task], embed, model="m", settings=SMALL)
-    assert one.scores == two.scores
-    assert one.file_name == "eval-transfer-partial-made-converged-clean-up.json"
+    plain = score_tasks([task], embed, model="m", settings=SMALL)
+    assert cleaned.scores == plain.scores
+    assert cleaned.file_name == "eval-transfer-partial-made-converged-clean-up.json"
 
 
 def test_names_of_files_tell_reports_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = small_report()
-    assert found.file_name == "eval-transfer-partial-made-made-converged.json"
+    report = small_report()
+    assert report.file_name == "eval-transfer-partial-made-made-converged.json"
     assert small_report(num_tasks=1).file_name == "eval-transfer-partial-made-converged.json"
     monkeypatch.setattr(transfer_data, "SPECS", {"one": 1, "two": 2})
-    assert found.complete
-    assert found.file_name == "eval-transfer-converged.json"
-    assert replace(found, settings=SENTEVAL).file_name == "eval-transfer.json"
+    assert report.complete
+    assert report.file_name == "eval-transfer-converged.json"
+    assert replace(report, settings=SENTEVAL).file_name == "eval-transfer.json"
     cut = small_report(limit=60)
     assert not cut.complete
     assert cut.file_name == "eval-transfer-limit-60-converged.json"
-    assert replace(found, float32=True).file_name == "eval-transfer-converged-float32.json"
+    assert replace(report, float32=True).file_name == "eval-transfer-converged-float32.json"
 
 
 def test_after_each_task_there_is_the_report_so_far() -> None:
@@ -126,7 +131,7 @@ def test_a_task_too_small_is_refused_before_any_is_embedded() -> None:
     good, bad = make_task({"all": 60}), make_task({"all": 4})
     embed = Lookup(good)
     with pytest.raises(ValueError, match=r"made: .*Take more rows: a greater limit, or none"):
-        transfer_report.score_tasks([good, bad], embed, model="m", settings=SMALL)
+        score_tasks([good, bad], embed, model="m", settings=SMALL)
     assert embed.calls == []
 
 

@@ -72,9 +72,9 @@ def plain_nested(
     folds = StratifiedKFold(settings.folds, shuffle=True, random_state=1111)
     test, dev, chosen = [], [], []
     for a, b in folds.split(x_ND, label_N):
-        penalty, found = plain_choice(x_ND[a], label_N[a], settings)
+        penalty, accuracy = plain_choice(x_ND[a], label_N[a], settings)
         test.append(plain_accuracy((x_ND[a], label_N[a]), (x_ND[b], label_N[b]), penalty))
-        dev.append(found)
+        dev.append(accuracy)
         chosen.append(penalty)
     return float(np.mean(test)), float(np.mean(dev)), chosen
 

@@ -46,7 +46,7 @@ def train_plainly(
         held_out = int(settings.validation_split * len(rows))
         rows, dev = rows[order[held_out:]], rows[order[:held_out]]
     x, y = features_ND[rows], label_N[rows]
-    best, found, misses, looks, epoch = -1.0, Plain(torch.empty(0), 0, 0), 0, 0, 0
+    best, best_fit, misses, looks, epoch = -1.0, Plain(torch.empty(0), 0, 0), 0, 0, 0
     while epoch <= settings.max_epoch:
         for _ in range(settings.epoch_size):
             order = draw.permutation(len(rows))
@@ -63,13 +63,13 @@ def train_plainly(
             best = float(accuracy)
             now = copy.deepcopy(layer)
             weight_KE = torch.cat([now.weight.detach(), now.bias.detach()[:, None]], dim=1)
-            found = Plain(weight_KE, 0, looks)
+            best_fit = Plain(weight_KE, 0, looks)
         else:
             misses += 1
             if misses > settings.tenacity:
                 break
-    found.looks = looks
-    return found
+    best_fit.looks = looks
+    return best_fit
 
 
 def make(num_classes: int) -> tuple[Tensor, Tensor]:
@@ -201,9 +201,9 @@ def test_nested_folds_one_after_the_other() -> None:
     plain = PlainBench(features_ND, label_N, PROTOCOL)
     test, dev, chosen = [], [], []
     for rest, fold in plain.folds(np.arange(152)):
-        penalty, found = plain.choice(plain.folds(rest))
+        penalty, accuracy = plain.choice(plain.folds(rest))
         test.append(plain.accuracy(rest, None, fold, penalty))
-        dev.append(found)
+        dev.append(accuracy)
         chosen.append(penalty)
     assert score.accuracy == pytest.approx(np.mean(test), abs=1e-12)
     assert score.dev_accuracy == pytest.approx(np.mean(dev), abs=1e-12)
@@ -228,8 +228,8 @@ def test_given_splits_one_after_the_other() -> None:
     score = score_task(task, lambda texts: features_ND.numpy(), settings=PROTOCOL)
     plain = PlainBench(features_ND, label_N, PROTOCOL)
     train, dev, test = np.arange(121), np.arange(121, 181), np.arange(181, 251)
-    penalty, found = plain.choice([(train, dev)])
+    penalty, accuracy = plain.choice([(train, dev)])
     assert score.penalties == (penalty,)
-    assert score.dev_accuracy == pytest.approx(found, abs=1e-12)
+    assert score.dev_accuracy == pytest.approx(accuracy, abs=1e-12)
     assert score.accuracy == pytest.approx(plain.accuracy(train, dev, test, penalty), abs=1e-12)
     assert 0.6 < score.accuracy < 0.95
