@@ -26,12 +26,8 @@ def _score_rows(metrics: Metrics) -> str:
     return "\n".join(lines)
 
 
-def model_card(recipe: Recipe, metrics: Metrics, path: Path, *, hub_base: bool) -> str:
-    """Markdown with the hub's metadata on top.
-
-    Args:
-        hub_base: whether the backbone's name may stand as `base_model`, which the hub resolves.
-    """
+def _metadata(recipe: Recipe, metrics: Metrics, *, hub_base: bool) -> str:
+    """The hub's metadata, in YAML."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
@@ -48,6 +44,16 @@ def model_card(recipe: Recipe, metrics: Metrics, path: Path, *, hub_base: bool) 
             "loss:InfoNCE",
         ],
     )
+    yaml: str = data.to_yaml()
+    return yaml
+
+
+def model_card(recipe: Recipe, metrics: Metrics, path: Path, *, hub_base: bool) -> str:
+    """Markdown with the hub's metadata on top.
+
+    Args:
+        hub_base: whether the backbone's name may stand as `base_model`, which the hub resolves.
+    """
     sources = "\n".join(f"- {source.path}" for source in recipe.data.sources)
     loss, train = recipe.loss, recipe.train
     temperature = f"{loss.temperature}"
@@ -56,7 +62,7 @@ def model_card(recipe: Recipe, metrics: Metrics, path: Path, *, hub_base: bool) 
     versions = ", ".join(f"{name} {number}" for name, number in metrics.versions.items())
     held = f"{recipe.model.quantization} base" if recipe.model.quantization != "none" else "base"
     return f"""---
-{data.to_yaml()}
+{_metadata(recipe, metrics, hub_base=hub_base)}
 ---
 
 # {recipe.output.name}

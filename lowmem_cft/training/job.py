@@ -113,14 +113,9 @@ def assemble(
     device = device or machine.choose_device()
     sources = [rows] if rows is not None else _read_sources(recipe, observer, offline=offline)
     order, num_steps = _row_order(recipe, sources)
-    eval_sets = [
-        load_set(name, data_folder(), recipe.eval.limit, offline=offline)
-        for name in recipe.eval.sets
-    ]
+    eval_sets = _read_eval_sets(recipe, offline=offline)
     source = find_backbone(recipe.model, observer.say)
-    corpus = build_corpus(sources, recipe, source.tokenizer, cache_folder())
-    origin = "read from the cache" if corpus.from_cache else "tokenised once"
-    observer.say(f"{len(corpus.store)} distinct texts, {origin}")
+    corpus = _tokenise(recipe, sources, source, observer)
     planner, plan = _plan_steps(recipe, corpus, source, device, observer, last_plan)
     machine.keep_freed_memory()
     machine.grow_cuda_blocks(device)
@@ -128,10 +123,19 @@ def assemble(
     encoder = _make_encoder(recipe, backbone)
     parameters = trainable_parameters(encoder.model)
     temperature = _learned_temperature(recipe.loss, device)
+    step = ContrastiveStep(
+        encoder,
+        corpus.store,
+        backbone.tokenizer.pad_token_id,
+        recipe.loss,
+        parameters,
+        planner.chunk_cost,
+        temperature,
+    )
+    set_checkpointing(encoder.model, plan.checkpoint_every)
     optimizer = make_optimizer(
         parameters, recipe.train, device, undecayed=_parameters_of(temperature)
     )
-    set_checkpointing(encoder.model, plan.checkpoint_every)
     return TrainingJob(
         recipe=recipe,
         device=device,
@@ -144,15 +148,7 @@ def assemble(
         encoder=encoder,
         parameters=parameters,
         temperature=temperature,
-        compute=ContrastiveStep(
-            encoder,
-            corpus.store,
-            backbone.tokenizer.pad_token_id,
-            recipe.loss,
-            parameters,
-            planner.chunk_cost,
-            temperature,
-        ),
+        compute=step,
         optimizer=optimizer,
         scheduler=make_scheduler(optimizer, recipe.train, num_steps),
         scaler=_make_scaler(backbone.dtype, device),
@@ -165,6 +161,20 @@ def _read_sources(recipe: Recipe, observer: Says, *, offline: bool) -> Sequence[
         num_skipped = sum(report.skipped.values())
         observer.say(f"{report.source}: {report.num_read} rows, {num_skipped} skipped")
     return sources
+
+
+def _read_eval_sets(recipe: Recipe, *, offline: bool) -> list[LoadedSet]:
+    limit = recipe.eval.limit
+    return [load_set(name, data_folder(), limit, offline=offline) for name in recipe.eval.sets]
+
+
+def _tokenise(
+    recipe: Recipe, sources: Sequence[Sequence[TrainRow]], source: BackboneSource, observer: Says
+) -> Corpus:
+    corpus = build_corpus(sources, recipe, source.tokenizer, cache_folder())
+    origin = "read from the cache" if corpus.from_cache else "tokenised once"
+    observer.say(f"{len(corpus.store)} distinct texts, {origin}")
+    return corpus
 
 
 def _row_order(recipe: Recipe, sources: Sequence[Sequence[TrainRow]]) -> tuple[RowOrder, int]:

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from lowmem_cft import __version__
 from lowmem_cft.cli import app as cli
-from lowmem_cft.inference import loading
-from lowmem_cft.recipe.load import parse_recipe
-from lowmem_cft_kernels import LossPath
 from places import ROOT
 from running import Run
-
-PATHS = "|".join(path.value for path in LossPath)
 
 
 def test_version_and_help(command: Run) -> None:
@@ -47,62 +37,6 @@ def test_the_commands_are_frozen() -> None:
         "icl-search",
         "reproduce",
     }
-
-
-def test_recipes_lists_presets(command: Run) -> None:
-    code, out, _ = command("recipes")
-    assert code == 0
-    assert "demo" in out.split()
-
-
-def test_print_config_is_a_recipe(command: Run, recipe_file: Path) -> None:
-    code, out, _ = command("train", str(recipe_file), "--print-config", "--set", "train.steps=7")
-    assert code == 0
-    assert yaml.safe_load(out)["train"]["steps"] == 7
-    assert parse_recipe(yaml.safe_load(out), "printed").train.steps == 7
-
-
-def test_train_eval_embed_export(command: Run, finished: Path, tmp_path: Path) -> None:
-    pairs = yaml.safe_load((finished / "recipe.yaml").read_text())["eval"]["sets"][0]
-    scores = tmp_path / "scores.json"
-    code, out, err = command("eval", str(finished), "-s", pairs, "--out", str(scores))
-    assert code == 0, err
-    assert "Spearman" in out
-    result = json.loads(scores.read_text())
-    metrics = json.loads((finished / "metrics.json").read_text())
-    wanted = metrics["after"][0]["spearman"]
-    assert result["sets"][0]["spearman"] == pytest.approx(wanted, abs=1e-6)
-    assert result["protocol"] == metrics["protocol"] == "cosine Spearman over all pairs of the set"
-
-    texts = tmp_path / "texts.txt"
-    texts.write_text("the cat sat\na dog ran\nthe cat sat\n")
-    code, _, err = command("embed", str(finished), str(texts))
-    assert code == 0, err
-    vectors = np.load(tmp_path / "texts.txt.npy")
-    assert vectors.shape == (3, 64)
-    assert vectors.dtype == np.float32
-    assert np.array_equal(vectors[0], vectors[2])
-    assert not np.allclose(vectors[0], vectors[1])
-    table = tmp_path / "vectors.parquet"
-    code, _, err = command("embed", str(finished / "model"), str(texts), "--out", str(table))
-    assert code == 0, err
-    read = pq.read_table(table).to_pydict()
-    assert read["text"] == ["the cat sat", "a dog ran", "the cat sat"]
-    assert np.allclose(np.array(read["embedding"], dtype=np.float32), vectors, atol=1e-5)
-
-    target = tmp_path / "merged"
-    code, _, err = command("export", str(finished), "--merged", "--out", str(target))
-    assert code == 0, err
-    assert (target / "model.safetensors").is_file()
-    assert not (target / "adapter_config.json").exists()
-
-
-def test_progress_says_how_the_batch_is_told_apart(command: Run, recipe_file: Path) -> None:
-    code, _, err = command("train", str(recipe_file), "--set", "loss.learn_temperature=true")
-    assert code == 0, err
-    note = r"loss \d+\.\d{4}  accuracy \d+%  rank \d+\.\d  temperature 0\.0\d{3}  [\d.]+ rows/s"
-    assert re.search(rf"^step 2/2  {note}$", err, re.MULTILINE), err
-    assert len(re.findall(rf"^loss by the ({PATHS}) path$", err, re.MULTILINE)) == 1
 
 
 def test_base_model_is_evaluated_too(command: Run, tiny_folder: Path) -> None:
@@ -163,22 +97,6 @@ def test_bad_row_names_file_line_and_column(
         assert part in err
 
 
-def test_existing_run(command: Run, finished: Path, recipe_file: Path) -> None:
-    before = (finished / "metrics.json").read_text()
-    code, _, err = command("train", str(recipe_file))
-    assert code == 2
-    assert "--resume" in err
-    assert "--overwrite" in err
-    assert (finished / "metrics.json").read_text() == before
-
-
-def test_unwritable_output(command: Run, recipe_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    code, _, err = command("train", str(recipe_file), "--set", f"output.folder={tmp_path / 'file'}")
-    assert code == 2
-    assert "output.folder" in err
-
-
 def test_model_without_a_tokenizer(
     command: Run, recipe_file: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -219,14 +137,6 @@ def test_mistakes_on_the_command_line(
     code, _, err = command(*arguments)
     assert code == 2
     assert named in err
-
-
-def test_embed_names_the_empty_line(command: Run, tmp_path: Path) -> None:
-    texts = tmp_path / "texts.txt"
-    texts.write_text("one\n\nthree\n")
-    code, _, err = command("embed", "anything", str(texts))
-    assert code == 2
-    assert "line 2" in err
 
 
 def test_damaged_files_are_named(command: Run, finished: Path, tmp_path: Path) -> None:
@@ -279,71 +189,6 @@ def test_unexpected_faults_point_to_debug(command: Run, monkeypatch: pytest.Monk
     code, _, err = command("train", "demo")
     assert code == 1
     assert "--debug" in err
-
-
-def test_doctor(command: Run) -> None:
-    code, out, _ = command("doctor")
-    assert code == 0
-    for what in ("torch", "4-bit", "cache", "compute dtype"):
-        assert what in out
-    assert re.search(rf"loss.*by the ({PATHS}) path", out), out
-
-
-def test_demo_ends_in_one_line_of_json(
-    command: Run,
-    tiny_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """On a stand-in for the model; `make demo` runs it on the real one."""
-    monkeypatch.delenv("LOWMEM_CFT_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    options = [f"model.id={tiny_folder}", "model.keep_layers=2", "train.steps=3"]
-    arguments = [part for option in options for part in ("--set", option)]
-    code, out, err = command("demo", "--offline", *arguments)
-    assert code == 0, err
-    summary = json.loads(out.splitlines()[-1])
-    assert set(summary) == {"before", "after", "seconds", "peak_bytes", "data", "model"}
-    assert -1 <= summary["before"] <= 1
-    assert summary["data"] == "the embedded triplets and pairs"
-    code, out, err = command("demo", "--offline", *arguments)
-    assert code == 0, "the demo runs again where it ran before"
-
-
-def test_export_does_not_touch_a_folder_of_something_else(
-    command: Run, finished: Path, tmp_path: Path
-) -> None:
-    precious = tmp_path / "papers"
-    precious.mkdir()
-    (precious / "thesis.tex").write_text("years of work")
-    for target in (precious, finished):
-        code, _, err = command("export", str(finished), "--out", str(target))
-        assert code == 2
-        assert "no export of ours" in err
-    assert (precious / "thesis.tex").is_file()
-    assert (finished / "adapter").is_dir()
-
-
-def test_embed_cuts_at_line_ends_only(command: Run, finished: Path, tmp_path: Path) -> None:
-    texts = tmp_path / "texts.txt"
-    texts.write_bytes("\ufeffthe cat\u2028sat\r\na dog\n".encode())
-    code, _, err = command("embed", str(finished), str(texts))
-    assert code == 0, err
-    assert np.load(tmp_path / "texts.txt.npy").shape[0] == 2
-
-
-def test_embed_writes_no_vectors_that_are_no_numbers(
-    command: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    texts = tmp_path / "texts.txt"
-    texts.write_text("the cat\na dog\nrain\n")
-    vectors = np.ones((3, 4), dtype=np.float32)
-    vectors[1, 2] = np.nan
-    monkeypatch.setattr(loading, "embed_texts", lambda *args, **kwargs: vectors)
-    code, _, err = command("embed", str(finished), str(texts))
-    assert code == 2
-    assert "1 of 3 embeddings are not finite" in " ".join(err.split())
-    assert not (tmp_path / "texts.txt.npy").exists()
 
 
 def test_data_folder_without_sets(

@@ -148,7 +148,9 @@ def test_all_missing_sets_are_named_at_once(
 def test_names() -> None:
     assert load_set("demo", None).source == DEMO_PAIRS.name
     assert load_set(str(DEMO_PAIRS), None).pairs == load_set("demo", None).pairs
-    with pytest.raises(ValueError, match=r"'STS18': no such file .*, and none of STS12, .* or demo"):
+    with pytest.raises(
+        ValueError, match=r"'STS18': no such file .*, and none of STS12, .* or demo"
+    ):
         load_set("STS18", None)
     with pytest.raises(ValueError, match=r"the senteval protocol has STS12, .*, SICK-R"):
         load_set("STS17", None, protocol=SENTEVAL)

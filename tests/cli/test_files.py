@@ -1,0 +1,48 @@
+"""Files that commands read and write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowmem_cft.inference import loading
+from running import Run
+
+
+def test_unwritable_output(command: Run, recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = command("train", str(recipe_file), "--set", f"output.folder={tmp_path / 'file'}")
+    assert code == 2
+    assert "output.folder" in err
+
+
+def test_embed_names_the_empty_line(command: Run, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one\n\nthree\n")
+    code, _, err = command("embed", "anything", str(texts))
+    assert code == 2
+    assert "line 2" in err
+
+
+def test_embed_cuts_at_line_ends_only(command: Run, finished: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_bytes("\ufeffthe cat\u2028sat\r\na dog\n".encode())
+    code, _, err = command("embed", str(finished), str(texts))
+    assert code == 0, err
+    assert np.load(tmp_path / "texts.txt.npy").shape[0] == 2
+
+
+def test_embed_writes_no_vectors_that_are_no_numbers(
+    command: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the cat\na dog\nrain\n")
+    vectors = np.ones((3, 4), dtype=np.float32)
+    vectors[1, 2] = np.nan
+    monkeypatch.setattr(loading, "embed_texts", lambda *args, **kwargs: vectors)
+    code, _, err = command("embed", str(finished), str(texts))
+    assert code == 2
+    assert "1 of 3 embeddings are not finite" in " ".join(err.split())
+    assert not (tmp_path / "texts.txt.npy").exists()
