@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from lowmem_cft.cli.files import check_json_name, check_writable, read_lines, write_vectors
+from lowmem_cft.cli.files import (
+    STANDARD_INPUT,
+    check_json_name,
+    check_writable,
+    read_lines,
+    write_vectors,
+)
 from lowmem_cft.cli.options import Offline, Overrides, go_offline, make_screen, print_table
 from lowmem_cft.evaluation.sts.protocols import protocol_named
 from lowmem_cft.evaluation.sts.sets import check_set_name
@@ -222,19 +228,24 @@ def compare(
 
 def embed(
     model: Model,
-    file: Annotated[Path, typer.Argument(help="Text file, one text a line.")],
+    file: Annotated[Path, typer.Argument(help="Text file, one text a line; - for standard input.")],
     out: Annotated[
         Optional[Path], typer.Option(help=".npy or .parquet; FILE.npy if absent.")
     ] = None,
+    keep_blank: Annotated[
+        bool, typer.Option("--keep-blank", help="Embed blank lines too, in place of refusing.")
+    ] = False,
     recipe: Recipe = None,
     overrides: Overrides = None,
 ) -> None:
     """Write one vector per line of a file, in its order."""
+    if out is None and file == STANDARD_INPUT:
+        raise ValueError("--out: wanted a file for the vectors, since the texts come from no file")
     out = out or file.with_suffix(file.suffix + ".npy")
     if out.suffix not in (".npy", ".parquet"):
         raise ValueError(f"--out: got {out.name}, wanted a name that ends in .npy or .parquet")
     check_model_name(model)
-    texts = read_lines(file)
+    texts = read_lines(file, keep_blank=keep_blank)
     check_writable(out)
     from lowmem_cft.evaluation.sts.correlation import num_not_finite
     from lowmem_cft.inference.loading import load_model

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
-from lowmem_cft.files import whole_file
+from lowmem_cft.files import nearest_names, whole_file
+
+STANDARD_INPUT = Path("-")
 
 
-def read_lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise ValueError(f"no such file: {file}")
+def read_lines(file: Path, *, keep_blank: bool = False) -> list[str]:
+    """The lines of a UTF-8 file, or of standard input (`-`).
+
+    Args:
+        keep_blank: lines without a letter are texts too.
+
+    Raises:
+        ValueError: there is no such file, it is not UTF-8, or a line is blank and may not be.
+    """
+    if file == STANDARD_INPUT:
+        data, name = sys.stdin.buffer.read(), "standard input"
+    elif file.is_file():
+        data, name = file.read_bytes(), str(file)
+    else:
+        raise ValueError(f"{file} does not exist; {nearest_names(file)}")
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from error
+        raise ValueError(f"{name}: not UTF-8 at byte {error.start}; convert it first") from error
+    if not text.strip() and not (text and keep_blank):
+        raise ValueError(f"{name}: no lines, so nothing to embed")
     # not splitlines: it also cuts at separators that may stand inside a text
     texts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    if not text.strip():
-        raise ValueError(f"{file}: no lines, so nothing to embed")
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            raise ValueError(f"{file}, line {number}: empty; remove it or put a text there")
+    for number, line in enumerate(texts, 1):
+        if not line.strip() and not keep_blank:
+            raise ValueError(
+                f"{name}, line {number}: empty; remove it, put a text there, or embed it as it is "
+                "with `keep_blank`"
+            )
     return texts
 
 

@@ -28,8 +28,9 @@ def doctor() -> None:
 
 
 def recipes() -> None:
-    """List the recipes shipped with the package."""
-    from lowmem_cft.recipe.load import preset_names
+    """List the recipes shipped with the package, and what each is for."""
+    from lowmem_cft.recipe.load import preset_description, preset_names
 
+    width = max(map(len, preset_names()))
     for name in preset_names():
-        typer.echo(name)
+        typer.echo(f"{name:{width}}  {preset_description(name)}")

@@ -32,7 +32,10 @@ def plan_limit(recipe: Recipe, memory_option: str | None, device: str | None) ->
     """
     here = choose_device()
     if memory_option is not None:
-        return device or "cuda", parse_bytes(memory_option)
+        try:
+            return device or "cuda", parse_bytes(memory_option)
+        except ValueError as error:
+            raise ValueError(f"`memory`: {error}") from None
     if recipe.memory.limit != "auto":
         return device or here.type, parse_bytes(recipe.memory.limit)
     if device not in (None, here.type):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -22,6 +23,18 @@ def preset_names() -> list[str]:
     """Names of the recipes shipped with the package."""
     files = (entry.name for entry in PRESETS.iterdir())
     return sorted(name[:-5] for name in files if name.endswith(".yaml") and name[0] != "_")
+
+
+def preset_description(name: str) -> str:
+    """What a preset is for, in a clause: its model, and the first words of what it extends."""
+    values, base = parse_yaml((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"), name), name
+    model = values["model"]["id"]
+    while (parent := values.get("extends")) is not None:
+        base = parent
+        values = parse_yaml((PRESETS / f"{base}.yaml").read_text(encoding="utf-8"), base)
+    comment = (PRESETS / f"{base}.yaml").read_text(encoding="utf-8").removeprefix("# ")
+    purpose = re.split(r"[,;]|\.\s", comment, maxsplit=1)[0]
+    return f"{model}: {purpose}"
 
 
 def _read_text(path: Path) -> str:

@@ -113,6 +113,10 @@ def assemble(
     device = device or machine.choose_device()
     sources = [rows] if rows is not None else _read_sources(recipe, observer, offline=offline)
     order, num_steps = _row_order(recipe, sources)
+    observer.say(
+        f"an epoch has {order.rows_per_epoch} rows in {order.steps_per_epoch} steps of "
+        f"{recipe.train.logical_batch}; {num_steps} steps in all"
+    )
     eval_sets = _read_eval_sets(recipe, offline=offline)
     source = find_backbone(recipe.model, observer.say)
     corpus = _tokenise(recipe, sources, source, observer)
@@ -157,9 +161,12 @@ def assemble(
 
 def _read_sources(recipe: Recipe, observer: Says, *, offline: bool) -> Sequence[Sequence[TrainRow]]:
     sources, reports = read_sources(recipe.data, offline=offline)
-    for report in reports:
+    for rows, report in zip(sources, reports, strict=True):
         num_skipped = sum(report.skipped.values())
-        observer.say(f"{report.source}: {report.num_read} rows, {num_skipped} skipped")
+        observer.say(
+            f"{report.source}: {report.num_read} rows, {num_skipped} skipped; trained on: "
+            f"{len(rows)} pairs of an anchor and a positive"
+        )
     return sources
 
 

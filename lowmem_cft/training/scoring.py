@@ -82,8 +82,10 @@ class Scoring:
         self.observer.say(f"kept the adapter of step {self.progress.best_step}")
 
     def score_all(self, step: int) -> list[SetScore]:
-        """Score the adapter as it is now on every set."""
+        """Score the adapter as it is saved on every set."""
         scores = self._scores(self.job.eval_sets)
+        if scores:
+            self.observer.say("scores of the adapter as it is saved, in the dtype of its base:")
         self.observer.scored(step, scores)
         return scores
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,32 @@ def test_embed_writes_no_vectors_that_are_no_numbers(
     assert code == 2
     assert "1 of 3 embeddings are not finite" in " ".join(err.split())
     assert not (tmp_path / "texts.txt.npy").exists()
+
+
+def test_standard_input_is_embedded(
+    command: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Piped:
+        buffer = io.BytesIO(b"the cat sat\na dog ran\n")
+
+    monkeypatch.setattr("sys.stdin", Piped())
+    code, _, err = command("embed", str(finished), "-", "--out", str(tmp_path / "v.npy"))
+    assert code == 0, err
+    assert np.load(tmp_path / "v.npy").shape[0] == 2
+    code, _, err = command("embed", str(finished), "-")
+    assert code == 2
+    assert "--out: wanted a file" in err
+
+
+def test_blank_lines_are_kept_by_choice(command: Run, finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("the cat sat\n\na dog ran\n   \n")
+    code, _, err = command("embed", str(finished), str(file))
+    assert code == 2
+    assert "texts.txt, line 2: empty; " in err
+    assert "--keep-blank" in err
+    code, _, err = command("embed", str(finished), str(file), "--keep-blank")
+    assert code == 0, err
+    vectors = np.load(tmp_path / "texts.txt.npy")
+    assert vectors.shape[0] == 4
+    assert np.isfinite(vectors).all()

@@ -24,8 +24,8 @@ def load(folder: Path, **values: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere", "no such folder"),
-        ("nowhere.gguf", "no such file"),
+        ("./nowhere", "does not exist"),
+        ("nowhere.gguf", "does not exist"),
         ("someone/no-such-model", "hub"),
     ],
     ids=["folder", "gguf", "hub"],

@@ -251,7 +251,7 @@ _READERS = {
 
 
 def _presets(program: Program) -> list[str]:
-    return program("recipes/names", "recipes").split()
+    return [line.split()[0] for line in program("recipes/names", "recipes").splitlines()]
 
 
 def make_recipes(program: Program) -> None:
