@@ -6,6 +6,7 @@ are imported when a source needs them.
 
 from __future__ import annotations
 
+import ast
 import csv
 import gzip
 import io
@@ -17,18 +18,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_cft.data.columns import DataError, Header
 from lowmem_cft.files import nearest_names
 
-_SUFFIXES = (".jsonl", ".json-lines", ".csv", ".tsv", ".parquet")
+_SUFFIXES = (".jsonl", ".json-lines", ".json", ".csv", ".tsv", ".parquet")
 _READABLE = f"{', '.join(_SUFFIXES)}, each also as .gz"
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 _ARROW_TEXT = re.compile(r"(dictionary<values=)?(large_)?string")
 _PEEKED_ROWS = 100
+_LONGEST_CELL = 2**31 - 1  # the csv module's own limit of 131,072 characters refuses long documents
+_CELL = r'(?:"(?:[^"]|"")*"|[^"\t\r\n]*)'
+_QUOTED_CELL = re.compile(rf"(?:^|(?<=\t))({_CELL})(?=\t|$)")
+_QUOTED_RECORD = re.compile(rf"{_CELL}(?:\t{_CELL})*\r?\n?")
+_LINES_OF_A_CELL = 1000
 _NUMBER = re.compile(r"\s*[-+]?[\d.,]*\d([eE][-+]?\d+)?\s*")
 
 
@@ -43,6 +48,7 @@ class BadRow(Exception):
 
 Row = Sequence[Any] | BadRow
 _Records = Callable[[Path], Iterator[tuple[int, list[str] | BadRow]]]
+_Objects = Callable[[Path], Iterator[tuple[int, dict[str, Any] | BadRow]]]
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,9 @@ def _folder_tables(folder: Path, split: str) -> Iterator[Table]:
 def _file_table(path: Path) -> Table:
     suffix = _suffix(path)
     if suffix in (".jsonl", ".json-lines"):
-        return _jsonl_table(path)
+        return _objects_table(path, "line", _json_objects)
+    if suffix == ".json":
+        return _json_table(path)
     if suffix in (".csv", ".tsv"):
         return _delimited_table(path, _csv_records if suffix == ".csv" else _tsv_records)
     if suffix == ".parquet":
@@ -147,13 +155,64 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _tsv_records(path: Path) -> Iterator[tuple[int, list[str] | BadRow]]:
+    if _is_quoted(path):
+        yield from _csv_records(path, "\t")
+        return
     for number, line in enumerate(_lines(path), 1):
         if line := line.rstrip("\r\n"):
             yield number, line.split("\t")
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str] | BadRow]]:
-    reader = csv.reader(_lines(path), strict=True)
+def _is_quoted(path: Path) -> bool:
+    """Whether a TSV is written as csv.writer, pandas and Excel do: quotes are not part of the text.
+
+    Every quote has to be of that kind, and some cell has to need its quotes, for a quote, comma, tab
+    or line end within it, or every cell but numbers has them. In other files quotes are text.
+    """
+    needed, all_quoted, any_quoted = False, True, False
+    for record in _quoted_records(path):
+        if '"' not in record:
+            cells = record.rstrip("\r\n").split("\t")
+        elif _QUOTED_RECORD.fullmatch(record):
+            cells = _QUOTED_CELL.findall(record.rstrip("\r\n"))
+        else:
+            return False
+        for cell in cells:
+            if cell[:1] == '"':
+                any_quoted = True
+                needed |= re.search(r'[",\t\n]', cell[1:-1]) is not None
+            else:
+                all_quoted &= not cell or _NUMBER.fullmatch(cell) is not None
+    return needed or (all_quoted and any_quoted)
+
+
+def _quoted_records(path: Path) -> Iterator[str]:
+    """Lines joined until their quotes are paired, and no more of them than a cell may have."""
+    joined: list[str] = []
+    odd = False
+    for line in _lines(path):
+        joined.append(line)
+        odd ^= line.count('"') % 2 == 1
+        if not odd or len(joined) > _LINES_OF_A_CELL:
+            yield "".join(joined)
+            joined, odd = [], False
+    if joined:
+        yield "".join(joined)
+
+
+def _delimiter(path: Path) -> str:
+    """A comma, or what the header has in its place: Excel writes semicolons where 0,5 is a number."""
+    header = next(_lines(path), "")
+    if "," in header:
+        return ","
+    return next((mark for mark in (";", "\t") if mark in header), ",")
+
+
+def _csv_records(
+    path: Path, delimiter: str | None = None
+) -> Iterator[tuple[int, list[str] | BadRow]]:
+    csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.reader(_lines(path), delimiter=delimiter or _delimiter(path), strict=True)
     while True:
         start = reader.line_num + 1
         try:
@@ -190,8 +249,10 @@ def _delimited_table(path: Path, records: _Records) -> Table:
         if peeked and all(_NUMBER.fullmatch(cells[i]) for cells in peeked if i < len(cells))
     }
 
+    lists = {name for i, name in enumerate(names) if _holds_lists(i, peeked)}
+
     def rows(columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
-        pick = itemgetter(*(names.index(name) for name in columns))
+        places = [names.index(name) for name in columns]
         for number, cells in islice(records(path), 1, None):
             if isinstance(cells, BadRow):
                 yield number, cells
@@ -199,9 +260,38 @@ def _delimited_table(path: Path, records: _Records) -> Table:
                 detail = f"got {len(cells)}, wanted {len(names)} as in the header"
                 yield number, BadRow("wrong number of cells", detail)
             else:
-                yield number, pick(cells)
+                yield number, _with_lists([cells[i] for i in places], columns, lists)
 
     return Table(str(path), names, frozenset(names) - numeric, "line", rows)
+
+
+def _holds_lists(place: int, rows: Sequence[Sequence[str]]) -> bool:
+    """Whether every cell of a column is a list of texts, as pandas writes one to a file of texts."""
+    cells = [row[place] for row in rows if place < len(row) and row[place].strip()]
+    return bool(cells) and all(_list_of_texts(cell) is not None for cell in cells)
+
+
+def _list_of_texts(cell: str) -> list[str] | None:
+    """The list that a cell is written as, in Python or JSON; None where it is none."""
+    if cell.strip()[:1] != "[" or cell.strip()[-1:] != "]":
+        return None
+    try:
+        value = ast.literal_eval(cell.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return value if is_list else None
+
+
+def _with_lists(cells: list[Any], columns: Sequence[str], lists: set[str]) -> Row:
+    """The cells with lists for what is written as one, in the columns that hold lists."""
+    for i, name in enumerate(columns):
+        if name in lists and cells[i].strip():
+            value = _list_of_texts(cells[i])
+            if value is None:
+                return BadRow("no list", f"got {shown(cells[i])} where others are lists", name)
+            cells[i] = value
+    return cells
 
 
 def _no_duplicates(place: str, names: Sequence[str]) -> None:
@@ -210,26 +300,46 @@ def _no_duplicates(place: str, names: Sequence[str]) -> None:
             raise DataError(f"{place}, column {name!r}: the name stands {times} times; rename one")
 
 
-def _jsonl_table(path: Path) -> Table:
-    """Reads the file twice, since a key may first stand in its last line."""
+def _json_table(path: Path) -> Table:
+    """An array of objects, or JSON lines under the other name."""
+    if next((line for line in _lines(path) if line.strip()), "").lstrip()[:1] != "[":
+        return _objects_table(path, "line", _json_objects)
+    try:
+        values = json.loads("".join(_lines(path)))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a JSON array ({error}); write it again") from error
+    numbered = [
+        (
+            i,
+            value
+            if isinstance(value, dict)
+            else BadRow("not a JSON object", f"got {shown(value)}"),
+        )
+        for i, value in enumerate(values, 1)
+    ]
+    return _objects_table(path, "row", lambda _: iter(numbered))
+
+
+def _objects_table(path: Path, unit: Literal["line", "row"], objects: _Objects) -> Table:
+    """Reads the objects twice, since a key may first stand in the last one."""
     columns: dict[str, bool] = {}
-    for _, value in _json_objects(path):
+    for _, value in objects(path):
         if isinstance(value, dict):
             for key, cell in value.items():
                 columns[key] = columns.get(key, True) and (cell is None or isinstance(cell, str))
     if not columns:
-        number, reason = next(_json_objects(path), (1, "the file is empty"))
+        number, reason = next(objects(path), (1, "the file is empty"))
         raise DataError(
-            f"{path}, line {number}: {reason}; no line of the file is an object with keys"
+            f"{path}, {unit} {number}: {reason}; no {unit} of the file is an object with keys"
         )
 
     def rows(names: Sequence[str]) -> Iterator[tuple[int, Row]]:
-        for number, value in _json_objects(path):
+        for number, value in objects(path):
             cells = value if isinstance(value, BadRow) else [value.get(name) for name in names]
             yield number, cells
 
     texts = frozenset(name for name, all_text in columns.items() if all_text)
-    return Table(str(path), list(columns), texts, "line", rows)
+    return Table(str(path), list(columns), texts, unit, rows)
 
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:

@@ -39,6 +39,10 @@ class ScoredPair:
     score: float
 
 
+Scalar = str | bool | int | float
+"""A value that `where` compares a cell with."""
+
+
 @dataclass
 class ReadReport:
     """What was read: `num_read` counts the rows which `where` kept, bad ones included.
@@ -56,7 +60,7 @@ class ReadReport:
 class _Request:
     source: str
     split: str
-    where: Mapping[str, str] | None
+    where: Mapping[str, Scalar] | None
     limit: int | None
     seed: int
     on_bad_row: Literal["error", "skip"]
@@ -73,7 +77,7 @@ def read_training_rows(
     *,
     columns: Sequence[str] | None = None,
     split: str = "train",
-    where: Mapping[str, str] | None = None,
+    where: Mapping[str, Scalar] | None = None,
     limit: int | None = None,
     seed: int = 0,
     on_bad_row: Literal["error", "skip"] = "error",
@@ -102,7 +106,7 @@ def read_scored_pairs(
     *,
     columns: Sequence[str] | None = None,
     split: str = "test",
-    where: Mapping[str, str] | None = None,
+    where: Mapping[str, Scalar] | None = None,
     limit: int | None = None,
     seed: int = 0,
     on_bad_row: Literal["error", "skip"] = "error",
@@ -168,13 +172,13 @@ def _checked(
 ) -> Iterator[T]:
     where = request.where or {}
     require(table, where, "where")
-    conditions = [(i, str(value)) for i, value in enumerate(where.values(), len(names))]
+    conditions = list(enumerate(where.values(), len(names)))
     for number, cells in table.rows([*names, *where]):
         try:
             if isinstance(cells, BadRow):
                 report.num_read += 1
                 raise cells
-            if any(str(cells[i]) != value for i, value in conditions):
+            if not all(_equal(cells[i], value) for i, value in conditions):
                 continue
             report.num_read += 1
             built = build(names, cells)
@@ -186,6 +190,18 @@ def _checked(
             report.skipped[f"{bad.reason}{bad.at}"] += 1
         else:
             yield from built
+
+
+def _equal(cell: Any, value: Scalar) -> bool:
+    """Whether a cell holds what `where` wants, in files without types too."""
+    if isinstance(value, bool):
+        return str(cell).strip().lower() in (("true", "1") if value else ("false", "0"))
+    if isinstance(value, (int, float)) and not isinstance(cell, bool):
+        try:
+            return float(cell) == value
+        except (TypeError, ValueError):
+            return False
+    return str(cell) == value
 
 
 def _sample(rows: Iterable[T], limit: int | None, seed: int) -> list[T]:
@@ -217,21 +233,23 @@ def _training_rows(names: Sequence[str], cells: Sequence[Any]) -> Iterable[Train
 
 
 def _negatives(names: Sequence[str], cells: Sequence[Any]) -> tuple[str, ...]:
-    """Cells past the names are those of `where`. Of several negatives, empty ones are dropped."""
-    if len(names) == 1 and not isinstance(cells[0], list):
-        return (_text(cells[0], names[0]),)
+    """A row's negatives: none, one or many. Empty cells are none; those past the names `where`'s."""
     texts: list[str] = []
     for name, cell in zip(names, cells, strict=False):
         for item in map(_passage, cell if isinstance(cell, list) else (cell,)):
             if item is not None and not (isinstance(item, str) and not item.strip()):
                 texts.append(_text(item, name))
-    if names and not texts:
-        raise BadRow("no negative", f"{list(names)} all empty, wanted a text", names[0])
     return tuple(texts)
 
 
 def _passage(item: Any) -> Any:
-    return item.get("text") if isinstance(item, dict) else item
+    """The text of a passage; one with a title begins with it, as in Tevatron's training data."""
+    if not isinstance(item, dict):
+        return item
+    title, text = item.get("title"), item.get("text")
+    if isinstance(title, str) and title.strip() and isinstance(text, str) and text.strip():
+        return f"{title.strip()} {text.strip()}"
+    return text
 
 
 def _scored_pair(names: Sequence[str], cells: Sequence[Any]) -> Iterable[ScoredPair]:

@@ -74,7 +74,7 @@ class Source(Record):
     """A source of training rows; only a file has a checksum."""
 
     path: str
-    where: dict[str, str] | None = None
+    where: dict[str, str | bool | int | float] | None = None
     rows: int
     skipped: int = 0
     sha256: str | None

@@ -111,8 +111,8 @@ class DataSource(_Section):
     """File, folder, saved data set, hub id, `demo` for the embedded triplets."""
     columns: list[str] | None = None
     split: str = "train"
-    where: dict[str, str] | None = None
-    """Keep the rows whose column equals this text."""
+    where: dict[str, str | bool | int | float] | None = None
+    """Keep the rows whose column equals this text, number or truth value."""
     limit: Count | None = None
     """Draw this many rows at random by `seed`."""
     seed: int = 0

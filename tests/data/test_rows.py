@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -62,14 +63,62 @@ def test_where(tmp_path: Path) -> None:
 # --- bad rows -------------------------------------------------------------------------------
 
 
-def test_several_negatives_may_be_empty_but_not_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet"])
+def test_rows_with_no_one_and_many_negatives_mix(tmp_path: Path, suffix: str) -> None:
     header = ["anchor", "positive", "negative_1", "negative_2"]
     cells = [["a", "p", "n", ""], ["b", "q", "", "m"], ["c", "r", "n", "m"], ["d", "s", " ", ""]]
-    path = write_rows(tmp_path / "n.tsv", header, cells)
-    assert "n.tsv, line 5, column 'negative_1': no negative" in error(path)
-    rows, report = read_training_rows(path, on_bad_row="skip")
-    assert [row.negatives for row in rows] == [("n",), ("m",), ("n", "m")]
-    assert sum(report.skipped.values()) == 1
+    rows, report = read_training_rows(write_rows(tmp_path / f"n{suffix}", header, cells))
+    assert [row.negatives for row in rows] == [("n",), ("m",), ("n", "m"), ()]
+    assert not report.skipped
+
+
+@pytest.mark.parametrize(
+    "negative",
+    [{}, {"negative": None}, {"negative": ""}, {"negative": []}, {"negative": ["", None]}],
+)
+def test_a_row_without_a_negative_has_none(tmp_path: Path, negative: dict[str, Any]) -> None:
+    lines = [
+        {"anchor": "a", "positive": "p", "negative": "n"},
+        {"anchor": "b", "positive": "q", **negative},
+    ]
+    path = write(tmp_path / "r.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    assert [row.negatives for row in read_training_rows(path)[0]] == [("n",), ()]
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [(True, "b"), (False, "a"), (1, "b"), (0, "a"), ("1", "b"), ("0", "a")],
+)
+@pytest.mark.parametrize("cells", [["0", "1"], [0, 1]], ids=["texts", "numbers"])
+def test_where_takes_numbers_and_truth_values(
+    tmp_path: Path, value: str | bool | int, kept: str, cells: list[Any]
+) -> None:
+    lines = [
+        {"anchor": n, "positive": "p", "is_duplicate": c} for n, c in zip("ab", cells, strict=True)
+    ]
+    path = write(tmp_path / "w.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    rows, _ = read_training_rows(path, where={"is_duplicate": value})
+    assert [row.anchor for row in rows] == [kept]
+
+
+@pytest.mark.parametrize("value", [True, "True"])
+def test_where_takes_truth_values_of_json(tmp_path: Path, value: str | bool) -> None:
+    lines = [
+        {"anchor": n, "positive": "p", "same": same} for n, same in (("a", False), ("b", True))
+    ]
+    path = write(tmp_path / "w.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    assert [row.anchor for row in read_training_rows(path, where={"same": value})[0]] == ["b"]
+
+
+def test_a_passage_begins_with_its_title(tmp_path: Path) -> None:
+    line = {
+        "query": "where is the bridge",
+        "positive_passages": [{"docid": "7", "title": " Old Bridge", "text": "It crosses it. "}],
+        "negative_passages": [{"title": "", "text": "No."}, {"title": None, "text": "It opens."}],
+    }
+    path = write(tmp_path / "t.jsonl", json.dumps(line) + "\n")
+    (row,) = read_training_rows(path)[0]
+    assert row == TrainRow("where is the bridge", "Old Bridge It crosses it.", ("No.", "It opens."))
 
 
 def test_no_usable_row(tmp_path: Path) -> None:
