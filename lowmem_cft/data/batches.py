@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +24,61 @@ NO_OWNER = -1
 
 @dataclass(frozen=True)
 class RowTable:
-    """Rows as indices of texts. int64; N rows, K the most negatives that a row has."""
+    """Rows as indices of T texts. int64; N rows, K the most negatives that a row has.
+
+    `same_T` gives each text a number that equal texts share, whatever template they stand in; None
+    where no two texts are equal.
+    """
 
     anchor_N: Indices
     positive_N: Indices
     negative_NK: Indices
+    same_T: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.anchor_N)
+
+    def key(self, text: Indices) -> Indices:
+        """What tells a text from others: equal texts have one key."""
+        return text if self.same_T is None else self.same_T[text]
+
+    @cached_property
+    def positives_of(self) -> PositivesOf:
+        """The positives of every anchor, over all of its rows."""
+        return PositivesOf.of_pairs(self.key(self.anchor_N), self.key(self.positive_N))
+
+
+@dataclass(frozen=True)
+class PositivesOf:
+    """Each anchor's distinct positives, as keys: those of anchor a from `start[a]` to `start[a + 1]`."""
+
+    start: Indices
+    positive: Indices
+
+    @classmethod
+    def of_pairs(cls, anchor_N: Indices, positive_N: Indices) -> PositivesOf:
+        size = 1 + max(anchor_N.max(initial=0), positive_N.max(initial=0))
+        anchor, positive = np.divmod(np.unique(anchor_N * size + positive_N), size)
+        return cls(np.searchsorted(anchor, np.arange(size + 1)), positive)
+
+    def others(self, anchor_M: Indices, positive_M: Indices, among: Indices) -> Indices:
+        """(M, K): the positives of each anchor but one, as far as they are among these keys.
+
+        K is the most that an anchor has; the anchor itself fills rows that have fewer.
+        """
+        count_M = self.start[anchor_M + 1] - self.start[anchor_M]
+        if count_M.max(initial=0) <= 1:
+            return np.empty((len(anchor_M), 0), dtype=np.int64)
+        row = np.repeat(np.arange(len(anchor_M)), count_M)
+        first_M = self.start[anchor_M] - (count_M.cumsum() - count_M)
+        positive = self.positive[np.arange(len(row)) + first_M[row]]
+        kept = np.isin(positive, among) & (positive != positive_M[row])
+        row, positive = row[kept], positive[kept]
+        count_M = np.bincount(row, minlength=len(anchor_M))
+        rank = np.arange(len(row)) - (count_M.cumsum() - count_M)[row]
+        others_MK = np.repeat(anchor_M[:, None], count_M.max(initial=0), axis=1)
+        others_MK[row, rank] = positive
+        return others_MK
 
 
 class RowOrder:
@@ -116,8 +163,8 @@ def step_texts(
 
     Args:
         hard_negatives: batch, own or none; see `LossSection`.
-        mask_duplicates: documents equal to a query's positive, or to the query, are no negatives
-            of it.
+        mask_duplicates: documents equal to a positive of a query, in whichever of its rows, or to
+            the query are no negatives of it.
         encode_twins_once: one pool entry per distinct text. With dropout, twins would share a
             mask, which changes the step; without it, this changes nothing.
     """
@@ -132,13 +179,19 @@ def step_texts(
     place = np.arange(len(text_P))
     if encode_twins_once:
         text_P, place = np.unique(text_P, return_inverse=True)
-    query_key_MK = np.stack([positive_M, anchor_M], axis=1)
+    query_key_MK = doc_key_N = None
+    if mask_duplicates:
+        anchor_key_M, positive_key_M = table.key(anchor_M), table.key(positive_M)
+        doc_key_N = table.key(document_N)
+        others_MK = table.positives_of.others(anchor_key_M, positive_key_M, doc_key_N)
+        keys = [positive_key_M[:, None], anchor_key_M[:, None], others_MK]
+        query_key_MK = np.concatenate(keys, axis=1)
     return StepTexts(
         text_P,
         torch.from_numpy(place),
         len(rows),
         torch.from_numpy(owner_N),
         own_only=hard_negatives == "own",
-        query_key_MK=torch.from_numpy(query_key_MK) if mask_duplicates else None,
-        doc_key_N=torch.from_numpy(document_N) if mask_duplicates else None,
+        query_key_MK=None if query_key_MK is None else torch.from_numpy(query_key_MK),
+        doc_key_N=None if doc_key_N is None else torch.from_numpy(doc_key_N),
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from lowmem_cft.data.batches import NO_TEXT, RowTable
+from lowmem_cft.data.batches import NO_TEXT, Indices, RowTable
 from lowmem_cft.data.columns import DataError
 from lowmem_cft.data.rows import ReadReport, TrainRow, read_training_rows
 from lowmem_cft.data.tokens import (
@@ -82,6 +82,15 @@ def read_sources(
     return rows_of_sources, reports
 
 
+def _equal_texts(numbers: Sequence[Mapping[str, int]]) -> Indices | None:
+    """Over the texts of all templates, a number that equal ones share; None where none are."""
+    if len(numbers) == 1:
+        return None
+    shared: dict[str, int] = {}
+    texts = [text for by_text in numbers for text in by_text]
+    return np.array([shared.setdefault(text, len(shared)) for text in texts], dtype=np.int64)
+
+
 def build_corpus(
     sources: Sequence[Sequence[TrainRow]], recipe: Recipe, tokenizer: Tokenizer, cache: Path
 ) -> Corpus:
@@ -112,5 +121,5 @@ def build_corpus(
         store = TokenStore.concatenate([part for part, _ in parts])
         positive_N += len(numbers[query])
         negative_NK[negative_NK != NO_TEXT] += len(numbers[query])
-    table = RowTable(anchor_N, positive_N, negative_NK)
+    table = RowTable(anchor_N, positive_N, negative_NK, _equal_texts(list(numbers.values())))
     return Corpus(table, store, all(cached for _, cached in parts))

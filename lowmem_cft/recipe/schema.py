@@ -141,8 +141,8 @@ class LossSection(_Section):
     hard_negatives: Literal["batch", "own", "none"] = "batch"
     """batch: every anchor sees every row's hard negatives; own: only its row's."""
     mask_duplicates: Truth = True
-    """A document with the same text as the anchor's positive, or as the anchor, is no negative
-    of it."""
+    """A document with the text of a positive of the anchor, in whichever of its rows, or with the
+    anchor's own, is no negative of it."""
     false_negative_margin: Finite | None = None
     """Hide negatives more similar than the positive's similarity less this margin, as probably
     positives themselves (arXiv 2407.15831); below 0 spares those a little more similar."""

@@ -159,9 +159,9 @@ def test_places_and_roles(hard_negatives: str, mask: bool, twins: bool) -> None:
     if mask:
         assert candidates.query_keys is not None
         assert candidates.doc_keys is not None
-        assert candidates.query_keys.tolist() == [
-            [positive, anchor] for positive, anchor in zip(POSITIVES, QUERIES, strict=True)
-        ]
+        keys = [[*pair, pair[1]] for pair in zip(POSITIVES, QUERIES, strict=True)]
+        keys[1][2], keys[2][2] = 24, 20  # the anchor 10 has two rows
+        assert candidates.query_keys.tolist() == keys
         assert candidates.doc_keys.tolist() == POSITIVES + negatives
     else:
         assert candidates.query_keys is candidates.doc_keys is None
@@ -197,8 +197,10 @@ def hidden_places(texts: StepTexts) -> list[list[int]]:
 
 
 def test_duplicates_of_a_positive_are_hidden_from_its_query() -> None:
-    # places 1 and 3 share the positive 20, which is also the negative of place 4
-    assert hidden_places(gather("batch", mask_duplicates=True)) == [[], [3, 10], [], [1, 10], []]
+    # places 1 and 3 share the positive 20, which is also the negative of place 4; places 1 and 2
+    # are rows of one anchor
+    masked = hidden_places(gather("batch", mask_duplicates=True))
+    assert masked == [[], [2, 3, 10], [1, 3, 10], [1, 10], []]
     assert hidden_places(gather("batch")) == [[], [], [], [], []]
 
 
@@ -211,6 +213,55 @@ def test_a_document_that_is_the_query_itself_is_hidden_from_it() -> None:
     assert hidden_places(masked) == [[5], [0, 5], []]
     plain = step_texts(table, rows, mask_duplicates=False, **options)
     assert hidden_places(plain) == [[], [], []]
+
+
+def naive_keys(table: RowTable, rows: Any, documents: list[int]) -> list[set[int]]:
+    """What must not be a negative of each row's anchor, by going through all rows."""
+    keys = []
+    for row in rows:
+        anchor = table.anchor_N[row]
+        same = [i for i in range(len(table)) if table.key(table.anchor_N[i]) == table.key(anchor)]
+        hidden = {int(table.key(table.positive_N[i])) for i in same} & set(documents)
+        keys.append(hidden | {int(table.key(anchor)), int(table.key(table.positive_N[row]))})
+    return keys
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("templates", [1, 2])
+def test_no_positive_of_an_anchor_is_a_negative_of_it(seed: int, templates: int) -> None:
+    """Anchors of several rows, positives of several anchors, texts that are both."""
+    draw = np.random.default_rng(seed)
+    size = 12
+    anchor, positive = draw.integers(0, size, (2, 60))
+    negative = draw.integers(-1, size, (60, 2))
+    same = None
+    if templates == 2:  # documents are other texts than queries, and equal to them in pairs
+        positive, negative = positive + size, np.where(negative < 0, NO_TEXT, negative + size)
+        same = np.tile(np.arange(size), 2)
+    table = RowTable(anchor, positive, negative, same)
+    rows = draw.permutation(60)[:9]
+    texts = step_texts(
+        table, rows, hard_negatives="batch", mask_duplicates=True, encode_twins_once=False
+    )
+    assert texts.query_key_MK is not None
+    assert texts.doc_key_N is not None
+    documents = texts.doc_key_N.tolist()
+    got = [set(keys) for keys in texts.query_key_MK.tolist()]
+    assert got == naive_keys(table, rows, documents)
+    hidden = hidden_places(texts)
+    for i, keys in enumerate(got):
+        expected = [n for n, key in enumerate(documents) if key in keys and n != i]
+        assert hidden[i] == expected
+
+
+def test_an_anchor_of_one_row_has_two_keys() -> None:
+    """And no more: blocks with few keys take the faster kernels."""
+    table = RowTable(np.arange(4), np.arange(4, 8), np.full((4, 0), NO_TEXT))
+    texts = step_texts(
+        table, np.arange(3), hard_negatives="batch", mask_duplicates=True, encode_twins_once=True
+    )
+    assert texts.query_key_MK is not None
+    assert texts.query_key_MK.tolist() == [[4, 0], [5, 1], [6, 2]]
 
 
 def test_own_negatives_are_hidden_from_other_rows() -> None:
