@@ -115,6 +115,14 @@ def load_state(run: RunFolder) -> TrainingState:
     )
 
 
+def saved_step(run: RunFolder) -> int | None:
+    """The step of the checkpoint; None where there is none that can be read."""
+    try:
+        return _read_record(run).step
+    except ValueError:
+        return None
+
+
 def _read_record(run: RunFolder) -> _StateRecord:
     path = run.checkpoint / "state.json"
     values = read_json(path, _START_ANEW, *_StateRecord.model_fields)

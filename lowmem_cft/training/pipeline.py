@@ -18,7 +18,7 @@ from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs
 from lowmem_cft.training.card import model_card
-from lowmem_cft.training.checkpoint import load_state
+from lowmem_cft.training.checkpoint import load_state, saved_step
 from lowmem_cft.training.interrupt import interrupts_say
 from lowmem_cft.training.job import TrainingJob, assemble
 from lowmem_cft.training.names import check_names
@@ -95,11 +95,12 @@ def run_recipe(
 
 
 def _what_is_kept(folder: RunFolder) -> str:
-    if not folder.checkpoint.is_dir():
+    step = saved_step(folder)
+    if step is None:
         return "stopped; no step was saved yet, so there is nothing to go on from"
     return (
-        f"stopped; {folder.checkpoint} keeps step {load_state(folder).step}; go on from it with the "
-        "same command and `resume`"
+        f"stopped; {folder.checkpoint} keeps step {step}; go on from it with the same command and "
+        "`resume`"
     )
 
 
