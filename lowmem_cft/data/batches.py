@@ -61,11 +61,17 @@ class PositivesOf:
         anchor, positive = np.divmod(np.unique(anchor_N * size + positive_N), size)
         return cls(np.searchsorted(anchor, np.arange(size + 1)), positive)
 
-    def others(self, anchor_M: Indices, positive_M: Indices, among: Indices) -> Indices:
-        """(M, K): the positives of each anchor but one, as far as they are among these keys.
+    def query_keys(self, anchor_M: Indices, positive_M: Indices, document_N: Indices) -> Indices:
+        """(M, 2 + K): keys whose documents are no negatives of each row's query.
 
-        K is the most that an anchor has; the anchor itself fills rows that have fewer.
+        They are the row's positive, its anchor, and the anchor's other positives among the
+        documents, of which K is the most that an anchor has.
         """
+        others_MK = self._others(anchor_M, positive_M, document_N)
+        return np.concatenate([positive_M[:, None], anchor_M[:, None], others_MK], axis=1)
+
+    def _others(self, anchor_M: Indices, positive_M: Indices, among: Indices) -> Indices:
+        """(M, K): the positives of each anchor but one; the anchor fills rows with fewer than K."""
         count_M = self.start[anchor_M + 1] - self.start[anchor_M]
         if count_M.max(initial=0) <= 1:
             return np.empty((len(anchor_M), 0), dtype=np.int64)
@@ -183,9 +189,7 @@ def step_texts(
     if mask_duplicates:
         anchor_key_M, positive_key_M = table.key(anchor_M), table.key(positive_M)
         doc_key_N = table.key(document_N)
-        others_MK = table.positives_of.others(anchor_key_M, positive_key_M, doc_key_N)
-        keys = [positive_key_M[:, None], anchor_key_M[:, None], others_MK]
-        query_key_MK = np.concatenate(keys, axis=1)
+        query_key_MK = table.positives_of.query_keys(anchor_key_M, positive_key_M, doc_key_N)
     return StepTexts(
         text_P,
         torch.from_numpy(place),

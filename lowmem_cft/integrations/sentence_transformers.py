@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowmem_cft.data.batches import PositivesOf
 from lowmem_cft_kernels import (
     ONE_WAY,
     SOFTMAXES,
@@ -79,8 +80,9 @@ class InfoNCELoss(nn.Module):
         hardness: raises the weight of similar negatives. As a value or as its fields.
         normalize: similarities are cosines, whatever the norms of the embeddings; else dot products.
         own_only: an anchor sees every row's positive, but its own row's hard negatives only.
-        mask_duplicates: a document with the text of the anchor's positive, or of the anchor, is no
-            negative of that anchor; equal anchors are no negatives of each other. That is what our
+        mask_duplicates: a document with the text of a positive of the anchor, in whichever row of
+            the batch, or of the anchor is no negative of that anchor; equal anchors are no negatives
+            of each other. That is what our
             trainer does, and theirs leaves to a sampler without duplicates (which keeps such rows
             out of a batch, and is not needed with this). A text is its token ids without padding,
             its prompt included, as it is what the model is given: texts that differ only where they
@@ -184,7 +186,7 @@ class InfoNCELoss(nn.Module):
             target=index_M,
             owner_N=torch.cat([torch.full_like(index_M, SHARED), index_M.repeat(num_negatives)]),
             own_only=self.own_only,
-            query_keys=None if keys_CM is None else keys_CM[:2].T,
+            query_keys=None if keys_CM is None else _query_keys(keys_CM),
             doc_keys=None if keys_CM is None else keys_CM[1:].flatten(),
         )
         # looked at before they are on a GPU, which would be waited for
@@ -309,6 +311,14 @@ def text_keys(columns: Sequence[Mapping[str, Any]]) -> Tensor:
     numbers: dict[bytes, int] = {}
     keys = [[numbers.setdefault(text, len(numbers)) for text in _texts(c)] for c in columns]
     return torch.tensor(keys)
+
+
+def _query_keys(keys_CM: Tensor) -> Tensor:
+    """int64 (M, 2 or more): the texts that are no negatives of each row's anchor."""
+    anchor_M, positive_M = keys_CM[0].numpy(), keys_CM[1].numpy()
+    positives = PositivesOf.of_pairs(anchor_M, positive_M)
+    document_N = keys_CM[1:].flatten().numpy()
+    return torch.from_numpy(positives.query_keys(anchor_M, positive_M, document_N))
 
 
 def _texts(column: Mapping[str, Any]) -> list[bytes]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_cft.data.batches import RowTable, step_texts
+from lowmem_cft.gradient.step import candidates_of
 from lowmem_cft.planning.live_bytes import LiveBytes
 from lowmem_cft_kernels import (
     GTE,
@@ -248,7 +249,7 @@ def formula(model: SentenceTransformer, columns: Sequence[list[str]], **options:
     value, _ = reference_loss(
         query,
         torch.cat(docs),
-        step.candidates,
+        candidates_of(step),
         LossOptions(temperature=0.5, normalize=True, **options),
     )
     return value
