@@ -204,3 +204,60 @@ def test_exports(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="no export of ours"):
         lc.export(run, tmp_path / "mine")
+
+
+JOBS = {
+    "train": "run = lc.train(recipe)",
+    "plan": "plan = lc.plan(recipe, memory='12GiB')",
+    "eval": "lc.evaluate(run.folder, sets=['demo'], resamples=9).write('a.json')",
+    "compare": "difference = lc.compare('a.json', 'a.json', resamples=9).mean.difference",
+    "export": "folder = lc.export(run, 'exported')",
+    "embed": """
+import numpy as np
+np.save("vectors.npy", lc.load(run.folder).embed(["the cat sat", "a dog ran"]))
+""",
+    "icl-search": """
+best = lc.search_demonstrations(
+    recipe.model.id, set_name="demo", limit=5, demonstrations="own.tsv", template='a {text} "'
+).best
+""",
+    "recipes": """
+from lowmem_cft.recipe.load import preset_names
+names = preset_names()
+""",
+    "doctor": """
+from lowmem_cft.cli.doctor import examine
+findings = [finding for finding in examine() if finding.level != "ok"]
+""",
+    "demo": """
+from lowmem_cft.progress import Quiet
+from lowmem_cft.training.demo import run_demo
+small = ["train.steps=1", "train.logical_batch=4", "model.keep_layers=null", "eval.sets=[demo]"]
+metrics, summary = run_demo(Quiet(), offline=True, overrides=[f"model.id={recipe.model.id}", *small])
+""",
+    "reproduce": """
+from lowmem_cft.papers.reproduction import Reproduction
+from lowmem_cft.papers.request import Request
+paper = Reproduction(Request("cft", "smollm2-135m"), Path("paper"), offline=True)
+begun = paper.records.run  # paper.run(Quiet(print), command="") goes through its stages
+""",
+}
+
+
+def test_each_command_is_a_few_lines_of_python(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowmem_cft.cli.app import _COMMANDS
+
+    assert JOBS.keys() == _COMMANDS.keys()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LOWMEM_CFT_DATA", raising=False)
+    (tmp_path / "own.tsv").write_text("sentence\tword\nthe cat sat .\tcat\n")
+    names = {"lc": lc, "Path": Path, "recipe": make_recipe(train={"steps": 1})}
+    for job, code in JOBS.items():
+        assert len(code.strip().splitlines()) <= 6, job
+        exec(code, names)
+    assert names["difference"] == 0
+    assert "demo" in names["names"]
+    assert names["summary"].model == names["recipe"].model.id
+    assert np.load(tmp_path / "vectors.npy").shape[0] == 2

@@ -42,6 +42,7 @@ from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs as run
+from lowmem_cft.training.checkpoint import saved_step
 from lowmem_cft.training.interrupt import Interrupted
 from lowmem_cft.training.pipeline import run_recipe
 from lowmem_cft.training.records import read_lines, read_metrics
@@ -144,9 +145,10 @@ def train(recipe: Recipe, published_steps: int, observer: Observer, *, offline: 
         try:
             run_recipe(recipe, observer, resume=resume, overwrite=not resume, offline=offline)
         except Interrupted as error:
+            kept = saved_step(folder)
             raise Interrupted(
-                f"stopped in training ({recipe.output.name}); all is saved, and the same command "
-                "goes on from there"
+                f"stopped in training ({recipe.output.name}); the same command goes on "
+                + ("with its first step" if kept is None else f"after its step {kept}")
             ) from error
     metrics, lines = read_metrics(folder), read_lines(folder)
     untrained = metrics.before[0]

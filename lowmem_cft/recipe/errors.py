@@ -32,6 +32,15 @@ def _section_at(location: Sequence[int | str]) -> type[BaseModel] | None:
     return model if isinstance(model, type) and issubclass(model, BaseModel) else None
 
 
+_BRANCHES = {
+    "string_type": "str",
+    "bool_type": "bool",
+    "int_type": "int",
+    "float_type": "float",
+}
+"""Types of pydantic's errors, and what the tried branch of a union adds to their place."""
+
+
 def shortened(text: str) -> str:
     """The text, or its first 77 characters and three dots."""
     return text if len(text) < 80 else f"{text[:77]}..."
@@ -64,6 +73,8 @@ def explain(error: Any) -> tuple[str, str]:
         or part.isidentifier()
         or (unknown and depth == len(error["loc"]) - 1)
     ]
+    if error["type"] in _BRANCHES and location[-1:] == [_BRANCHES[error["type"]]]:
+        location.pop()
     path = ".".join(str(part) for part in location) or "recipe"
     if unknown:
         section = _section_at(location[:-1])

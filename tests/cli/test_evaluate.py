@@ -84,7 +84,9 @@ def test_mteb_results_are_of_its_texts_alone(
 ) -> None:
     place = tmp_path / "m"
     into = ("--protocol", "mteb", "--resamples", "2", "--mteb-out", str(place))
-    code, _, err = command("eval", "./no-such-model", "-s", "STS17", "-s", "BIOSSES", *into)
+    empty = tmp_path / "empty"  # no model, which would be found out after the texts
+    empty.mkdir()
+    code, _, err = command("eval", str(empty), "-s", "STS17", "-s", "BIOSSES", *into)
     assert code == 2
     shown = re.sub(r"[│\s]+", " ", err)
     assert "--mteb-out: BIOSSES: the text at hand is not that of mteb's task" in shown

@@ -8,6 +8,7 @@ import pytest
 
 from lowmem_cft.inference import loading
 from lowmem_cft.papers import work as stage_work
+from lowmem_cft.training.interrupt import Interrupted
 from reproducing import Ask, records_of, stop
 from running import Heard
 
@@ -30,7 +31,7 @@ def test_a_stopped_training_goes_on(ask: Ask, monkeypatch: pytest.MonkeyPatch) -
     ask(stages=["data"]).run(Heard())
     with monkeypatch.context() as stopped:
         stopped.setattr(Heard, "step", lambda self, line: line.step == 2 and stop())
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted, match=r"stopped in training \(train\); "):
             ask(stages=["train"]).run(Heard())
     heard = Heard()
     ask(stages=["train"]).run(heard)

@@ -61,7 +61,10 @@ def test_unknown_key_in_a_source(write: Write) -> None:
         ("data.sources={path: x}", "data.sources: got {'path': 'x'} (dict); input should be a"),
         ("data.sources.0=x", "data.sources.0: got 'x' (str); input should be a valid dictionary"),
         ("data.sources.0.limit=x", "data.sources.0.limit: got 'x' (str); input should be a valid"),
-        ("data.sources.0.where={a: 1}", "data.sources.0.where.a: got 1 (int); input should be a"),
+        (
+            "data.sources.0.where={a: [1]}",
+            "data.sources.0.where.a: got [1] (list); input should be a",
+        ),
         ("eval.sets=STS12", "eval.sets: got 'STS12' (str); input should be a valid list"),
         ("model={1: x}", "model.1: got 1 (int); keys should be strings"),
         # impossible value

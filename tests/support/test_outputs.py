@@ -166,7 +166,7 @@ def test_this_checkout_can_be_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = (tmp_path / "out" / "recipes" / "names.txt").read_text(encoding="utf-8")
     assert said.startswith("$ lowmem-cft recipes\nexit code 0\n--- standard output\n")
-    assert "\ndemo\n" in said
+    assert "\ndemo  " in said
 
 
 def test_a_librarys_progress_bar_is_left_out(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_the_first_signal_is_noted_and_the_second_stops(number: signal.Signals) 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> None:
     def interrupted(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        raise KeyboardInterrupt  # what Python makes of the signal
 
     monkeypatch.setattr(module, name, interrupted)
 
