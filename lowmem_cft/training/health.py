@@ -58,7 +58,7 @@ class NegativesWatch:
 
     def _way_out(self) -> str:
         margin = self.loss.false_negative_margin
-        if margin is not None and margin > -1:
+        if margin is not None:
             return (
                 f"lower loss.false_negative_margin (it is {margin:g}; below 0 spares negatives a "
                 "little more similar than the positive), or set it once the model tells texts apart"

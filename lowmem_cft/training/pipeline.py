@@ -80,7 +80,8 @@ def run_recipe(
                 last_plan=None if state is None else state.plan,
             )
             trainer = Trainer(job, folder, observer, state, new_rate=new_rate)
-            runs.keep_recipe(folder, recipe)
+            if resume:
+                runs.keep_recipe(folder, recipe)
             folder.begun()
             metrics = trainer.train()
         except BaseException:

@@ -20,7 +20,6 @@ from lowmem_cft.evaluation.sts.score import SetScore
 from lowmem_cft.files import whole_folder
 from lowmem_cft.gradient.oom import try_in_memory
 from lowmem_cft.gradient.step import LossReport, StepReport
-from lowmem_cft.progress import Says
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training.checkpoint import (
     TrainingState,
@@ -33,18 +32,16 @@ from lowmem_cft.training.interrupt import Interrupted, finish_step_on_interrupt
 from lowmem_cft.training.job import TrainingJob
 from lowmem_cft.training.optimizer import set_rates
 from lowmem_cft.training.records import Metrics, Progress, StepLine, append_line, truncate_log
-from lowmem_cft.training.scoring import Scoring
+from lowmem_cft.training.scoring import ScoreObserver, Scoring
 from lowmem_cft_kernels import LossPath
 
 
-class Observer(Says, Protocol):
+class Observer(ScoreObserver, Protocol):
     """Is told how training goes."""
 
     def begin(self, num_steps: int, done: int) -> None: ...
 
     def step(self, line: StepLine) -> None: ...
-
-    def scored(self, step: int, scores: list[SetScore]) -> None: ...
 
 
 class Trainer:
