@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_cft.data.tokens import TextFormat, overhead, query_format, tokenize
+from lowmem_cft.data.tokens import TextFormat, query_format, surroundings, tokenize
 from lowmem_cft.exporting.tokenizer import prepared_tokenizer
 from lowmem_cft.machine import choose_dtype
 from lowmem_cft.model.adapter import target_modules
@@ -52,7 +52,8 @@ def base_in_st(
         kwargs["device_map"] = {"": device}
     transformer = Transformer(
         str(folder),
-        max_seq_length=overhead(source.tokenizer, text_format) + text_format.max_tokens,
+        max_seq_length=surroundings(source.tokenizer, text_format).num_tokens
+        + text_format.max_tokens,
         model_kwargs=kwargs,
         config_kwargs={
             key: getattr(source.config, key) for key in _CUT if hasattr(source.config, key)

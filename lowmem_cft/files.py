@@ -26,13 +26,10 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Give a folder to fill; it becomes `target` only when the block ends without an error.
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target`, which is gone when the block ends.
 
-    An existing `target` is replaced at that moment, and stays as it was if anything fails.
-
-    Raises:
-        OSError: the disk is full or the place is not writable; nothing half-written remains.
+    What a killed process left there goes too.
     """
     # named after this process: another one may be making the same folder
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -42,6 +39,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
         if process.isdigit() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
     try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to fill; it becomes `target` only when the block ends without an error.
+
+    An existing `target` is replaced at that moment, and stays as it was if anything fails.
+
+    Raises:
+        OSError: the disk is full or the place is not writable; nothing half-written remains.
+    """
+    with scratch_folder(target) as partial:
         yield partial
         old = target.with_name(f"{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -54,8 +66,6 @@ def whole_folder(target: Path) -> Iterator[Path]:
                 old.rename(target)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_json(path: Path, way_out: str, *keys: str) -> dict[str, Any]:

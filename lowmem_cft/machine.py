@@ -137,6 +137,18 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def release_freed_memory(device: torch.device) -> None:
+    """Give memory that nothing uses any more back to the system, and begin `peak_bytes` anew."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM, proc(5)
+
+
 def grow_cuda_blocks(device: torch.device) -> None:
     """Have CUDA's allocator enlarge its blocks, which chunks of unequal sizes would fragment.
 

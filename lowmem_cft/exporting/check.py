@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lowmem_cft.data.tokens import TextFormat, Tokenizer, overhead, tokenize
+from lowmem_cft.data.tokens import (
+    TextFormat,
+    Tokenizer,
+    document_format,
+    query_format,
+    surroundings,
+)
 from lowmem_cft.exporting.layout import Kind
 from lowmem_cft.inference.embed import Vectors, embed_texts
 from lowmem_cft.inference.loading import Embedder
 from lowmem_cft.model.precision import float32_arithmetic, keep_weight_layout
 from lowmem_cft.progress import Says
-from lowmem_cft.recipe.schema import TEXT_SLOT
 
 MIN_COSINE: dict[Kind, float] = {"adapter": 0.9999, "merged": 0.999}
 """An adapter export computes the same; a merged one rounds its weights to 16 bit once more."""
 
-NUM_CHECKED = 32
+_NUM_CHECKED = 24
+_LONGEST_CUT = 4096  # tokens; what is longer takes too long to be worth it
+
+_PLAIN_TEXTS = (
+    "A short sentence.",
+    "The committee had postponed its decision until the auditors had seen all the books.",
+    "Nobody told her that the last train was cancelled.",
+    "Water boils at a lower temperature in the mountains.",
+)
+"""Compared where the recipe evaluates on no set."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +51,66 @@ class ExportCheck:
     min_cosine_as_loaded: float
 
 
-def _min_cosine(ours: Vectors, theirs: torch.Tensor) -> float:
+def awkward_texts(tokenizer: Tokenizer, text_format: TextFormat) -> list[str]:
+    """Texts whose tokens are easily got wrong: blank, cut, with added tokens in them."""
+    texts = ["  Two  blanks,\n\nempty lines \n", 'It ends in a quote."']
+    if surroundings(tokenizer, text_format).num_tokens:
+        texts.append("")
+    if text_format.max_tokens <= _LONGEST_CUT:
+        texts.append("One sentence after another, and no end. " * text_format.max_tokens)
+    added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: token.special)
+    ends = dict.fromkeys(token.content for token in (*added[:2], *added[-2:]))
+    texts += [f"before {content} and{content}after" for content in ends]
+    return [*texts, *ends]
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A text's cosine, and as what it was embedded."""
+
+    cosine: float
+    role: str
+    text: str
+
+
+class _BothSides:
+    """The model that was trained and its export, loaded by sentence-transformers."""
+
+    def __init__(self, embedder: Embedder, loaded: Any, texts: Sequence[str]) -> None:
+        self.embedder, self.loaded = embedder, loaded
+        query, document = query_format(embedder.recipe), document_format(embedder.recipe)
+        encode: dict[str, tuple[TextFormat, Callable[..., Any]]] = {"text": (query, loaded.encode)}
+        if query != document:
+            encode = {
+                "query": (query, loaded.encode_query),
+                "document": (document, loaded.encode_document),
+            }
+        self._encode = encode
+        self._texts = {
+            role: [*texts, *awkward_texts(embedder.tokenizer, text_format)]
+            for role, (text_format, _) in encode.items()
+        }
+
+    @property
+    def num_texts(self) -> int:
+        return len({text for texts in self._texts.values() for text in texts})
+
+    def lowest(self) -> _Compared:
+        """The text whose vectors are furthest apart; one that is not finite is."""
+        compared = []
+        for role, (text_format, encode) in self._encode.items():
+            texts = self._texts[role]
+            ours = embed_texts(self.embedder.encoder, self.embedder.tokenizer, texts, text_format)
+            theirs = encode(texts, convert_to_tensor=True, show_progress_bar=False)
+            cosines = _cosines(ours, theirs)
+            compared += [_Compared(c, role, text) for c, text in zip(cosines, texts, strict=True)]
+        return min(compared, key=lambda pair: pair.cosine if pair.cosine == pair.cosine else -2.0)
+
+
+def _cosines(ours: Vectors, theirs: torch.Tensor) -> list[float]:
     a, b = torch.from_numpy(ours).double(), theirs.cpu().double()
-    return float(torch.nn.functional.cosine_similarity(a, b).min())
+    cosines: list[float] = torch.nn.functional.cosine_similarity(a, b).tolist()
+    return cosines
 
 
 def check_export(folder: Path, kind: Kind, embedder: Embedder, texts: Sequence[str]) -> ExportCheck:
@@ -50,55 +122,39 @@ def check_export(folder: Path, kind: Kind, embedder: Embedder, texts: Sequence[s
     """
     from sentence_transformers import SentenceTransformer
 
-    texts = list(texts[:NUM_CHECKED])
     loaded = SentenceTransformer(str(folder), device=str(embedder.encoder.device))
-    name = "query" if loaded.prompts.get("query") else None
-
-    def lowest() -> float:
-        ours = embed_texts(embedder.encoder, embedder.tokenizer, texts, embedder.text_format)
-        theirs = loaded.encode(
-            texts, prompt_name=name, convert_to_tensor=True, show_progress_bar=False
-        )
-        return _min_cosine(ours, theirs)
-
+    both = _BothSides(embedder, loaded, texts)
     keep_weight_layout(loaded)
     with float32_arithmetic(embedder.encoder.model), float32_arithmetic(loaded):
-        exact = lowest()
-    keep_weight_layout(loaded, keep=False)
-    check = ExportCheck(len(texts), exact, lowest())
-    if not check.min_cosine >= MIN_COSINE[kind]:
+        exact = both.lowest()
+    if not exact.cosine >= MIN_COSINE[kind]:
         raise RuntimeError(
-            f"the exported model in {folder} does not embed as the trained one: lowest cosine of "
-            f"{check.num_texts} texts is {check.min_cosine:.5f}, wanted {MIN_COSINE[kind]}; "
-            "the trained adapter itself is safe in the run's folder"
+            f"the exported model does not embed as the trained one: of {both.num_texts} texts the "
+            f"{exact.role} {_shortened(exact.text)} has cosine {exact.cosine:.5f}, wanted "
+            f"{MIN_COSINE[kind]}; output.export: none trains without an export"
         )
-    return check
+    keep_weight_layout(loaded, keep=False)
+    return ExportCheck(both.num_texts, exact.cosine, both.lowest().cosine)
 
 
-_PLAIN_TEXTS = (
-    "A short sentence.",
-    "The committee had postponed its decision until the auditors had seen all the books.",
-    "Nobody told her that the last train was cancelled.",
-    "Water boils at a lower temperature in the mountains.",
-)
-"""Compared after the export where the recipe evaluates on no set."""
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def checked(
-    target: Path, kind: Kind, embedder: Embedder, observer: Says, texts: Sequence[str] = ()
+    folder: Path, kind: Kind, embedder: Embedder, observer: Says, texts: Sequence[str] = ()
 ) -> ExportCheck | None:
     """Compare an export with its model and say so; None where it could not be compared.
 
     Args:
-        texts: to compare on; those that truncation would cut are left out, since a whole prompt
-            is cut before its tail here and not at all by sentence-transformers.
+        texts: some of them are compared, and awkward ones besides.
 
     Raises:
         RuntimeError: it does not embed as the model it was made from.
     """
-    fitting = fitting_texts(embedder.tokenizer, texts, embedder.text_format)
+    texts = list(texts[:_NUM_CHECKED]) or _PLAIN_TEXTS
     try:
-        check = check_export(target, kind, embedder, fitting or _PLAIN_TEXTS)
+        check = check_export(folder, kind, embedder, texts)
     except (ImportError, torch.OutOfMemoryError) as error:
         reason = (
             "sentence-transformers is not installed (pip install 'lowmem-cft[check]')"
@@ -107,19 +163,10 @@ def checked(
         )
         observer.say(f"NOT CHECKED: the export was not compared with the trained model: {reason}")
         return None
+    num_awkward = check.num_texts - len(texts)
     observer.say(
-        f"export checked on {check.num_texts} texts: lowest cosine {check.min_cosine:.6f} "
+        f"export checked: {len(texts)} texts and {num_awkward} awkward ones (blank, cut, with "
+        f"special tokens) embed as in training, lowest cosine {check.min_cosine:.6f} "
         f"({check.min_cosine_as_loaded:.4f} in 16-bit arithmetic)"
     )
     return check
-
-
-def fitting_texts(tokenizer: Tokenizer, texts: Sequence[str], text_format: TextFormat) -> list[str]:
-    """The first texts that are not truncated, as many as a check compares."""
-    texts = list(texts[: 4 * NUM_CHECKED])
-    if not texts:
-        return []
-    bare = TextFormat(TEXT_SLOT, append_eos=False, max_tokens=text_format.max_tokens + 1)
-    lengths = tokenize(tokenizer, texts, bare).lengths - overhead(tokenizer, bare)
-    fits = [t for t, n in zip(texts, lengths, strict=True) if n <= text_format.max_tokens]
-    return fits[:NUM_CHECKED]

@@ -1,14 +1,17 @@
-"""The export of a finished run."""
+"""An export, whole and checked or not at all: of a model in memory, and of a finished run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from lowmem_cft.exporting.check import checked
-from lowmem_cft.exporting.layout import Kind, export_model
-from lowmem_cft.inference.loading import RECORD, load_model
+from lowmem_cft.exporting.check import ExportCheck, checked
+from lowmem_cft.exporting.layout import Kind, check_expressible, write_model
+from lowmem_cft.files import whole_folder
+from lowmem_cft.inference.loading import Embedder, load_model
+from lowmem_cft.model.exported import RECORD
 from lowmem_cft.progress import Says
 from lowmem_cft.run_folder import RunFolder
 
@@ -24,11 +27,41 @@ def check_target(target: Path) -> None:
         raise ValueError(f"`out`: {target} exists and is no export of ours; choose another folder")
 
 
+def export_model(
+    embedder: Embedder,
+    target: Path,
+    kind: Kind,
+    observer: Says,
+    *,
+    texts: Sequence[str] = (),
+    card: str | None = None,
+) -> ExportCheck | None:
+    """Write a model for sentence-transformers and check it.
+
+    `target` is replaced when the export has passed, and stays as it was if it has not.
+
+    Args:
+        texts: see `checked`.
+        card: the folder's README.md.
+
+    Raises:
+        ValueError: there is no adapter, or the layout cannot express the recipe.
+        RuntimeError: the export does not embed as the model.
+        OSError: it cannot be written.
+    """
+    with whole_folder(target) as folder:
+        write_model(embedder, folder, kind)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        return checked(folder, kind, embedder, observer, texts)
+
+
 def export_run(run: Path, target: Path, kind: Kind, device: torch.device, observer: Says) -> None:
     """Write a finished run as a folder that SentenceTransformer(path) loads, and check it.
 
     Raises:
-        ValueError: it is no run folder, or not finished; the target is no export of ours.
+        ValueError: it is no run folder, or not finished, or its recipe cannot be exported; the
+            target is no export of ours.
         RuntimeError: the export does not embed as the run's model.
     """
     folder = RunFolder(run)
@@ -36,9 +69,8 @@ def export_run(run: Path, target: Path, kind: Kind, device: torch.device, observ
         raise ValueError(f"{run} is no run folder (no recipe.yaml in it)")
     check_target(target)
     loaded = load_model(str(run), device, observer.say)
-    export_model(loaded, target, kind)
-    card = run / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8").replace(str(folder.model), str(target))
-        (target / "README.md").write_text(text, encoding="utf-8")
-    checked(target, kind, loaded, observer)
+    check_expressible(loaded.recipe)
+    card = None
+    if (file := run / "README.md").is_file():
+        card = file.read_text(encoding="utf-8").replace(str(folder.model), str(target))
+    export_model(loaded, target, kind, observer, card=card)

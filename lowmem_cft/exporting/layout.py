@@ -1,9 +1,9 @@
 """The layout that `SentenceTransformer(path)` loads.
 
-The exported tokenizer does all of a text's preparation: the template is a normaliser, the
-beginning- and end-of-sequence tokens a post-processor. So sentence-transformers needs no code of
-ours, and truncation keeps the last token. An adapter export records quantisation and depth of its
-base, so that it loads on the base that was trained on.
+A template's head is a prompt, its tail and the special tokens are put around a text by the
+tokenizer, behind the cut. So sentence-transformers needs no code of ours and gives every text the
+tokens it had in training. An adapter export records quantisation and depth of its base, so that it
+loads on the base that was trained on.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any, Literal
 import torch
 
 from lowmem_cft.data.tokens import (
-    TextFormat,
     Tokenizer,
     document_format,
-    overhead,
     query_format,
+    special_tokens,
+    surroundings,
 )
 from lowmem_cft.exporting.merge import merged_model
 from lowmem_cft.exporting.tokenizer import prepared_tokenizer
-from lowmem_cft.files import whole_folder
 from lowmem_cft.inference.embed import embed_texts
-from lowmem_cft.inference.loading import RECORD, Embedder
+from lowmem_cft.inference.loading import Embedder
 from lowmem_cft.machine import dtype_name, library_versions
+from lowmem_cft.model.exported import RECORD
 from lowmem_cft.recipe.schema import Recipe
 
 Kind = Literal["adapter", "merged"]
@@ -39,38 +39,41 @@ _POOLING_KEYS = {
 }
 
 
-def _prompts(recipe: Recipe) -> tuple[TextFormat, dict[str, str]]:
-    """The format to build into the tokenizer, and what is left for prompts.
+def check_expressible(recipe: Recipe) -> None:
+    """Refuse a recipe whose texts the layout cannot prepare, before anything is trained.
 
     Raises:
-        ValueError: the roles' templates differ in a way prompts cannot say.
+        ValueError: a tail that differs by role, or is joined to the text.
     """
     query, document = query_format(recipe), document_format(recipe)
-    if query == document:
-        return query, {}
-    if query.tail or document.tail:
+    if query.tail != document.tail:
         raise ValueError(
-            "text.document_template: differs from text.template and one of them goes on after "
-            "{text}; sentence-transformers knows prompts only before it, so set "
-            "output.export: none, or give templates that end in {text}"
+            "text.document_template: differs from text.template behind {text}; sentence-transformers "
+            "knows prompts by role only before the text, so set output.export: none, or give "
+            "templates that end alike"
         )
-    bare = TextFormat("{text}", query.append_eos, query.max_tokens)
-    return bare, {"query": query.head, "document": document.head}
+    if recipe.text.joins_tail:
+        raise ValueError(
+            "text.tail: got joined, with a template that goes on behind {text}; sentence-transformers "
+            "cannot make tokens of both together, so set text.tail: apart (where a text ends in "
+            "punctuation the tokens differ a little), or output.export: none"
+        )
 
 
-def check_expressible(recipe: Recipe) -> None:
-    """Raise ValueError, before anything is trained, where the layout cannot say the recipe."""
-    _prompts(recipe)
+def _prompts(recipe: Recipe) -> dict[str, str]:
+    """What stands before a text, by its role."""
+    heads = {"query": query_format(recipe).head, "document": document_format(recipe).head}
+    return heads if any(heads.values()) else {}
 
 
-def _max_seq_length(tokenizer: Tokenizer, recipe: Recipe, model: Any) -> int | None:
-    """Tokens to truncate at. Cutting a whole prompt would cut its tail, so with one it is not."""
-    formats = (query_format(recipe), document_format(recipe))
-    if any(text_format.tail for text_format in formats):
-        longest = getattr(model.config, "max_position_embeddings", None)
-        return int(longest) if longest else None
-    most = max(overhead(tokenizer, text_format) for text_format in formats)
-    return most + recipe.text.max_tokens
+def _lengths(tokenizer: Tokenizer, recipe: Recipe) -> dict[str, int]:
+    """Tokens to truncate at, with all that stands around a text."""
+    query, document = (
+        surroundings(tokenizer, text_format).num_tokens + text_format.max_tokens
+        for text_format in (query_format(recipe), document_format(recipe))
+    )
+    by_role = {} if query == document else {"query_length": query, "document_length": document}
+    return {"max_seq_length": query, **by_role}
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -107,21 +110,22 @@ def _write_layout(
     folder: Path, embedder: Embedder, kind: Kind, dtype: torch.dtype, width: int
 ) -> None:
     recipe, backbone = embedder.recipe, embedder.backbone
-    text_format, prompts = _prompts(recipe)
-    prepared_tokenizer(backbone.tokenizer, text_format).save_pretrained(folder)
+    prepared_tokenizer(backbone.tokenizer, query_format(recipe)).save_pretrained(folder)
+    prompts = _prompts(recipe)
+    special = special_tokens(backbone.tokenizer)
     adapter = kind == "adapter"
     for name, values in {
         "modules.json": _modules(recipe.embedding.normalize),
         "1_Pooling/config.json": _pooling(recipe.embedding.pooling, width),
         "sentence_bert_config.json": {
-            "max_seq_length": _max_seq_length(backbone.tokenizer, recipe, backbone.model),
+            **_lengths(backbone.tokenizer, recipe),
             "do_lower_case": False,
             "model_args": backbone.loader_kwargs if adapter else {"dtype": dtype_name(dtype)},
             "config_args": backbone.config_kwargs if adapter else {},
         },
         "config_sentence_transformers.json": {
             "prompts": prompts,
-            "default_prompt_name": None,
+            "default_prompt_name": "query" if prompts else None,
             "similarity_fn_name": "cosine",
         },
         RECORD: {
@@ -129,14 +133,16 @@ def _write_layout(
             "base": backbone.name,
             "versions": library_versions(),
             "recipe": recipe.model_dump(mode="json"),
+            # of the base's tokenizer, which this one's replace
+            "special_tokens": {"opening": special.opening, "closing": special.closing},
         },
     }.items():
         _write_json(folder / name, values)
     (folder / "2_Normalize").mkdir(exist_ok=True)
 
 
-def export_model(embedder: Embedder, target: Path, kind: Kind) -> None:
-    """Write the model for sentence-transformers; `target` appears whole or not at all.
+def write_model(embedder: Embedder, folder: Path, kind: Kind) -> None:
+    """Write the model for sentence-transformers into a new folder, which may exist empty.
 
     Args:
         kind: adapter: the adapter, loaded on its (4-bit) base by name; merged: all weights in
@@ -152,10 +158,9 @@ def export_model(embedder: Embedder, target: Path, kind: Kind) -> None:
     # not config.hidden_size: some models project their last hidden state (OPT-350m)
     width = embed_texts(encoder, embedder.tokenizer, ["a"], embedder.text_format).shape[1]
     dtype = torch.float16 if backbone.dtype == torch.float16 else torch.bfloat16
-    with whole_folder(target) as folder:
-        if kind == "adapter":
-            encoder.model.save_pretrained(folder, save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)
-        else:
-            merged_model(encoder, dtype).save_pretrained(folder)
-        _write_layout(folder, embedder, kind, dtype, width)
+    if kind == "adapter":
+        encoder.model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)
+    else:
+        merged_model(encoder, dtype).save_pretrained(folder)
+    _write_layout(folder, embedder, kind, dtype, width)

@@ -1,38 +1,35 @@
-"""The tokenizer of an export does by itself what the recipe says of a text."""
+"""The tokenizer of an export puts around a text what the recipe says."""
 
 from __future__ import annotations
 
-from lowmem_cft.data.tokens import TextFormat, Tokenizer, adds_eos
+from lowmem_cft.data.tokens import TextFormat, Tokenizer, set_special_tokens, surroundings
+
+_NAMED_TOKENS = (
+    *("bos_token", "eos_token", "unk_token", "pad_token"),
+    *("cls_token", "sep_token", "mask_token"),
+)
 
 
 def prepared_tokenizer(tokenizer: Tokenizer, text_format: TextFormat) -> Tokenizer:
-    """A tokenizer that turns plain texts into the ids our own token stage makes of them."""
-    from tokenizers import Regex
+    """A tokenizer that makes of `head + text` the ids that our own token stage makes of the text.
+
+    Special tokens and the template's tail are put around the text after it has been cut, whatever
+    is in it. The head stays a prompt: a tokenizer's file could only put it before every piece that
+    added tokens leave of a text.
+    """
     from tokenizers import Tokenizer as Backend
-    from tokenizers.normalizers import Normalizer, Prepend, Replace, Sequence
-    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
+    assert not (text_format.tail and text_format.joined), "refused by layout.check_expressible"
+    around = surroundings(tokenizer, text_format)
     backend = Backend.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    steps: list[Normalizer] = []
-    if text_format.head:
-        steps.append(Prepend(text_format.head))
-    if text_format.tail:
-        steps.append(Replace(Regex(r"\z"), text_format.tail))
-    if steps:
-        if backend.normalizer is not None:
-            steps.append(backend.normalizer)
-        backend.normalizer = Sequence(steps)
-    special = tokenizer("")["input_ids"]
-    special = special[:-1] if special and adds_eos(tokenizer) else special
-    opening = [tokenizer.convert_ids_to_tokens(i) for i in special]
-    closing = [tokenizer.eos_token] if text_format.append_eos else []
-    named = {token: tokenizer.convert_tokens_to_ids(token) for token in opening + closing}
-    backend.post_processor = TemplateProcessing(
-        single=[*opening, "$A", *closing], special_tokens=list(named.items())
+    named = {name: getattr(tokenizer, name) for name in _NAMED_TOKENS}
+    prepared = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        padding_side="right",
+        **{name: str(token) for name, token in named.items() if token is not None},
     )
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    tokens = {key: str(value) for key in names if (value := getattr(tokenizer, key)) is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", **tokens)
+    set_special_tokens(prepared, around.opening, [*around.tail, *around.closing])
+    return prepared

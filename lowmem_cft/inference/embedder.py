@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 
 from lowmem_cft.inference.embed import Embed, Vectors
-from lowmem_cft.inference.loading import RECORD, Embedder, load_model
+from lowmem_cft.inference.loading import Embedder, load_model
 from lowmem_cft.model.backbone import readable_weights
+from lowmem_cft.model.exported import RECORD
 from lowmem_cft.model.precision import float32_arithmetic
 from lowmem_cft.progress import Say
 

@@ -16,16 +16,18 @@ from lowmem_cft.inference.embed import Vectors, embed_texts
 from lowmem_cft.model.backbone import Backbone, load_backbone, readable_weights
 from lowmem_cft.model.configs import GET_MODEL
 from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.model.exported import RECORD, read_record
 from lowmem_cft.model.precision import float32_arithmetic
 from lowmem_cft.progress import Say
 from lowmem_cft.recipe import schema as recipes
-from lowmem_cft.recipe.load import apply_override, load_recipe, parse_recipe
+from lowmem_cft.recipe.load import (
+    apply_override,
+    load_recipe,
+    load_saved,
+    parse_recipe,
+    parse_saved,
+)
 from lowmem_cft.run_folder import RunFolder
-
-RECORD = "lowmem_cft.json"
-"""File of an exported model that says how it embeds."""
-
-_NO_LIMIT = 1 << 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,6 @@ class Embedder:
             )
 
 
-def _prepared_text(recipe: recipes.Recipe, folder: Path) -> recipes.Recipe:
-    """The text section for an exported tokenizer, which applies a shared template itself."""
-    if recipe.text.document_template not in (None, recipe.text.template):
-        return recipe
-    layout = read_json(folder / "sentence_bert_config.json", GET_MODEL, "max_seq_length")
-    limit = layout["max_seq_length"] or _NO_LIMIT
-    text = {"template": recipes.TEXT_SLOT, "document_template": None, "max_tokens": limit}
-    return recipe.with_values("text", **text)
-
-
 def says_how_it_embeds(folder: Path) -> bool:
     """Whether the folder is a run's or an export of ours: its own recipe holds, and no other."""
     return (folder / RECORD).is_file() or (folder / "recipe.yaml").is_file()
@@ -102,13 +94,12 @@ def _find(
     path = Path(name).expanduser()
     if says_how_it_embeds(path) and (recipe_name is not None or overrides):
         raise ValueError(f"{name} says itself how it embeds; leave out `recipe` and `overrides`")
-    if (path / RECORD).is_file():
-        record = read_json(path / RECORD, GET_MODEL, "kind", "recipe")
-        recipe = parse_recipe(record["recipe"], str(path / RECORD))
+    if (record := read_record(path)) is not None:
+        recipe = parse_saved(record["recipe"], str(path / RECORD))
         if record["kind"] == "adapter":
             return recipe, path
         plain = {"id": str(path), "revision": None, "quantization": "none", "keep_layers": None}
-        return _prepared_text(recipe.with_values("model", **plain), path), None
+        return recipe.with_values("model", **plain), None
     if (path / "recipe.yaml").is_file():
         run = RunFolder(path)
         if not run.adapter.is_dir():
@@ -116,7 +107,7 @@ def _find(
                 f"{path} is a run without a final adapter; finish it with "
                 f"`lowmem-cft train {run.recipe} --resume`"
             )
-        return load_recipe(str(run.recipe)), run.adapter
+        return load_saved(run.recipe), run.adapter
     if recipe_name is not None:
         return load_recipe(recipe_name, overrides).with_values("model", id=name), None
     values = {

@@ -21,6 +21,7 @@ from lowmem_cft.files import read_json
 from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model import sources
 from lowmem_cft.model.configs import GET_MODEL, first_line, load_config
+from lowmem_cft.model.exported import plain_tokenizer, read_record
 from lowmem_cft.model.precision import keep_weight_layout
 from lowmem_cft.progress import Say
 from lowmem_cft.recipe.schema import ModelSection
@@ -75,6 +76,8 @@ def load_tokenizer(name: str, revision: str | None) -> Tokenizer:
         ) from error
     if not len(tokenizer):
         raise ValueError(f"model.id: the tokenizer of {name} is empty")
+    if (record := read_record(Path(name))) is not None:
+        tokenizer = plain_tokenizer(tokenizer, record)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

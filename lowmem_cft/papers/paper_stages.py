@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lowmem_cft.data.tokens import TextFormat
+from lowmem_cft.data.tokens import query_format
 from lowmem_cft.evaluation.search import search as icl
 from lowmem_cft.evaluation.search.demonstrations import SHIPPED, Demonstration, read_demonstrations
 from lowmem_cft.evaluation.sts.sets import LoadedSet, data_folder, load_set, load_sets, sampled
@@ -242,7 +243,7 @@ class PaperStages:
         recipe = self._training_recipe(name, steps, changed)
 
         def inputs() -> dict[str, Any]:
-            values = recipe.model_dump(mode="json")
+            values = _values(recipe)
             return {
                 "recipe": {key: values[key] for key in values if key not in _NOT_INPUTS},
                 "rows_sha256": self.records.result(names.DATA, Data).rows_sha256,
@@ -270,6 +271,7 @@ class PaperStages:
         every = self.recipe.eval.every
         if every is None or ours < whole:
             every = max(1, ours // points)
+        exported = name == names.TRAIN and not self.recipe.text.joins_tail
         return self.request.recipe(
             [
                 f"train.steps={ours}",
@@ -280,7 +282,7 @@ class PaperStages:
                 f"eval.every={every}",
                 f"output.folder={json.dumps(str(self.folder / 'runs'))}",
                 f"output.name={name}",
-                f"output.export={'adapter' if name == names.TRAIN else 'none'}",
+                f"output.export={'adapter' if exported else 'none'}",
                 *changed,
             ]
         )
@@ -324,9 +326,8 @@ class PaperStages:
         tries = len(self._demonstrations)
 
         def effort() -> Effort:
-            text = recipe.text
-            shown = self._demonstrations[0].before(text.template)
-            text_format = TextFormat(shown, text.append_eos, text.max_tokens)
+            shown = self._demonstrations[0].before(recipe.text.template)
+            text_format = replace(query_format(recipe), template=shown)
             return self.efforts.embed([_ASSUMED_TEXT], text_format).times(
                 2 * num_pairs * (1 + tries)
             )
@@ -388,11 +389,18 @@ def _sha256_of_file(path: str) -> str | None:
     return sha256_of(Path(path)) if Path(path).is_file() else None
 
 
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's values as a record's inputs, which are those that older versions wrote."""
+    values = recipe.model_dump(mode="json")
+    del values["train"]["save_minutes"], values["loss"]["on_no_negatives"]  # change no result
+    if recipe.text.joins_tail or not recipe.text.has_tail:
+        del values["text"]["tail"]  # there was no other way
+    return values
+
+
 def _how_embedded(recipe: Recipe, adapter: Path | None) -> dict[str, Any]:
     """What an embedding depends on."""
-    values: dict[str, Any] = {
-        name: getattr(recipe, name).model_dump() for name in ("model", "text", "embedding")
-    }
+    values = {name: _values(recipe)[name] for name in ("model", "text", "embedding")}
     if adapter is not None:
         weights = adapter / "adapter_model.safetensors"
         values["adapter_sha256"] = sha256_of(weights) if weights.is_file() else None

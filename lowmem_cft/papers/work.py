@@ -38,7 +38,7 @@ from lowmem_cft.papers.results import (
     Transfer,
 )
 from lowmem_cft.papers.stages import Observer
-from lowmem_cft.recipe.load import load_recipe
+from lowmem_cft.recipe.load import load_saved
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs as run
@@ -175,7 +175,7 @@ def put_away(folder: Path) -> None:
 
 
 def _trains_the_same(folder: RunFolder, recipe: Recipe) -> bool:
-    then, now = load_recipe(str(folder.recipe)).model_dump(), recipe.model_dump()
+    then, now = load_saved(folder.recipe).model_dump(), recipe.model_dump()
     return all(now[name] == then[name] for name in then if name not in run.MAY_CHANGE)
 
 

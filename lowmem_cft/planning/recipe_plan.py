@@ -14,7 +14,7 @@ import torch
 from lowmem_cft.data import corpus
 from lowmem_cft.data.batches import NO_TEXT
 from lowmem_cft.data.columns import DataError
-from lowmem_cft.data.tokens import document_format, overhead, query_format, tokenize
+from lowmem_cft.data.tokens import document_format, query_format, surroundings, tokenize
 from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
@@ -106,7 +106,7 @@ def _shape(recipe: Recipe) -> tuple[BatchShape, list[str]]:
     else:
         tokenizer = load_tokenizer(name, None if name != recipe.model.id else recipe.model.revision)
         formats = (query_format(recipe), document_format(recipe))
-        extra = max(overhead(tokenizer, text_format) for text_format in formats)
+        extra = max(surroundings(tokenizer, each).num_tokens for each in formats)
         longest = recipe.text.max_tokens + extra
         try:
             return _sampled_shape(recipe, tokenizer), []
@@ -129,7 +129,7 @@ def _sampled_shape(recipe: Recipe, tokenizer: Any) -> BatchShape:
     formats = (query_format(recipe), document_format(recipe))
     texts = zip((queries, documents), formats, strict=True)
     lengths = np.concatenate([tokenize(tokenizer, *each).lengths for each in texts])
-    extra = max(overhead(tokenizer, text_format) for text_format in formats)
+    extra = max(surroundings(tokenizer, each).num_tokens for each in formats)
     return BatchShape(
         rows=recipe.train.logical_batch,
         slots_per_row=len(lengths) / len(queries),

@@ -176,6 +176,29 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def parse_saved(values: Mapping[str, Any], source: str) -> Recipe:
+    """Check the values of a recipe that was saved with a run or an export.
+
+    Those that an older version did not know get the meaning that they had there.
+
+    Raises:
+        RecipeError: everything that is wrong, a line each.
+    """
+    recipe = parse_recipe(values, source)
+    if "tail" not in values.get("text", {}) and recipe.text.has_tail:
+        recipe = recipe.with_values("text", tail="joined")
+    return recipe
+
+
+def load_saved(path: Path) -> Recipe:
+    """The recipe that a run's folder holds; see `parse_saved`.
+
+    Raises:
+        RecipeError: it cannot be read, or is no recipe.
+    """
+    return parse_saved(_read(str(path))[0], str(path))
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, readable by `load_recipe`."""
     values = recipe.model_dump(mode="json")

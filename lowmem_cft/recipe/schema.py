@@ -83,10 +83,28 @@ class TextSection(_Section):
     """For anchors and for evaluation; `{text}` stands for the text."""
     document_template: str | None = None
     """For positives and negatives; the same as `template` if not given."""
+    tail: Literal["apart", "joined"] = "apart"
+    """How what a template has behind `{text}` becomes tokens. apart: by itself, the same for every
+    text, also one that is cut. joined: with the text, as the second paper's code does it (`."` may
+    be one token); sentence-transformers cannot do that, so it goes with output.export: none."""
     append_eos: Truth = True
+    """End every text with the tokens that the tokenizer itself puts there ([SEP], or another than
+    its eos_token in Qwen3-Embedding), or with its end-of-sequence token if it puts none. false: with
+    neither."""
     max_tokens: Count = 128
     """Tokens of the text itself; the template and special tokens come on top, so truncation
     never cuts a template's tail."""
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether a template goes on behind `{text}`."""
+        templates = (self.template, self.document_template or self.template)
+        return not all(template.endswith(TEXT_SLOT) for template in templates)
+
+    @property
+    def joins_tail(self) -> bool:
+        """Whether a template's tail becomes tokens together with the text."""
+        return self.has_tail and self.tail == "joined"
 
     @model_validator(mode="after")
     def _slots(self) -> TextSection:

@@ -11,8 +11,9 @@ import torch
 from lowmem_cft.data.corpus import with_rows
 from lowmem_cft.data.rows import TrainRow
 from lowmem_cft.evaluation.sts.sets import LoadedSet
-from lowmem_cft.exporting.check import checked
-from lowmem_cft.exporting.layout import Kind, check_expressible, export_model
+from lowmem_cft.exporting.finished import export_model
+from lowmem_cft.exporting.layout import Kind, check_expressible
+from lowmem_cft.exporting.rehearsal import rehearse_export
 from lowmem_cft.inference.loading import Embedder
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
@@ -79,6 +80,8 @@ def run_recipe(
                 offline=offline,
                 last_plan=None if state is None else state.plan,
             )
+            if recipe.output.export != "none" and (state is None or state.step < job.num_steps):
+                _rehearse(job, recipe.output.export, folder, observer)
             trainer = Trainer(job, folder, observer, state, new_rate=new_rate)
             if resume:
                 runs.keep_recipe(folder, recipe)
@@ -105,12 +108,17 @@ def _what_is_kept(folder: RunFolder) -> str:
     )
 
 
+def _rehearse(job: TrainingJob, kind: Kind, folder: RunFolder, observer: Observer) -> None:
+    embedder = Embedder(job.encoder, job.backbone, job.recipe)
+    rehearse_export(embedder, folder.model, kind, observer, check_texts(job.eval_sets))
+
+
 def _export(job: TrainingJob, kind: Kind, folder: RunFolder, observer: Observer) -> ExportRecord:
     """Write the trained model as sentence-transformers loads it, and check it."""
     observer.say(f"exporting to {folder.model}")
     embedder = Embedder(job.encoder, job.backbone, job.recipe)
-    export_model(embedder, folder.model, kind)
-    check = checked(folder.model, kind, embedder, observer, check_texts(job.eval_sets))
+    texts = check_texts(job.eval_sets)
+    check = export_model(embedder, folder.model, kind, observer, texts=texts)
     outcome = {} if check is None else vars(check)
     return ExportRecord(kind=kind, checked=check is not None, **outcome)
 

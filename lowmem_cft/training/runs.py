@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_cft.files import whole_file
-from lowmem_cft.recipe.load import load_recipe, to_yaml
+from lowmem_cft.recipe.load import load_saved, to_yaml
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 
@@ -77,7 +77,7 @@ def _check_resumable(run: RunFolder, recipe: Recipe, *, new_rate: bool) -> None:
         raise ValueError(
             f"{run.path} holds no checkpoint to resume: start it anew (with `overwrite` if it exists)"
         )
-    then, now = _values(load_recipe(str(run.recipe))), _values(recipe)
+    then, now = _values(load_saved(run.recipe)), _values(recipe)
     may_change = MAY_CHANGE + (RATE_KEYS if new_rate else ())
     changed = [
         key

@@ -15,8 +15,8 @@ from lowmem_cft.data import tokens
 from lowmem_cft.data.tokens import (
     TextFormat,
     TokenStore,
-    adds_eos,
-    overhead,
+    special_tokens,
+    surroundings,
     tokenize,
     tokenize_cached,
 )
@@ -94,9 +94,9 @@ def test_tokens_of_a_template(head: str, tail: str, adds: str, append_eos: bool)
     end = [EOS] if append_eos else []
     wanted = [[*start, *ids_of(head), *ids_of(text)[:4], *ids_of(tail), *end] for text in TEXTS]
     assert [len(ids_of(text)) for text in TEXTS] == [1, 4, 5, 320]
-    assert tokenizer("cat")["input_ids"].count(EOS) == ("eos" in adds) == adds_eos(tokenizer)
+    assert special_tokens(tokenizer).closing == ((EOS,) if "eos" in adds else ())
     assert lists(tokenize(tokenizer, TEXTS, text_format)) == wanted
-    assert overhead(tokenizer, text_format) + 4 == len(wanted[-1])
+    assert surroundings(tokenizer, text_format).num_tokens + 4 == len(wanted[-1])
 
 
 def test_limit_of_one_token() -> None:
@@ -134,12 +134,12 @@ AWKWARD = {
 @pytest.mark.parametrize("text", AWKWARD.values(), ids=AWKWARD)
 def test_bytes_as_tokens_never_pass_the_limit(byte_tokenizer: Any, text: str, limit: int) -> None:
     head, tail = "Query: ", '\nin one word: "'
-    text_format = TextFormat(f"{head}{{text}}{tail}", True, limit)
+    text_format = TextFormat(f"{head}{{text}}{tail}", True, limit, joined=True)
     ids = tokenize(byte_tokenizer, [text], text_format)[0].tolist()
     num_own = len(byte_tokenizer(text, add_special_tokens=False)["input_ids"])
     tail_ids = byte_tokenizer(tail, add_special_tokens=False)["input_ids"]
     eos = byte_tokenizer.eos_token_id
-    assert len(ids) <= overhead(byte_tokenizer, text_format) + limit
+    assert len(ids) <= surroundings(byte_tokenizer, text_format).num_tokens + limit
     assert ids[0] == byte_tokenizer.bos_token_id
     assert ids.count(eos) == 1
     assert ids[-len(tail_ids) - 1 :] == [*tail_ids, eos]
@@ -157,7 +157,56 @@ def test_without_a_tail_the_first_tokens_stay(byte_tokenizer: Any, text: str) ->
     ids = tokenize(byte_tokenizer, [text], text_format)[0].tolist()
     whole = byte_tokenizer(f"Query: {text}")["input_ids"]
     assert ids == [*whole[: len(byte_tokenizer("Query: ")["input_ids"]) + 5], 1]
-    assert len(ids) <= overhead(byte_tokenizer, text_format) + 5
+    assert len(ids) <= surroundings(byte_tokenizer, text_format).num_tokens + 5
+
+
+def test_a_text_without_any_token_is_refused() -> None:
+    tokenizer = word_tokenizer()
+    with pytest.raises(ValueError, match="'' has no tokens and nothing stands around it"):
+        tokenize(tokenizer, ["cat", ""], TextFormat("{text}", False, 4))
+    assert lists(tokenize(tokenizer, [""], TextFormat("{text}", True, 4))) == [[EOS]]
+
+
+def test_the_tokenizers_own_closing_token_is_the_one() -> None:
+    """As Qwen3-Embedding's, which closes a text by another token than its `eos_token`."""
+    tokenizer = word_tokenizer("bos eos")
+    tokenizer.eos_token = "<pad>"
+    assert special_tokens(tokenizer).opening == (BOS,)
+    for max_tokens in (1, 9):  # cut and whole
+        text_format = TextFormat("{text}", True, max_tokens)
+        ids = lists(tokenize(tokenizer, ["cat dog"], text_format))[0]
+        assert ids == [BOS, *ids_of("cat dog")[:max_tokens], EOS]
+    bare = lists(tokenize(tokenizer, ["cat dog"], TextFormat("{text}", False, 9)))[0]
+    assert bare == [BOS, *ids_of("cat dog")]
+
+
+def test_special_tokens_that_are_not_around_the_text() -> None:
+    class Twice:
+        all_special_ids = ()
+
+        def __len__(self) -> int:
+            return 3
+
+        def decode(self, ids: list[int]) -> str:
+            return "b"
+
+        def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
+            return {"input_ids": [1, 0, 2] if add_special_tokens else [1, 2]}
+
+    with pytest.raises(ValueError, match="does more to a text than to put special tokens around"):
+        special_tokens(Twice())
+
+
+def test_a_tail_apart_is_the_same_behind_every_text(byte_tokenizer: Any) -> None:
+    apart = TextFormat('in one word: "{text}":"', False, 5)
+    tail = surroundings(byte_tokenizer, apart).tail
+    assert byte_tokenizer.decode(tail) == '":"'
+    texts = ["the cat", 'the "cat"', "", "the cat sat on the mat the cat sat on", "\U0001f600" * 9]
+    for ids in lists(tokenize(byte_tokenizer, texts, apart)):
+        assert ids[-len(tail) :] == tail
+    joined = TextFormat(apart.template, False, 5, joined=True)
+    whole = byte_tokenizer('in one word: "the cat":"')["input_ids"]
+    assert lists(tokenize(byte_tokenizer, ["the cat"], joined))[0] == whole
 
 
 def test_no_texts() -> None:
@@ -264,13 +313,11 @@ def test_other_content_is_another_entry(tmp_path: Path, other: str) -> None:
     assert tokenize_cached(word_tokenizer(), CAT_DOG, FORMAT, tmp_path)[1]
 
 
-@pytest.mark.parametrize("texts", [[], [""]], ids=["no texts", "no tokens"])
-def test_nothing_is_cached_too(tmp_path: Path, texts: list[str]) -> None:
-    bare = TextFormat("{text}", False, 4)
+def test_nothing_is_cached_too(tmp_path: Path) -> None:
     for hit in (False, True):
-        store, from_cache = tokenize_cached(word_tokenizer(), texts, bare, tmp_path)
+        store, from_cache = tokenize_cached(word_tokenizer(), [], FORMAT, tmp_path)
         assert from_cache == hit
-        assert lists(store) == [[] for _ in texts]
+        assert lists(store) == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowmem_cft.data.tokens import TextFormat
-from lowmem_cft.exporting.check import NUM_CHECKED, fitting_texts
+from lowmem_cft.exporting.check import awkward_texts
 from lowmem_cft.training import pipeline
 from running import MakeRecipe, Silent
 from tiny import tiny_tokenizer
@@ -20,27 +20,33 @@ def test_export_check_fails_loudly(
     from lowmem_cft.exporting import layout as export
 
     monkeypatch.setitem(export._POOLING_KEYS, "eos", "pooling_mode_mean_tokens")
-    with pytest.raises(RuntimeError, match=r"does not embed as the trained one: lowest cosine"):
-        pipeline.run_recipe(make_recipe(), Silent())
-    assert (Path(make_recipe().output.folder) / "tiny" / "adapter").is_dir()
+    observer = Silent()
+    with pytest.raises(
+        RuntimeError, match=r"does not embed as the trained one: of \d+ texts the text"
+    ):
+        pipeline.run_recipe(make_recipe(), observer)
+    assert not observer.lines, "it was found before the training"
+    assert not (Path(make_recipe().output.folder) / "tiny").exists()
 
 
-def test_long_texts_do_not_fail_the_check_of_a_template_with_a_tail(
-    make_recipe: MakeRecipe,
-) -> None:
+def test_awkward_texts_are_what_they_are_for() -> None:
+    tokenizer = tiny_tokenizer()
+    text_format = TextFormat("the man is {text} in two", append_eos=False, max_tokens=3)
+    texts = awkward_texts(tokenizer, text_format)
+    assert "" in texts
+    assert "</s>" in texts
+    assert any(len(tokenizer(text)["input_ids"]) > 3 for text in texts)
+    bare = TextFormat("{text}", append_eos=False, max_tokens=3)
+    assert "" not in awkward_texts(tokenizer, bare), "nothing of it could be embedded"
+
+
+def test_the_check_says_what_it_compared(make_recipe: MakeRecipe) -> None:
+    observer = Silent()
     made = make_recipe(
         text={"template": "the man is {text} in two", "append_eos": False, "max_tokens": 5},
         embedding={"pooling": "last"},
     )
-    _, metrics = pipeline.run_recipe(made, Silent())
+    _, metrics = pipeline.run_recipe(made, observer)
     assert metrics.export.checked is True
-
-
-def test_texts_that_would_be_cut_are_not_compared() -> None:
-    text_format = TextFormat("the man is {text} in two", append_eos=False, max_tokens=3)
-    texts = ["the cat sat", "the cat sat on", "", "sad", "the big red house"]
-    fitting = fitting_texts(tiny_tokenizer(), texts, text_format)
-    assert fitting == ["the cat sat", "", "sad"]
-    assert fitting_texts(tiny_tokenizer(), [], text_format) == []
-    many = fitting_texts(tiny_tokenizer(), ["sad"] * 100, text_format)
-    assert len(many) == NUM_CHECKED
+    said = [line for line in observer.said if line.startswith("export checked: 24 texts and ")]
+    assert len(said) == 2, "before the training and after it"

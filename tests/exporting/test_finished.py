@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem_cft.exporting import finished
 from lowmem_cft.exporting.finished import check_target, export_run
-from lowmem_cft.inference.loading import RECORD
-from running import Silent
+from lowmem_cft.model.exported import RECORD
+from lowmem_cft.training import pipeline
+from running import MakeRecipe, Silent
 
 
 def test_only_an_export_of_ours_is_replaced(tmp_path: Path) -> None:
@@ -35,3 +37,21 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without a final adapter"):
         export_run(run, target, "merged", torch.device("cpu"), Silent())
     assert not target.exists()
+
+
+def test_a_failed_export_leaves_what_was_there(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = pipeline.run_recipe(make_recipe(train={"steps": 1}), Silent())
+    record = folder.model / RECORD
+    before, names = record.stat().st_mtime_ns, sorted(folder.path.iterdir())
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the exported model does not embed")
+
+    monkeypatch.setattr(finished, "checked", fail)
+    for target in (folder.model, folder.path / "other"):
+        with pytest.raises(RuntimeError, match="does not embed"):
+            export_run(folder.path, target, "adapter", torch.device("cpu"), Silent())
+    assert record.stat().st_mtime_ns == before
+    assert sorted(folder.path.iterdir()) == names

@@ -15,7 +15,8 @@ from lowmem_cft.inference.embedder import (
     load_embedder,
     normalized_or_not,
 )
-from lowmem_cft.inference.loading import RECORD, Embedder
+from lowmem_cft.inference.loading import Embedder
+from lowmem_cft.model.exported import RECORD
 
 TEXTS = ["the cat sat", "a dog ran in the house", "rain"]
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowmem_cft.inference.loading import RECORD, load_model, says_how_it_embeds
+from lowmem_cft.inference.loading import load_model, says_how_it_embeds
+from lowmem_cft.model.exported import RECORD
 from lowmem_cft.recipe.load import load_recipe
 
 CPU = torch.device("cpu")

@@ -8,9 +8,8 @@ P: pairs, B: bootstrap resamples.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 import yaml
 
-from lowmem_cft.data.tokens import TextFormat
 from lowmem_cft.evaluation.search.demonstrations import PROMPTEOL, Demonstration, check_template
 from lowmem_cft.evaluation.search.trials import Trial, TrialFile, read_plain, save_plain
 from lowmem_cft.evaluation.sts.bootstrap import interval, resampled_spearman
@@ -27,7 +25,7 @@ from lowmem_cft.evaluation.sts.correlation import Floats, spearman
 from lowmem_cft.evaluation.sts.score import score_pairs
 from lowmem_cft.evaluation.sts.sets import LoadedSet, pairs_sha256
 from lowmem_cft.inference.embed import Embed
-from lowmem_cft.inference.loading import RECORD, Embedder, load_model, says_how_it_embeds
+from lowmem_cft.inference.loading import Embedder, load_model, says_how_it_embeds
 from lowmem_cft.machine import dtype_name
 from lowmem_cft.model.identity import lora_scaling, weights_digest
 from lowmem_cft.progress import Counts
@@ -36,7 +34,7 @@ from lowmem_cft.recipe.schema import TEXT_SLOT
 EmbedUnder = Callable[[str], Embed]
 """A template to what embeds texts under it."""
 
-_READ = {"embedding.pooling": "last", "text.append_eos": "false"}
+_READ = {"embedding.pooling": "last", "text.append_eos": "false", "text.tail": "joined"}
 """How PromptEOL reads a base model: at the template's last token."""
 
 
@@ -53,7 +51,7 @@ class SearchedModel:
 
         Only the first note on the model is said: it is the same under every template.
         """
-        loaded, text = self.loaded, self.loaded.recipe.text
+        loaded = self.loaded
         said: list[str] = []
 
         def say_once(note: str) -> None:
@@ -62,7 +60,7 @@ class SearchedModel:
             said.append(note)
 
         def under(template: str) -> Embed:
-            text_format = TextFormat(template, text.append_eos, text.max_tokens)
+            text_format = replace(loaded.text_format, template=template)
             return partial(loaded.embed, text_format=text_format, say=say_once)
 
         return under
@@ -79,6 +77,8 @@ class SearchedModel:
             "pooling": recipe.embedding.pooling,
             "append_eos": recipe.text.append_eos,
             "max_tokens": recipe.text.max_tokens,
+            # joined was the only way once, and is not told
+            **({} if recipe.text.tail == "joined" else {"tail": recipe.text.tail}),
         }
 
     def as_recipe(self, template: str) -> str:
@@ -87,11 +87,13 @@ class SearchedModel:
         values = {
             "text": {
                 "template": template,
+                "tail": recipe.text.tail,
                 "append_eos": recipe.text.append_eos,
                 "max_tokens": recipe.text.max_tokens,
             },
             "embedding": {"pooling": recipe.embedding.pooling},
             "model": recipe.model.model_dump(mode="json", exclude_defaults=True),
+            **({"output": {"export": "none"}} if recipe.text.joins_tail else {}),
         }
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6)
         return text
@@ -168,12 +170,11 @@ def load_searched(
             that goes on after the text, else PromptEOL's.
 
     Raises:
-        ValueError: nothing of that name, a template without its slot, a recipe or assignments for a
-            run or an export, or a model whose tokenizer puts a template around every text itself.
+        ValueError: nothing of that name, a template without its slot, or a recipe or assignments for
+            a run or an export.
     """
     if template is not None:
         check_template(template)
-    _check_bare(Path(name).expanduser())
     if recipe_name is None and not says_how_it_embeds(Path(name).expanduser()):
         overrides = [*(f"{key}={value}" for key, value in _READ.items()), *overrides]
     loaded = load_model(name, device, say, recipe_name=recipe_name, overrides=overrides)
@@ -181,17 +182,6 @@ def load_searched(
         own = loaded.recipe.text.template
         template = PROMPTEOL if own.endswith(TEXT_SLOT) else own
     return SearchedModel(name, loaded, template)
-
-
-def _check_bare(folder: Path) -> None:
-    if not (folder / RECORD).is_file():
-        return
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    if record["kind"] != "adapter" and record["recipe"]["text"]["template"] != TEXT_SLOT:
-        raise ValueError(
-            f"{folder}: its tokenizer puts its template around every text, so no demonstration "
-            "can stand before it; give the run's folder, or the base model"
-        )
 
 
 def set_identity(scored_set: LoadedSet) -> dict[str, Any]:

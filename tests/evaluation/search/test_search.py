@@ -27,7 +27,8 @@ from lowmem_cft.inference import embed as inference
 from lowmem_cft.inference import loading
 from lowmem_cft.inference import prefix_sharing as sharing
 from lowmem_cft.inference.embed import Vectors
-from lowmem_cft.inference.loading import RECORD, load_model
+from lowmem_cft.inference.loading import load_model
+from lowmem_cft.model.exported import RECORD
 from lowmem_cft.model.prefix import NotShared
 from running import Run
 
