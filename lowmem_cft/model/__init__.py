@@ -5,6 +5,7 @@ sources     where a checkpoint and its tokenizer come from
 configs     shapes of known models without their checkpoints
 minicpm     MiniCPM checkpoints as transformers reads them
 backbone    the frozen model and its tokenizer, loaded
+exported    an export of ours as a base
 precision   the model in another precision for a while
 adapter     the LoRA adapter: where it sits, what is trained
 patches     what stands in other libraries' layers, and the way back

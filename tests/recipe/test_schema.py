@@ -44,6 +44,7 @@ KEYS = [
     "lora.init",
     "text.template",
     "text.document_template",
+    "text.tail",
     "text.append_eos",
     "text.max_tokens",
     "embedding.pooling",
