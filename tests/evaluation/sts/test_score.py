@@ -97,8 +97,9 @@ def related_pairs(path: Path) -> Path:
     for _ in range(300):
         words = list(draw.choice(WORDS, 8))
         num_shared = int(draw.integers(0, 7))
-        other = words[:num_shared] + list(draw.choice(WORDS, 8 - num_shared))
-        assert other != words
+        other = list(words)
+        while other[:7] == words[:7]:  # nor where the last word is cut
+            other = words[:num_shared] + list(draw.choice(WORDS, 8 - num_shared))
         lines.append(f"{' '.join(words)}\t{' '.join(other)}\t{num_shared / 2}")
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -111,6 +112,19 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"quantization": "none"},
         "text": {"template": 'a cat on: "{text}" is one', "append_eos": True},
         "embedding": {"pooling": "eos", "normalize": True},
+    },
+    "templates by role, texts that are cut": {
+        "model": {"quantization": "none"},
+        "text": {
+            "template": "a small man on : {text}",
+            "document_template": "the cat {text}",
+            "max_tokens": 7,
+        },
+    },
+    "a template that goes on, texts that are cut": {
+        "model": {"quantization": "none"},
+        "text": {"template": "a man : {text} is happy .", "max_tokens": 7},
+        "embedding": {"pooling": "eos"},
     },
     "trained decoder on STS17": {"model": {"quantization": "none"}, "text": {"max_tokens": 128}},
 }
