@@ -100,8 +100,21 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+_TEMPLATES = ("text.template", "text.document_template")
+
+
+def _template(text: str) -> str | None:
+    """A template as it is written; None for a value in quotes, or null."""
+    bare = text.strip()
+    in_quotes = bare[:1] in ("'", '"') and bare[-1:] == bare[:1]
+    return None if in_quotes or bare == "null" else text
+
+
 def apply_override(values: dict[str, Any], assignment: str) -> None:
     """Set `a.b=c` in place; c is read as YAML, numbers index lists.
+
+    A template is taken as it is written, if it stands in no quotes: its braces, quotes and colons
+    mean something in YAML.
 
     Raises:
         RecipeError: no `=`, or the path runs through something that is no section or list.
@@ -110,7 +123,9 @@ def apply_override(values: dict[str, Any], assignment: str) -> None:
     keys = path.strip().split(".")
     if not sign or not all(keys):
         raise RecipeError(f"`overrides` {assignment}: wanted SECTION.KEY=VALUE, as train.steps=100")
-    value = parse_yaml(text, f"`overrides` {assignment}")
+    value = _template(text) if path.strip() in _TEMPLATES else None
+    if value is None:
+        value = parse_yaml(text, f"`overrides` {assignment}")
     here: Any = values
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1

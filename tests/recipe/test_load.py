@@ -20,6 +20,26 @@ from lowmem_cft.recipe.load import (
 from recipe_files import MINIMAL, Write, refusal
 
 
+@pytest.mark.parametrize(
+    ("written", "template"),
+    [
+        ("{text}", "{text}"),
+        (
+            'This sentence : "{text}" means in one word:"',
+            'This sentence : "{text}" means in one word:"',
+        ),
+        ("query: {text}", "query: {text}"),
+        ("'{a} {text}'", "{a} {text}"),
+        (r'"line\n{text}"', "line\n{text}"),
+    ],
+)
+def test_a_template_is_taken_as_it_is_written(written: str, template: str) -> None:
+    assert load_recipe("demo", [f"text.template={written}"]).text.template == template
+    text = load_recipe("demo", [f"text.document_template={written}"]).text
+    assert text.document_template == template
+    assert load_recipe("demo", ["text.document_template=null"]).text.document_template is None
+
+
 def test_least_recipe_takes_its_file_name(write: Write) -> None:
     recipe = load_recipe(write(name="some.run.yaml"))
     assert recipe.output.name == "some.run"
