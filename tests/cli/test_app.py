@@ -156,7 +156,7 @@ def test_damaged_files_are_named(command: Run, finished: Path, tmp_path: Path) -
         (merged, "config.json", "{", "again"),
         (merged, "config.json", "[]", "again"),
         (merged, "model.safetensors", "junk", "again"),
-        (merged, "sentence_bert_config.json", "{", "again"),
+        (merged, "lowmem_cft.json", "{", "again"),
     )
     for model, name, text, way_out in damaged:
         whole = (model / name).read_bytes()
