@@ -13,6 +13,7 @@ _CONVENTIONS = (
     ("anchor", _POSITIVE, _NEGATIVE),
     ("query", _POSITIVE, _NEGATIVE),
     ("sent0", "sent1", _NEGATIVE),
+    ("messages", "positive_messages", "negative_messages"),
 )
 _PAIRS = (("question", "answer"), ("query", "response"), ("premise", "hypothesis"))
 # What a name says about its place, to keep "negative, positive" from being taken in that order.
@@ -21,6 +22,7 @@ _PLACES = (
     f"{_POSITIVE}|answer|response|hypothesis",
     _NEGATIVE,
 )
+_CONVERSATIONS = ("messages", "conversations")
 _SENTENCES = (("sentence1", "sentence2"), ("text1", "text2"), ("s1", "s2"))
 _SCORES = ("score", "similarity_score", "label")
 _LABEL_WORDS = {"label", "labels", "class", "score", "scores", "similarity", "rating"}
@@ -65,6 +67,9 @@ def training_columns(
             negatives.sort(key=lambda low: int(re.sub(r"\D", "", low) or 0))
             return [folded[anchor], *positives, *(folded[low] for low in negatives)]
     others = [name for name in table.columns if name not in where]
+    for name in (folded[low] for low in _CONVERSATIONS if low in folded):
+        _no_labels(table, others)
+        return [name, name]  # whose question is the anchor, and whose answer the positive
     return _pair(table, folded, others) or _in_order(table, others)
 
 
@@ -75,15 +80,19 @@ def _pair(table: Header, folded: dict[str, str], others: list[str]) -> list[str]
             continue
         names = [folded[low] for low in pair]
         rest = [name for name in others if name not in names]
-        if labels := [name for name in rest if _words(name) & _LABEL_WORDS]:
-            raise _unclear(
-                table,
-                f"the label column {labels[0]!r} may mean that not every pair is a positive one; "
-                f"keep the positive ones with `where: {{{labels[0]}: ...}}`",
-            )
+        _no_labels(table, rest)
         if all(_words(name) & _ID_WORDS for name in rest):
             return names
     return []
+
+
+def _no_labels(table: Header, names: Iterable[str]) -> None:
+    if labels := [name for name in names if _words(name) & _LABEL_WORDS]:
+        raise _unclear(
+            table,
+            f"the label column {labels[0]!r} may mean that not every pair is a positive one; "
+            f"keep the positive ones with `where: {{{labels[0]}: ...}}`",
+        )
 
 
 def _in_order(table: Header, names: list[str]) -> list[str]:

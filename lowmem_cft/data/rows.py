@@ -15,6 +15,13 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
+from lowmem_cft.data.cells import (
+    is_conversation,
+    is_instruction_pair,
+    passages,
+    text_of,
+    turns,
+)
 from lowmem_cft.data.columns import DataError, require, scored_columns, training_columns
 from lowmem_cft.data.formats import BadRow, Table, shown, tables
 
@@ -86,8 +93,8 @@ def read_training_rows(
     """Read (anchor, positive, negatives...) rows from a file, a folder or a hub data set.
 
     `columns` names the anchor, the positive and any negatives, in this order; without it they
-    are found by their usual names. A cell may hold a list of strings or of {"text": ...}: each
-    positive of a list makes its own row. `split` counts only where a source has splits, and
+    are found by their usual names. A cell may hold any text that `cells.text_of` knows, or a list
+    of them: each positive of a list makes its own row. `split` counts only where a source has splits, and
     `limit` draws that many rows at random, reproducibly in `seed`, in the order of the source.
 
     Raises:
@@ -222,34 +229,35 @@ def _sample(rows: Iterable[T], limit: int | None, seed: int) -> list[T]:
 
 
 def _training_rows(names: Sequence[str], cells: Sequence[Any]) -> Iterable[TrainRow]:
-    anchor = _text(cells[0], names[0])
-    positive = cells[1]
-    negatives = _negatives(names[2:], cells[2:])
-    if not isinstance(positive, list):
-        return (TrainRow(anchor, _text(positive, names[1]), negatives),)
-    if not positive:
+    anchor, positive = cells[0], cells[1]
+    if names[0] == names[1] and is_conversation(anchor):
+        anchor, positive = _question_and_answer(anchor, names[0])
+    paired = is_instruction_pair(anchor)
+    negatives = _negatives(names[2:], cells[2:], paired)
+    anchor = _text(anchor, names[0])
+    positives = passages(positive, paired=paired)
+    if not positives:
         raise BadRow("text missing", "got an empty list, wanted a text", names[1])
-    return [TrainRow(anchor, _text(_passage(p), names[1]), negatives) for p in positive]
+    return [TrainRow(anchor, _text(p, names[1]), negatives) for p in positives]
 
 
-def _negatives(names: Sequence[str], cells: Sequence[Any]) -> tuple[str, ...]:
+def _question_and_answer(messages: Any, name: str) -> list[Any]:
+    """The user's text and the assistant's, of a conversation that has one of each and no more."""
+    said = turns(messages)
+    roles = [role for role, _ in said]
+    if roles != ["user", "assistant"]:
+        raise BadRow("other turns", f"got messages of {roles}, wanted user, assistant", name)
+    return [content for _, content in said]
+
+
+def _negatives(names: Sequence[str], cells: Sequence[Any], paired: bool) -> tuple[str, ...]:
     """A row's negatives: none, one or many. Empty cells are none; those past the names `where`'s."""
-    texts: list[str] = []
-    for name, cell in zip(names, cells, strict=False):
-        for item in map(_passage, cell if isinstance(cell, list) else (cell,)):
-            if item is not None and not (isinstance(item, str) and not item.strip()):
-                texts.append(_text(item, name))
-    return tuple(texts)
-
-
-def _passage(item: Any) -> Any:
-    """The text of a passage; one with a title begins with it, as in Tevatron's training data."""
-    if not isinstance(item, dict):
-        return item
-    title, text = item.get("title"), item.get("text")
-    if isinstance(title, str) and title.strip() and isinstance(text, str) and text.strip():
-        return f"{title.strip()} {text.strip()}"
-    return text
+    texts = [
+        _text_if_any(item, name)
+        for name, cell in zip(names, cells, strict=False)
+        for item in passages(cell, paired=paired)
+    ]
+    return tuple(text for text in texts if text)
 
 
 def _scored_pair(names: Sequence[str], cells: Sequence[Any]) -> Iterable[ScoredPair]:
@@ -258,13 +266,19 @@ def _scored_pair(names: Sequence[str], cells: Sequence[Any]) -> Iterable[ScoredP
 
 
 def _text(value: Any, name: str) -> str:
-    if isinstance(value, str):
-        if text := value.strip():
-            return text
-        raise BadRow("empty text", f"got {reprlib.repr(value)}, wanted a text", name)
-    if value is None:
+    if text := _text_if_any(value, name):
+        return text
+    if text is None:
         raise BadRow("text missing", "got nothing (null or absent), wanted a text", name)
-    raise BadRow("wrong type", f"got {shown(value)}, wanted a string", name)
+    raise BadRow("empty text", f"got {reprlib.repr(value)}, wanted a text", name)
+
+
+def _text_if_any(value: Any, name: str) -> str | None:
+    try:
+        text = text_of(value)
+    except ValueError as error:
+        raise BadRow("wrong type", f"got {shown(value)}, {error}", name) from None
+    return None if text is None else text.strip()
 
 
 def _score(value: Any, name: str) -> float:
