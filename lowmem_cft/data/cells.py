@@ -30,9 +30,10 @@ def turns(conversation: Any) -> list[tuple[str, Any]]:
 def _message(item: Any) -> tuple[str, Any] | None:
     if not isinstance(item, dict):
         return None
-    for role, content in (("role", "content"), ("from", "value")):
-        if isinstance(item.get(role), str) and content in item:
-            return _ROLES.get(item[role], item[role]), _parts_joined(item[content])
+    for role_key, content_key in (("role", "content"), ("from", "value")):
+        role = item.get(role_key)
+        if isinstance(role, str) and content_key in item:
+            return _ROLES.get(role, role), _parts_joined(item[content_key])
     return None
 
 
@@ -40,9 +41,12 @@ def _parts_joined(content: Any) -> Any:
     """The text of a content that is a list of parts, if it is text alone."""
     if not isinstance(content, list):
         return content
-    texts = [part.get("text") for part in content if isinstance(part, dict)]
-    whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
-    return "".join(texts) if whole else content
+    texts = [part["text"] for part in content if _is_text_part(part)]
+    return "".join(texts) if len(texts) == len(content) else content
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str)
 
 
 def passages(cell: Any, *, paired: bool) -> list[Any]:

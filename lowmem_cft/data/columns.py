@@ -27,24 +27,38 @@ _SENTENCES = (("sentence1", "sentence2"), ("text1", "text2"), ("s1", "s2"))
 _SCORES = ("score", "similarity_score", "label")
 _LABEL_WORDS = {"label", "labels", "class", "score", "scores", "similarity", "rating"}
 _ID_WORDS = {"id", "ids", "idx", "index", "guid", "uuid", "source", "split", "subset", "url"}
-# The way out of unclear columns: evaluation sets have no option that names theirs.
 _NAME_TRAINING = (
     "name those to use, in the order anchor, positive, negative..., with `columns: [...]`"
 )
-_RENAME_SCORED = "rename those to use to sentence1, sentence2 and score"
+_NAME_SCORED = "name those of sentence1, sentence2 and score with `columns: [...]`"
 
 
 class DataError(ValueError):
     """The user's data is wrong; the message says where, what was wanted and the way out."""
 
 
-@dataclass(frozen=True)
+class UnclearColumns(DataError):
+    """Nobody can tell the columns' roles; `why` is the message without the way out.
+
+    `columns` are those that they probably are, in the order of their roles, None if that is unclear.
+    """
+
+    def __init__(self, why: str, way_out: str, columns: Sequence[str] | None = None) -> None:
+        super().__init__(f"{why}; {way_out}")
+        self.why, self.columns = why, columns
+
+
+@dataclass(frozen=True, kw_only=True)
 class Header:
-    """The columns of one table, and which of them hold text; `name` is for messages."""
+    """The columns of one table, and which of them hold text; `name` is for messages.
+
+    Without a header columns are called 1, 2, ...; `first` then has the first line's cells.
+    """
 
     name: str
     columns: list[str]
     text_columns: frozenset[str]
+    first: Sequence[str] | None = None
 
 
 def training_columns(
@@ -58,6 +72,8 @@ def training_columns(
     if columns is not None:
         return _named(table, columns, "anchor, positive, negative...", 2)
     folded = _folded(table, _NAME_TRAINING)
+    if table.first is not None:
+        raise _unclear(table, "no names")
     for anchor, positive, negative in _CONVENTIONS:
         positives = [name for low, name in folded.items() if re.fullmatch(positive, low)]
         if anchor in folded and len(positives) > 1:
@@ -111,12 +127,28 @@ def scored_columns(table: Header, columns: Sequence[str] | None) -> list[str]:
     """The columns of the two sentences and the score; errors as in `training_columns`."""
     if columns is not None:
         return _named(table, columns, "sentence1, sentence2, score", 3, most=3)
-    folded = _folded(table, _RENAME_SCORED)
+    folded = _folded(table, _NAME_SCORED)
     scores = [folded[low] for low in _SCORES if low in folded]
     for pair in _SENTENCES:
         if scores and all(low in folded for low in pair):
             return [folded[pair[0]], folded[pair[1]], scores[0]]
-    raise _unclear(table, "no known names", _RENAME_SCORED)
+    if len(table.columns) < 3:
+        raise DataError(
+            f"{table.name}: got the columns {table.columns}, wanted two sentences and their score; "
+            "rows without a score can only be trained on, as one of `data.sources`"
+        )
+    texts = [name for name in table.columns if name in table.text_columns]
+    numbers = [name for name in table.columns if name not in table.text_columns]
+    likely = [*texts, numbers[-1]] if len(texts) == 2 and numbers else None
+    raise _unclear(table, "no known names", _NAME_SCORED, likely)
+
+
+def is_usual_name(name: str) -> bool:
+    """Whether columns with a known role are called so."""
+    low = name.lower()
+    pairs = {known for pair in (*_PAIRS, *_SENTENCES) for known in pair}
+    words = _words(name) & (_LABEL_WORDS | _ID_WORDS)
+    return low in pairs or bool(words) or any(re.fullmatch(p, low) for p in (*_PLACES, r"sent\d"))
 
 
 def _named(
@@ -154,8 +186,11 @@ def _words(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
-def _unclear(table: Header, why: str, way_out: str = _NAME_TRAINING) -> DataError:
-    return DataError(
-        f"{table.name}: cannot tell which columns to use: {why}; its columns are "
-        f"{table.columns}; {way_out}"
-    )
+def _unclear(
+    table: Header, why: str, way_out: str = _NAME_TRAINING, likely: Sequence[str] | None = None
+) -> UnclearColumns:
+    what = f"cannot tell which columns to use: {why}; its columns are {table.columns}"
+    if table.first is not None:
+        what = f"its first line is data, no header: {list(table.first)}"
+        way_out += ", by number"
+    return UnclearColumns(f"{table.name}: {what}", way_out, likely)

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from lowmem_cft.data.columns import DataError, Header
+from lowmem_cft.data.columns import DataError, Header, is_usual_name
 from lowmem_cft.files import nearest_names
 
 _SUFFIXES = (".jsonl", ".json-lines", ".json", ".csv", ".tsv", ".parquet")
@@ -51,7 +51,7 @@ _Records = Callable[[Path], Iterator[tuple[int, list[str] | BadRow]]]
 _Objects = Callable[[Path], Iterator[tuple[int, dict[str, Any] | BadRow]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table(Header):
     """A source with named columns; `rows(names)` yields the number and cells of each row."""
 
@@ -63,8 +63,12 @@ def shown(value: Any) -> str:
     return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
-def tables(source: str, split: str, offline: bool) -> Iterator[Table]:
+def tables(
+    source: str, split: str, offline: bool, columns: Sequence[str] | None = None
+) -> Iterator[Table]:
     """Find the source and open it; a folder of files has one table a file, in name order.
+
+    `columns` that are numbers, and no names of the file's, say that it has no header.
 
     Raises:
         DataError: the source is missing or unreadable, or has no such split.
@@ -72,9 +76,9 @@ def tables(source: str, split: str, offline: bool) -> Iterator[Table]:
     check_source_name(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        yield from _folder_tables(path, split)
+        yield from _folder_tables(path, split, columns)
     elif path.exists():
-        yield _file_table(path)
+        yield _file_table(path, columns)
     else:
         yield _hub_table(source, split, offline)
 
@@ -103,7 +107,7 @@ def _suffix(path: Path) -> str:
     return next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
 
 
-def _folder_tables(folder: Path, split: str) -> Iterator[Table]:
+def _folder_tables(folder: Path, split: str, columns: Sequence[str] | None) -> Iterator[Table]:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         yield _saved_table(folder, split)
         return
@@ -112,17 +116,17 @@ def _folder_tables(folder: Path, split: str) -> Iterator[Table]:
     if not paths:
         raise DataError(f"{folder}: no readable file in this folder; readable are {_READABLE}")
     for path in sorted(paths, key=lambda p: p.name):
-        yield _file_table(path)
+        yield _file_table(path, columns)
 
 
-def _file_table(path: Path) -> Table:
+def _file_table(path: Path, columns: Sequence[str] | None) -> Table:
     suffix = _suffix(path)
     if suffix in (".jsonl", ".json-lines"):
         return _objects_table(path, "line", _json_objects)
     if suffix == ".json":
         return _json_table(path)
     if suffix in (".csv", ".tsv"):
-        return _delimited_table(path, _csv_records if suffix == ".csv" else _tsv_records)
+        return _delimited_table(path, _csv_records if suffix == ".csv" else _tsv_records, columns)
     if suffix == ".parquet":
         return _parquet_table(path)
     raise DataError(f"{path}: unknown kind of file; readable are {_READABLE}")
@@ -201,11 +205,20 @@ def _quoted_records(path: Path) -> Iterator[str]:
 
 
 def _delimiter(path: Path) -> str:
-    """A comma, or what the header has in its place: Excel writes semicolons where 0,5 is a number."""
-    header = next(_lines(path), "")
-    if "," in header:
-        return ","
-    return next((mark for mark in (";", "\t") if mark in header), ",")
+    """What cuts the first lines into equally many cells, else a comma or what the first has for it.
+
+    Excel writes semicolons where 0,5 is a number, and files without a header have commas in texts.
+    """
+    lines = list(islice(_lines(path), _PEEKED_ROWS))
+    marks = [mark for mark in (",", ";", "\t") if mark in "".join(lines[:1])]
+    for mark in marks:
+        try:
+            counts = {len(cells) for cells in csv.reader(lines, delimiter=mark) if cells}
+        except csv.Error:
+            continue
+        if len(counts) == 1 and counts != {1}:
+            return mark
+    return marks[0] if marks else ","
 
 
 def _csv_records(
@@ -232,37 +245,63 @@ def _csv_records(
             yield start, cells
 
 
-def _delimited_table(path: Path, records: _Records) -> Table:
+def _delimited_table(path: Path, records: _Records, named: Sequence[str] | None) -> Table:
     """Blank lines are left out, as in the csv module."""
     beginning = list(islice(records(path), _PEEKED_ROWS + 1))
     if not beginning:
         raise DataError(f"{path}: the file is empty; a header line with column names is wanted")
-    line, header = beginning[0]
-    if isinstance(header, BadRow):
-        raise DataError(f"{path}, line {line}: the header is {header}; fix it")
-    names = [name.strip() for name in header]
-    _no_duplicates(f"{path}, line {line}", names)
+    line, first = beginning[0]
+    if isinstance(first, BadRow):
+        raise DataError(f"{path}, line {line}: the header is {first}; fix it")
+    names = [name.strip() for name in first]
     peeked = [cells for _, cells in beginning[1:] if isinstance(cells, list)]
-    numeric = {
-        name
-        for i, name in enumerate(names)
-        if peeked and all(_NUMBER.fullmatch(cells[i]) for cells in peeked if i < len(cells))
-    }
-
+    headless = _by_number(named, names) or _is_data(names, peeked)
+    if headless:
+        names = [str(i) for i in range(1, len(first) + 1)]
+        peeked = [first, *peeked]
+    _no_duplicates(f"{path}, line {line}", names)
+    numeric = {names[i] for i in _numeric_places(len(names), peeked)}
     lists = {name for i, name in enumerate(names) if _holds_lists(i, peeked)}
 
     def rows(columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
         places = [names.index(name) for name in columns]
-        for number, cells in islice(records(path), 1, None):
+        like = "in the first line" if headless else "in the header"
+        for number, cells in islice(records(path), 0 if headless else 1, None):
             if isinstance(cells, BadRow):
                 yield number, cells
             elif len(cells) != len(names):
-                detail = f"got {len(cells)}, wanted {len(names)} as in the header"
+                detail = f"got {len(cells)}, wanted {len(names)} as {like}"
                 yield number, BadRow("wrong number of cells", detail)
             else:
                 yield number, _with_lists([cells[i] for i in places], columns, lists)
 
-    return Table(str(path), names, frozenset(names) - numeric, "line", rows)
+    return Table(
+        name=str(path),
+        columns=names,
+        text_columns=frozenset(names) - numeric,
+        first=first if headless else None,
+        unit="line",
+        rows=rows,
+    )
+
+
+def _by_number(named: Sequence[str] | None, header: Sequence[str]) -> bool:
+    """Columns are named by number, and the file has none of these names."""
+    numbers = bool(named) and all(name.isdecimal() for name in named or ())
+    return numbers and not set(named or ()) <= set(header)
+
+
+def _is_data(first: Sequence[str], peeked: Sequence[Sequence[str]]) -> bool:
+    """Whether a first line is a row: where the others have numbers it has one, elsewhere none."""
+    numeric = _numeric_places(len(first), peeked)
+    numbers = {i for i, cell in enumerate(first) if _NUMBER.fullmatch(cell)}
+    return bool(numbers) and numbers == numeric and not any(map(is_usual_name, first))
+
+
+def _numeric_places(count: int, rows: Sequence[Sequence[str]]) -> set[int]:
+    """The columns in which every row that has one has a number."""
+    cells = [[row[place] for row in rows if place < len(row)] for place in range(count)]
+    return {i for i, column in enumerate(cells) if column and all(map(_NUMBER.fullmatch, column))}
 
 
 def _holds_lists(place: int, rows: Sequence[Sequence[str]]) -> bool:
@@ -339,7 +378,7 @@ def _objects_table(path: Path, unit: Literal["line", "row"], objects: _Objects) 
             yield number, cells
 
     texts = frozenset(name for name, all_text in columns.items() if all_text)
-    return Table(str(path), list(columns), texts, unit, rows)
+    return Table(name=str(path), columns=list(columns), text_columns=texts, unit=unit, rows=rows)
 
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
@@ -386,7 +425,7 @@ def _arrow_table(
         return enumerate((row for cells in columns for row in zip(*cells, strict=True)), 1)
 
     texts = frozenset(column.name for column in schema if _ARROW_TEXT.match(str(column.type)))
-    return Table(name, schema.names, texts, "row", rows)
+    return Table(name=name, columns=schema.names, text_columns=texts, unit="row", rows=rows)
 
 
 def _parquet_table(path: Path) -> Table:

@@ -93,7 +93,7 @@ def read_training_rows(
     """Read (anchor, positive, negatives...) rows from a file, a folder or a hub data set.
 
     `columns` names the anchor, the positive and any negatives, in this order; without it they
-    are found by their usual names. A cell may hold any text that `cells.text_of` knows, or a list
+    are found by their usual names. Those of a file without a header are numbers, from "1". A cell may hold any text that `cells.text_of` knows, or a list
     of them: each positive of a list makes its own row. `split` counts only where a source has splits, and
     `limit` draws that many rows at random, reproducibly in `seed`, in the order of the source.
 
@@ -105,7 +105,7 @@ def read_training_rows(
     way_out = "fix the row or set `on_bad_row: skip`"
     request = _Request(source, split, where, limit, seed, on_bad_row, offline, way_out)
     find = lambda table: training_columns(table, columns, where or ())
-    return _read(request, ("anchor", "positive", "negatives"), find, _training_rows)
+    return _read(request, columns, ("anchor", "positive", "negatives"), find, _training_rows)
 
 
 def read_scored_pairs(
@@ -128,11 +128,12 @@ def read_scored_pairs(
     way_out = "fix the row or remove it"
     request = _Request(source, split, where, limit, seed, on_bad_row, offline, way_out)
     find = lambda table: scored_columns(table, columns)
-    return _read(request, ("sentence1", "sentence2", "score"), find, _scored_pair)
+    return _read(request, columns, ("sentence1", "sentence2", "score"), find, _scored_pair)
 
 
 def _read(
     request: _Request,
+    columns: Sequence[str] | None,
     roles: tuple[str, str, str],
     find_columns: Callable[[Table], list[str]],
     build: Callable[[Sequence[str], Sequence[Any]], Iterable[T]],
@@ -144,7 +145,7 @@ def _read(
     report = ReadReport(request.source)
 
     def usable_rows() -> Iterator[T]:
-        for table in tables(request.source, request.split, request.offline):
+        for table in tables(request.source, request.split, request.offline, columns):
             names = find_columns(table)
             _note_columns(report, roles, names)
             yield from _checked(table, names, request, report, build)

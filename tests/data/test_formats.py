@@ -253,7 +253,7 @@ GOOD = {"anchor": "a", "positive": "p", "negative": "n"}
         ({**GOOD, "anchor": ["a"]}, "anchor", "wrong type: got list"),
         ({**GOOD, "positive": []}, "positive", "text missing"),
         ({**GOOD, "positive": ["p", ""]}, "positive", "empty text"),
-        ({**GOOD, "positive": [{"title": "t"}]}, "positive", "text missing"),
+        ({**GOOD, "positive": [{"title": "t"}]}, "positive", "wrong type: got dict {'title': 't'}"),
         ({**GOOD, "negative": ["n", 5]}, "negative", "wrong type"),
         ('{"anchor": "a", "positive": "p", "anchor": "b"}', "anchor", "duplicate key"),
         ('{"anchor": "a", "positive": "p"', None, "not a JSON object"),
@@ -393,3 +393,13 @@ def test_long_cells(tmp_path: Path) -> None:
     long = "word " * 100_000
     path = written(tmp_path / "long.csv", csv.QUOTE_ALL, ",", [["a", long]])
     assert len(read_training_rows(path)[0][0].positive) == len(long) - 1
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_delimiters_of_a_csv_without_a_header(mark: str, tmp_path: Path) -> None:
+    """Excel's semicolons, and commas within texts, which need no quotes then."""
+    first = '"a, b"' if mark == "," else "a, b"
+    lines = [mark.join(cells) + "\n" for cells in ([first, "c", "3"], ["d", '"e; f"', "4"])]
+    path = write(tmp_path / "p.csv", "".join(lines))
+    rows, _ = read_training_rows(path, columns=["1", "2"])
+    assert rows == [TrainRow("a, b", "c", ()), TrainRow("d", "e; f", ())]

@@ -220,9 +220,9 @@ def test_scored_pairs_options(tmp_path: Path, hub: list[tuple[Any, ...]]) -> Non
     path = write_rows(tmp_path / "s.jsonl", header, cells)
     message = error(path, read_scored_pairs)
     assert str(header) in message
-    assert message.endswith("rename those to use to sentence1, sentence2 and score")
+    assert message.endswith("name those of sentence1, sentence2 and score with `columns: [...]`")
     twice = write(tmp_path / "t.tsv", "score\tScore\na\tb\n")
-    assert "`columns" not in error(twice, read_scored_pairs)
+    assert "differ only in upper and lower case" in error(twice, read_scored_pairs)
     columns = ["y", "x", "gold"]
     pairs, report = read_scored_pairs(path, columns=columns, where={"part": "b"}, limit=3, seed=4)
     assert len(pairs) == 3
@@ -231,7 +231,7 @@ def test_scored_pairs_options(tmp_path: Path, hub: list[tuple[Any, ...]]) -> Non
     assert all(pair.sentence1 == f"y{pair.score:.0f}" for pair in pairs)
     assert "must be a list" in error(path, read_scored_pairs, columns=["x", "y"])
     assert "named twice" in error(path, read_scored_pairs, columns=["x", "x", "gold"])
-    with pytest.raises(DataError, match="cannot tell"):
+    with pytest.raises(DataError, match="wanted two sentences and their score"):
         read_scored_pairs("owner/name")
     assert hub == [("owner/name", None, "test")]
 

@@ -251,3 +251,40 @@ def test_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         find()
     monkeypatch.delenv("LOWMEM_CFT_DATA")
     assert find() is None
+
+
+# --- columns ----------------------------------------------------------------------------------
+
+
+def test_columns_behind_a_files_name(tmp_path: Path) -> None:
+    file = write_tsv(tmp_path / "a.tsv", rows(5))
+    turned = "".join(f"{score}\t{a}\t{b}\n" for a, b, score in rows(5))
+    headless = tmp_path / "b.tsv"
+    headless.write_text(turned, encoding="utf-8")
+    wanted = load_set(str(file), None).pairs
+    name = f"{headless}::2, 3,1"
+    loaded = load_set(name, None)
+    assert loaded.pairs == wanted
+    assert (loaded.name, loaded.source) == (name, "b.tsv")
+    assert load_set(f"{file}::sentence1,sentence2,score", None).pairs == wanted
+    saved = tmp_path / "saved"
+    table(rows(5)).rename_column("score", "rating").save_to_disk(saved)
+    assert load_set(f"{saved}::sentence1,sentence2,rating", None).pairs == wanted
+    for wrong, message in (
+        (str(headless), rf"eval set .*first line is data.*: {re.escape(str(headless))}::2,3,1$"),
+        (str(saved), rf"cannot tell.*: {re.escape(str(saved))}::sentence1,sentence2,rating$"),
+        (f"{headless}::1,2", r"got 2 columns .* wanted those of sentence1, sentence2 and score"),
+        (f"{headless}::1,2,4", "no column '4'"),
+        (f"{tmp_path / 'c.tsv'}::1,2,3", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_set(wrong, None)
+
+
+def test_scores_that_do_not_differ(tmp_path: Path) -> None:
+    constant = write_tsv(tmp_path / "a.tsv", [(a, b, 2.5) for a, b, _ in rows(4)])
+    with pytest.raises(ValueError, match=r"a.tsv: got 4 pairs, all with the score 2\.5, which"):
+        load_set(str(constant), None)
+    one_differs = write_tsv(tmp_path / "b.tsv", [("a", "b", 1.0)] * 40 + [("a", "b", 2.0)])
+    with pytest.raises(ValueError, match="got 2 pairs drawn of 41, all with the score 1"):
+        load_set(str(one_differs), None, limit=2)
