@@ -143,7 +143,7 @@ class RowOrder:
         if not self.steps_per_epoch:
             raise ValueError(
                 f"train.logical_batch: got {logical_batch}, but an epoch has only "
-                f"{self.rows_per_epoch} rows; lower it or give more data"
+                f"{self.rows_per_epoch} rows in `data.sources`; lower it or give more data"
             )
         self._epoch = lru_cache(maxsize=1)(self._shuffled)
 

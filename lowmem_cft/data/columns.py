@@ -83,6 +83,12 @@ def training_columns(
             negatives.sort(key=lambda low: int(re.sub(r"\D", "", low) or 0))
             return [folded[anchor], *positives, *(folded[low] for low in negatives)]
     others = [name for name in table.columns if name not in where]
+    if any(set(pair) <= folded.keys() for pair in _SENTENCES) and folded.keys() & set(_SCORES):
+        raise _unclear(
+            table,
+            "these are scored pairs, not all of which are positive ones: they are for `eval.sets`, "
+            "or with `where` for training",
+        )
     for name in (folded[low] for low in _CONVERSATIONS if low in folded):
         _no_labels(table, others)
         return [name, name]  # whose question is the anchor, and whose answer the positive
@@ -112,6 +118,12 @@ def _no_labels(table: Header, names: Iterable[str]) -> None:
 
 
 def _in_order(table: Header, names: list[str]) -> list[str]:
+    if len(names) == 1 and names[0] in table.text_columns:
+        raise DataError(
+            f"{table.name}: got one column of texts, {names[0]!r}, wanted an anchor and a positive; "
+            f"`columns: [{names[0]}, {names[0]}]` makes each text its own positive, which dropout "
+            "tells from it"
+        )
     if len(names) < 2 or not table.text_columns.issuperset(names):
         raise _unclear(table, "no known names, and not two or more columns which all hold text")
     for i, name in enumerate(names):

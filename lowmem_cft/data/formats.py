@@ -121,6 +121,7 @@ def _folder_tables(folder: Path, split: str, columns: Sequence[str] | None) -> I
 
 def _file_table(path: Path, columns: Sequence[str] | None) -> Table:
     suffix = _suffix(path)
+    _check_kind(path)
     if suffix in (".jsonl", ".json-lines"):
         return _objects_table(path, "line", _json_objects)
     if suffix == ".json":
@@ -130,6 +131,36 @@ def _file_table(path: Path, columns: Sequence[str] | None) -> Table:
     if suffix == ".parquet":
         return _parquet_table(path)
     raise DataError(f"{path}: unknown kind of file; readable are {_READABLE}")
+
+
+_BEGINNINGS = {
+    b"\x1f\x8b": ("gzip-compressed", "let its name end in .gz"),
+    b"PAR1": ("a Parquet file", "let its name end in .parquet"),
+    b"PK\x03\x04": ("a zip archive, as Excel's .xlsx is", "unpack it, or save it as CSV"),
+    b"\xff\xfe": ("UTF-16, as Excel's Unicode Text is", "save it as UTF-8"),
+    b"\xfe\xff": ("UTF-16, as Excel's Unicode Text is", "save it as UTF-8"),
+}
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a file that is of another kind than its name says, by its first bytes.
+
+    Raises:
+        DataError: it is; the message says which.
+    """
+    try:
+        with path.open("rb") as stream:
+            beginning = stream.read(4)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the file: {error}") from error
+    is_gzip = beginning[:2] == b"\x1f\x8b"
+    if _gzipped(path):
+        if not is_gzip:
+            raise DataError(f"{path}: it is not gzip-compressed; let its name end without .gz")
+        return
+    for magic, (kind, way_out) in _BEGINNINGS.items():
+        if beginning.startswith(magic) and not (magic == b"PAR1" and _suffix(path) == ".parquet"):
+            raise DataError(f"{path}: it is {kind}; {way_out}")
 
 
 # --- text files -----------------------------------------------------------------------------
@@ -146,6 +177,8 @@ def _lines(path: Path) -> Iterator[str]:
         # GzipFile by itself is slow at reading lines.
         with io.BufferedReader(gzip.open(path)) if _gzipped(path) else path.open("rb") as stream:
             for number, raw in enumerate(stream, 1):
+                if number == 1:
+                    _check_first(path, raw)
                 line = raw.decode("utf-8")
                 yield line.removeprefix("\ufeff") if number == 1 else line
                 offset += len(raw)
@@ -155,7 +188,20 @@ def _lines(path: Path) -> Iterator[str]:
             f"{offset + error.start} is not UTF-8; save the file as UTF-8"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}, line {number + 1}: cannot read the file: {error}") from error
+        raise DataError(
+            f"{path}, line {number + 1}: cannot read the file: {error}; write or fetch it again"
+        ) from error
+
+
+def _check_first(path: Path, raw: bytes) -> None:
+    """Refuse what is no text in lines, by its first line."""
+    if b"\0" in raw:
+        raise DataError(f"{path}, line 1: it has NUL bytes, as UTF-16 has; save the file as UTF-8")
+    if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r\n") and _suffix(path) != ".json":
+        raise DataError(
+            f"{path}: its lines end in carriage returns alone, as old Macs wrote them; save it "
+            "with line feeds"
+        )
 
 
 def _tsv_records(path: Path) -> Iterator[tuple[int, list[str] | BadRow]]:
@@ -342,6 +388,7 @@ def _no_duplicates(place: str, names: Sequence[str]) -> None:
 def _json_table(path: Path) -> Table:
     """An array of objects, or JSON lines under the other name."""
     if next((line for line in _lines(path) if line.strip()), "").lstrip()[:1] != "[":
+        _no_single_object(path)
         return _objects_table(path, "line", _json_objects)
     try:
         values = json.loads("".join(_lines(path)))
@@ -359,6 +406,23 @@ def _json_table(path: Path) -> Table:
     return _objects_table(path, "row", lambda _: iter(numbered))
 
 
+def _no_single_object(path: Path) -> None:
+    """Refuse one object that has the rows in it, or that is written over several lines."""
+    lines = [line for line in islice(_lines(path), _PEEKED_ROWS) if line.strip()]
+    if lines and isinstance(_json_object(lines[0]), dict) and len(lines) > 1:
+        return
+    try:
+        value = json.loads("".join(_lines(path)))
+    except (ValueError, RecursionError):
+        return
+    inside = list(value.values()) if isinstance(value, dict) else []
+    if len(lines) > 1 or (len(inside) == 1 and isinstance(inside[0], (list, dict))):
+        raise DataError(
+            f"{path}: got one JSON object with the keys {reprlib.repr(list(value))}, wanted an "
+            "array of objects, one a row, or an object a line"
+        )
+
+
 def _objects_table(path: Path, unit: Literal["line", "row"], objects: _Objects) -> Table:
     """Reads the objects twice, since a key may first stand in the last one."""
     columns: dict[str, bool] = {}
@@ -367,10 +431,12 @@ def _objects_table(path: Path, unit: Literal["line", "row"], objects: _Objects) 
             for key, cell in value.items():
                 columns[key] = columns.get(key, True) and (cell is None or isinstance(cell, str))
     if not columns:
-        number, reason = next(objects(path), (1, "the file is empty"))
-        raise DataError(
-            f"{path}, {unit} {number}: {reason}; no {unit} of the file is an object with keys"
-        )
+        number, bad = next(objects(path), (0, None))
+        if bad is None:
+            raise DataError(f"{path}: the file is empty; wanted JSON objects, one a {unit}")
+        reason, at = (bad, bad.at) if isinstance(bad, BadRow) else ("no keys", "")
+        wanted = f'wanted objects such as {{"anchor": "...", "positive": "..."}}, one a {unit}'
+        raise DataError(f"{path}, {unit} {number}{at}: {reason}; {wanted}, and none is one")
 
     def rows(names: Sequence[str]) -> Iterator[tuple[int, Row]]:
         for number, value in objects(path):

@@ -54,13 +54,19 @@ Scalar = str | bool | int | float
 class ReadReport:
     """What was read: `num_read` counts the rows which `where` kept, bad ones included.
 
-    With several files of different columns, a role lists the names used in any of them.
+    With several files of different columns, a role lists the names used in any of them. `refused`
+    has some of the values that `where` did not keep, by its columns.
     """
 
     source: str
     columns: dict[str, str | list[str]] = field(default_factory=dict)
     num_read: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, list[Any]] = field(default_factory=dict)
+
+
+_REFUSED_KEPT = 5
+"""How many values of a column a message lists."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,8 @@ def _read(
     if report.num_read:
         why = f"all {report.num_read} rows are bad: {dict(report.skipped)}; fix them"
     elif request.where:
-        why = f"where={dict(request.where)} keeps none; check the values in these columns"
+        why = f"`where: {dict(request.where)}` keeps none; there are"
+        why += ",".join(f" {name} {_listed(values)}" for name, values in report.refused.items())
     else:
         why = "it has none; give a source with data"
     raise DataError(f"{request.source}: no usable row: {why}")
@@ -186,7 +193,8 @@ def _checked(
             if isinstance(cells, BadRow):
                 report.num_read += 1
                 raise cells
-            if not all(_equal(cells[i], value) for i, value in conditions):
+            if others := [i for i, value in conditions if not _equal(cells[i], value)]:
+                _note_refused(report, [*names, *where], cells, others)
                 continue
             report.num_read += 1
             built = build(names, cells)
@@ -198,6 +206,20 @@ def _checked(
             report.skipped[f"{bad.reason}{bad.at}"] += 1
         else:
             yield from built
+
+
+def _note_refused(
+    report: ReadReport, names: Sequence[str], cells: Sequence[Any], places: Iterable[int]
+) -> None:
+    for place in places:
+        values = report.refused.setdefault(names[place], [])
+        if len(values) <= _REFUSED_KEPT and cells[place] not in values:
+            values.append(cells[place])
+
+
+def _listed(values: Sequence[Any]) -> str:
+    shown = [reprlib.repr(value) for value in values[:_REFUSED_KEPT]]
+    return ", ".join(shown) + (", ..." if len(values) > _REFUSED_KEPT else "")
 
 
 def _equal(cell: Any, value: Scalar) -> bool:
@@ -289,5 +311,5 @@ def _score(value: Any, name: str) -> float:
     except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
-        raise BadRow("bad score", f"got {shown(value)}, wanted a finite number", name)
+        raise BadRow("bad score", f"got {shown(value)}, wanted a number such as 0.5", name)
     return score

@@ -44,7 +44,6 @@ def test_columns_are_found(tmp_path: Path, header: list[str], used: list[str], s
 @pytest.mark.parametrize(
     "header",
     [
-        ["only"],
         ["text", "text2", "label"],
         ["text", "text2", "similarity_score"],
         ["pairID", "text", "text2"],
@@ -155,3 +154,20 @@ def test_what_columns_probably_are(tmp_path: Path) -> None:
 def test_pairs_without_a_score(tmp_path: Path) -> None:
     message = error(write_rows(tmp_path / "p.csv", ["a", "b"], [["x", "y"]]), read_scored_pairs)
     assert "got the columns ['a', 'b'], wanted two sentences and their score" in message
+
+
+def test_one_column_of_texts(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.csv", ["only"], [["a"], ["b"]])
+    message = error(path)
+    assert "got one column of texts, 'only', wanted an anchor and a positive" in message
+    assert "`columns: [only, only]`" in message
+    rows, _ = read_training_rows(path, columns=["only", "only"])
+    assert rows == [TrainRow("a", "a", ()), TrainRow("b", "b", ())]
+
+
+def test_scored_pairs_are_not_trained_on_unasked(tmp_path: Path) -> None:
+    header, cells = ["sentence1", "sentence2", "score"], [["a", "b", "5"], ["c", "d", "0"]]
+    path = write_rows(tmp_path / "p.csv", header, cells)
+    assert "these are scored pairs" in error(path)
+    rows, _ = read_training_rows(path, columns=["sentence1", "sentence2"], where={"score": 5})
+    assert rows == [TrainRow("a", "b", ())]

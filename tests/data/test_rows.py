@@ -264,3 +264,15 @@ def test_bad_scores(tmp_path: Path, score: Any, shown: str) -> None:
 def test_bad_sentences(tmp_path: Path) -> None:
     path = write(tmp_path / "s.tsv", "sentence1\tsentence2\tscore\na\tb\t1\nc\t \t2\n")
     assert "s.tsv, line 3, column 'sentence2': empty text" in error(path, read_scored_pairs)
+
+
+def test_where_that_keeps_nothing_lists_what_there_is(tmp_path: Path) -> None:
+    rows = [{"anchor": "a", "positive": "p", "kind": i, "split": "dev"} for i in range(9)]
+    path = write(tmp_path / "w.jsonl", jsonl(*rows))
+    message = error(path, where={"kind": 77, "split": "dev"})
+    assert (
+        "`where: {'kind': 77, 'split': 'dev'}` keeps none; there are kind 0, 1, 2, 3, 4, ..."
+        in (message)
+    )
+    message = error(path, where={"kind": 77, "split": "test"})
+    assert message.endswith("there are kind 0, 1, 2, 3, 4, ..., split 'dev'")
