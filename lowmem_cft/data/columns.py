@@ -50,7 +50,7 @@ class UnclearColumns(DataError):
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The columns of one table, and which of them hold text; `name` is for messages.
+    """The columns of one table, and which hold text, which numbers; `name` is for messages.
 
     Without a header columns are called 1, 2, ...; `first` then has the first line's cells.
     """
@@ -58,6 +58,7 @@ class Header:
     name: str
     columns: list[str]
     text_columns: frozenset[str]
+    number_columns: frozenset[str]
     first: Sequence[str] | None = None
 
 
@@ -144,14 +145,16 @@ def scored_columns(table: Header, columns: Sequence[str] | None) -> list[str]:
     for pair in _SENTENCES:
         if scores and all(low in folded for low in pair):
             return [folded[pair[0]], folded[pair[1]], scores[0]]
-    if len(table.columns) < 3:
-        raise DataError(
-            f"{table.name}: got the columns {table.columns}, wanted two sentences and their score; "
-            "rows without a score can only be trained on, as one of `data.sources`"
-        )
     texts = [name for name in table.columns if name in table.text_columns]
-    numbers = [name for name in table.columns if name not in table.text_columns]
-    likely = [*texts, numbers[-1]] if len(texts) == 2 and numbers else None
+    numbers = [name for name in table.columns if name in table.number_columns]
+    if len(table.columns) < 3 or not numbers:
+        raise DataError(
+            f"{table.name}: got the columns {table.columns}"
+            + ("" if numbers else ", of which none holds numbers alone")
+            + ", wanted two sentences and their score; rows without one can only be trained on, as "
+            "one of `data.sources`"
+        )
+    likely = [*texts, numbers[-1]] if len(texts) == 2 else None
     raise _unclear(table, "no known names", _NAME_SCORED, likely)
 
 

@@ -28,6 +28,7 @@ _SUFFIXES = (".jsonl", ".json-lines", ".json", ".csv", ".tsv", ".parquet")
 _READABLE = f"{', '.join(_SUFFIXES)}, each also as .gz"
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 _ARROW_TEXT = re.compile(r"(dictionary<values=)?(large_)?string")
+_ARROW_NUMBER = re.compile(r"u?int|float|double|halffloat|decimal")
 _PEEKED_ROWS = 100
 _LONGEST_CELL = 2**31 - 1  # the csv module's own limit of 131,072 characters refuses long documents
 _CELL = r'(?:"(?:[^"]|"")*"|[^"\t\r\n]*)'
@@ -325,6 +326,7 @@ def _delimited_table(path: Path, records: _Records, named: Sequence[str] | None)
         name=str(path),
         columns=names,
         text_columns=frozenset(names) - numeric,
+        number_columns=frozenset(numeric),
         first=first if headless else None,
         unit="line",
         rows=rows,
@@ -425,11 +427,11 @@ def _no_single_object(path: Path) -> None:
 
 def _objects_table(path: Path, unit: Literal["line", "row"], objects: _Objects) -> Table:
     """Reads the objects twice, since a key may first stand in the last one."""
-    columns: dict[str, bool] = {}
+    columns: dict[str, set[type]] = {}
     for _, value in objects(path):
         if isinstance(value, dict):
             for key, cell in value.items():
-                columns[key] = columns.get(key, True) and (cell is None or isinstance(cell, str))
+                columns.setdefault(key, set()).add(type(cell))
     if not columns:
         number, bad = next(objects(path), (0, None))
         if bad is None:
@@ -443,8 +445,17 @@ def _objects_table(path: Path, unit: Literal["line", "row"], objects: _Objects) 
             cells = value if isinstance(value, BadRow) else [value.get(name) for name in names]
             yield number, cells
 
-    texts = frozenset(name for name, all_text in columns.items() if all_text)
-    return Table(name=str(path), columns=list(columns), text_columns=texts, unit=unit, rows=rows)
+    def all_of(*types: type) -> frozenset[str]:
+        return frozenset(name for name, held in columns.items() if held <= {*types, type(None)})
+
+    return Table(
+        name=str(path),
+        columns=list(columns),
+        text_columns=all_of(str),
+        number_columns=all_of(int, float),
+        unit=unit,
+        rows=rows,
+    )
 
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
@@ -490,8 +501,18 @@ def _arrow_table(
         columns = ([batch[name] for name in names] for batch in batches)
         return enumerate((row for cells in columns for row in zip(*cells, strict=True)), 1)
 
-    texts = frozenset(column.name for column in schema if _ARROW_TEXT.match(str(column.type)))
-    return Table(name=name, columns=schema.names, text_columns=texts, unit="row", rows=rows)
+    texts, numbers = (
+        frozenset(column.name for column in schema if kind.match(str(column.type)))
+        for kind in (_ARROW_TEXT, _ARROW_NUMBER)
+    )
+    return Table(
+        name=name,
+        columns=schema.names,
+        text_columns=texts,
+        number_columns=numbers,
+        unit="row",
+        rows=rows,
+    )
 
 
 def _parquet_table(path: Path) -> Table:

@@ -133,7 +133,7 @@ def test_rows_without_a_header(tmp_path: Path) -> None:
 )
 def test_a_header_is_no_row(header: list[str], row: list[str], tmp_path: Path) -> None:
     path = write_rows(tmp_path / "p.csv", header, [row])
-    assert f"its columns are {header}" in error(path, read_scored_pairs)
+    assert str(header) in error(path, read_scored_pairs)
     pairs, _ = read_scored_pairs(path, columns=header)
     assert pairs == [ScoredPair("a", "b", 3.0)]
 
@@ -148,12 +148,25 @@ def test_what_columns_probably_are(tmp_path: Path) -> None:
         "first", "second", "rating",
     ]  # fmt: skip
     assert likely(["a", "b", "c", "rating"], ["a", "b", "c", 3]) is None
-    assert likely(["a", "b", "c"], ["a", "b", "c"]) is None
 
 
-def test_pairs_without_a_score(tmp_path: Path) -> None:
-    message = error(write_rows(tmp_path / "p.csv", ["a", "b"], [["x", "y"]]), read_scored_pairs)
-    assert "got the columns ['a', 'b'], wanted two sentences and their score" in message
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("third", ["high", True, [3]])
+def test_pairs_without_a_score(suffix: str, third: Any, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / f"p{suffix}", ["a", "b", "c"], [["x", "y", third]])
+    wanted = "got the columns ['a', 'b', 'c'], of which none holds numbers alone, wanted two"
+    assert wanted in error(path, read_scored_pairs)
+    path = write_rows(tmp_path / f"two{suffix}", ["a", "c"], [["x", 3]])
+    assert "got the columns ['a', 'c'], wanted two sentences" in error(path, read_scored_pairs)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("score", [3, 0.5])
+def test_numbers_are_scores(suffix: str, score: float, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / f"p{suffix}", ["a", "b", "c"], [["x", "y", score]])
+    with pytest.raises(UnclearColumns) as caught:
+        read_scored_pairs(path)
+    assert caught.value.columns == ["a", "b", "c"]
 
 
 def test_one_column_of_texts(tmp_path: Path) -> None:
