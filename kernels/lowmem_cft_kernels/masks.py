@@ -38,6 +38,9 @@ class Candidates:
             or the query's own text. A query's positives always count. Queries that share a key
             are no negatives of each other, documents of equal keys neither.
         doc_keys: int64 (N,).
+        positive_keys: int64 (M,) or (M, L), or None for `query_keys`: where a positive of the
+            query is compared with documents, one whose key equals one of these is no negative of
+            it: another positive of the query, or of another one that has this positive.
     """
 
     target: Tensor
@@ -45,6 +48,7 @@ class Candidates:
     own_only: bool = False
     query_keys: Tensor | None = None
     doc_keys: Tensor | None = None
+    positive_keys: Tensor | None = None
     _sound_for: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +56,8 @@ class Candidates:
             raise ValueError(
                 "query_keys and doc_keys go together: got one of them without the other"
             )
+        if self.positive_keys is not None and self.doc_keys is None:
+            raise ValueError("positive_keys: got them without doc_keys to compare them with")
         if self.own_only and self.owner_N is None:
             raise ValueError("own_only: got True, which needs owner_N")
 
@@ -63,9 +69,12 @@ class Candidates:
     @property
     def query_key_MK(self) -> Tensor | None:
         """int64 (M, K) or None."""
-        if self.query_keys is None or self.query_keys.ndim == 2:
-            return self.query_keys
-        return self.query_keys[:, None]
+        return _as_columns(self.query_keys)
+
+    @property
+    def positive_key_ML(self) -> Tensor | None:
+        """int64 (M, L), `query_key_MK` where there are no others, or None."""
+        return _as_columns(self.query_keys if self.positive_keys is None else self.positive_keys)
 
     def validate(self, num_queries: int, num_docs: int) -> None:
         """Raise ValueError where a tensor does not fit M queries and N documents.
@@ -85,6 +94,7 @@ class Candidates:
             ("owner_N", self.owner_N, num_docs, False),
             ("query_keys", self.query_keys, num_queries, True),
             ("doc_keys", self.doc_keys, num_docs, False),
+            ("positive_keys", self.positive_keys, num_queries, True),
         ):
             if vector is None:
                 continue
@@ -125,9 +135,9 @@ class Candidates:
 
     def to(self, device: torch.device) -> Candidates:
         """The same on another device; to a GPU, the host waits for nothing that is queued there."""
-        owner_N, query_keys, doc_keys = (
+        owner_N, query_keys, doc_keys, positive_keys = (
             None if tensor is None else on_device(tensor, device)
-            for tensor in (self.owner_N, self.query_keys, self.doc_keys)
+            for tensor in (self.owner_N, self.query_keys, self.doc_keys, self.positive_keys)
         )
         moved = replace(
             self,
@@ -135,6 +145,11 @@ class Candidates:
             owner_N=owner_N,
             query_keys=query_keys,
             doc_keys=doc_keys,
+            positive_keys=positive_keys,
         )
         object.__setattr__(moved, "_sound_for", self._sound_for)
         return moved
+
+
+def _as_columns(keys: Tensor | None) -> Tensor | None:
+    return keys if keys is None or keys.ndim == 2 else keys[:, None]

@@ -24,7 +24,7 @@ class Direction(str, Enum):
     QUERY_TO_QUERY = "query_to_query"
     """The query with all other queries."""
     DOC_TO_DOC = "doc_to_doc"
-    """The positive with all documents that did not come with its query."""
+    """The positive with all documents that neither came with its query nor are positives of it."""
 
 
 Softmax = frozenset[Direction]
@@ -47,6 +47,12 @@ QWEN3: tuple[Softmax, ...] = (_softmax("query_to_doc", "query_to_query", "doc_to
 """As GTE without documents picking queries (arXiv 2506.05176, eq. 1, without its margin)."""
 SOFTMAXES = {"one_way": ONE_WAY, "symmetric": SYMMETRIC, "gte": GTE, "qwen3": QWEN3}
 """These by name."""
+
+
+def compares_within_roles(softmaxes: Sequence[Softmax]) -> bool:
+    """Queries are compared with queries, or documents with documents."""
+    within = {Direction.QUERY_TO_QUERY, Direction.DOC_TO_DOC}
+    return any(softmax & within for softmax in softmaxes)
 
 
 def check_softmaxes(softmaxes: Sequence[Softmax]) -> None:

@@ -295,7 +295,7 @@ def _blocks(
             row_bound_R=bounds.bound_M,
         )
     if Direction.DOC_TO_DOC in options.directions:
-        yield _positives_with_documents(doc, candidates.owner_N, pairs, bounds.bound_M)
+        yield _positives_with_documents(doc, candidates, pairs, bounds.bound_M)
 
 
 def _block(direction: Direction, rows: _Side, cols: _Side) -> Block:
@@ -324,15 +324,19 @@ def _block(direction: Direction, rows: _Side, cols: _Side) -> Block:
 
 
 def _positives_with_documents(
-    doc: _Side, owner_N: Tensor | None, pairs: _Pairs, bound_M: Tensor | None
+    doc: _Side, candidates: Candidates, pairs: _Pairs, bound_M: Tensor | None
 ) -> Block:
     """One row per pair: its positive against all documents that did not come with its query."""
     num_queries, num_positives = pairs.target_MP.shape
+    owner_N, key_ML = candidates.owner_N, candidates.positive_key_ML
     pick_R, owned = pairs.target_MP.flatten(), owner_N is not None
 
     def per_pair(vectors: Tensor) -> Tensor:
         return vectors.repeat_interleave(num_positives, dim=0)
 
+    row_key_RK = None
+    if key_ML is not None and doc.keys_NK is not None:
+        row_key_RK = torch.cat([doc.keys_NK[pick_R], per_pair(key_ML)], dim=1)
     return replace(
         _block(Direction.DOC_TO_DOC, doc, doc),
         pick_R=pick_R,
@@ -343,7 +347,7 @@ def _positives_with_documents(
         target_RP=per_pair(pairs.target_MP),
         has_target_R=per_pair(pairs.there_MP.any(dim=1)),
         target_hides=True,
-        row_key_RK=None if doc.keys_NK is None else doc.keys_NK[pick_R],
+        row_key_RK=row_key_RK,
         row_bound_R=None if bound_M is None else per_pair(bound_M),
     )
 

@@ -123,14 +123,18 @@ def _hidden_by_vectors(batch: _Batch, candidates: Candidates, bank: Bank | None)
         hidden_ME[:, :num_docs] = (candidates.owner_N >= 0) & ~own_MN
     hidden_MM = torch.eye(len(hidden_ME), device=hidden_ME.device).bool()
     hidden_NN = torch.zeros_like(batch.sim_NN, dtype=torch.bool)
+    hidden_MN = torch.zeros_like(own_MN)
     key_MK, key_N = candidates.query_key_MK, candidates.doc_keys
     if key_MK is not None and key_N is not None:
         hidden_ME[:, :num_docs] |= (key_MK[:, None, :] == key_N[:, None]).any(dim=2)
         hidden_MM |= (key_MK[:, None, :, None] == key_MK[:, None, :]).any(-1).any(-1)
+        key_ML = candidates.positive_key_ML
+        assert key_ML is not None
         hidden_NN = key_N[:, None] == key_N
+        hidden_MN = (key_ML[:, None, :] == key_N[:, None]).any(dim=2)
         if bank is not None and bank.keys_C is not None:
             hidden_ME[:, num_docs:] |= (key_MK[:, None, :] == bank.keys_C[:, None]).any(dim=2)
-    hidden_RN = hidden_NN[t_R] | own_MN[i_R] | positive_MN[i_R]
+    hidden_RN = hidden_NN[t_R] | (hidden_MN | own_MN | positive_MN)[i_R]
     return _Hidden(hidden_ME, hidden_ME[:, :num_docs].T.clone(), hidden_MM, hidden_RN)
 
 

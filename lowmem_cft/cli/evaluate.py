@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from lowmem_cft.cli.columns import with_columns_named
 from lowmem_cft.cli.files import (
     STANDARD_INPUT,
     check_json_name,
@@ -45,7 +47,8 @@ Names = Annotated[
     typer.Option(
         "--set-name",
         "-s",
-        help="STS set, file of pairs or saved data set; a transfer task with --suite transfer.",
+        help="STS set, file of pairs (FILE::first,second,score names its columns) or saved data "
+        "set; a transfer task with --suite transfer.",
     ),
 ]
 CleanUp = Annotated[
@@ -116,6 +119,7 @@ def evaluate_model(
     if suite != "transfer":
         for name in names or []:
             check_set_name(name, None if protocol is None else protocol_named(protocol))
+        names = with_columns_named(names or [], lambda _, named: f"-s {shlex.quote(named)}")
     go_offline(offline)
     from lowmem_cft.cli.tables import report_table
     from lowmem_cft.evaluation.suites import read_suite
@@ -284,6 +288,7 @@ def icl_search(
     """Find the demonstration that helps most; the same command goes on where one was stopped."""
     check_model_name(model)
     check_set_name(set_name)
+    (set_name,) = with_columns_named([set_name], lambda _, named: f"-s {shlex.quote(named)}")
     go_offline(offline)
     from lowmem_cft.cli.tables import trial_table
     from lowmem_cft.evaluation.search.demonstrations import SHIPPED, read_demonstrations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from lowmem_cft.cli.columns import with_columns_named
 from lowmem_cft.cli.files import check_writable
 from lowmem_cft.cli.options import Offline, Overrides, go_offline, make_screen, print_table
 from lowmem_cft.files import nearest_names
@@ -38,6 +40,10 @@ def train(
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: choose one")
     check_names(resolved)
+    sets = with_columns_named(
+        resolved.eval.sets, lambda i, named: f"--set {shlex.quote(f'eval.sets.{i}={named}')}"
+    )
+    resolved = resolved.with_values("eval", sets=sets)
     go_offline(offline)
     from lowmem_cft.cli.tables import before_after_table
     from lowmem_cft.training.pipeline import run_recipe

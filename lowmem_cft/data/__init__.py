@@ -2,6 +2,7 @@
 
 formats   files and hub names -> records
 columns   which column plays which role
+cells     what stands for a text in a cell: passages, instructions, messages
 rows      records -> checked training rows
 tokens    templates, tokenising, truncation
 corpus    rows -> distinct texts and indices

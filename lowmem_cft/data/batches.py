@@ -43,48 +43,77 @@ class RowTable:
         return text if self.same_T is None else self.same_T[text]
 
     @cached_property
-    def positives_of(self) -> PositivesOf:
-        """The positives of every anchor, over all of its rows."""
-        return PositivesOf.of_pairs(self.key(self.anchor_N), self.key(self.positive_N))
+    def positives(self) -> Positives:
+        """The pairs of all rows."""
+        return Positives.of_pairs(self.key(self.anchor_N), self.key(self.positive_N))
 
 
 @dataclass(frozen=True)
-class PositivesOf:
-    """Each anchor's distinct positives, as keys: those of anchor a from `start[a]` to `start[a + 1]`."""
+class Lists:
+    """A list of distinct keys for each key: that of key k from `start[k]` to `start[k + 1]`."""
 
     start: Indices
-    positive: Indices
+    value: Indices
 
     @classmethod
-    def of_pairs(cls, anchor_N: Indices, positive_N: Indices) -> PositivesOf:
-        size = 1 + max(anchor_N.max(initial=0), positive_N.max(initial=0))
-        anchor, positive = np.divmod(np.unique(anchor_N * size + positive_N), size)
-        return cls(np.searchsorted(anchor, np.arange(size + 1)), positive)
+    def of_pairs(cls, key_N: Indices, value_N: Indices) -> Lists:
+        size = 1 + max(key_N.max(initial=0), value_N.max(initial=0))
+        key, value = np.divmod(np.unique(key_N * size + value_N), size)
+        return cls(np.searchsorted(key, np.arange(size + 1)), value)
 
-    def query_keys(self, anchor_M: Indices, positive_M: Indices, document_N: Indices) -> Indices:
-        """(M, 2 + K): keys whose documents are no negatives of each row's query.
+    def of(self, key_M: Indices) -> tuple[Indices, Indices]:
+        """The lists of these keys one after the other: the place among the M, and the value."""
+        count_M = self.start[key_M + 1] - self.start[key_M]
+        place = np.repeat(np.arange(len(key_M)), count_M)
+        first_M = self.start[key_M] - (count_M.cumsum() - count_M)
+        return place, self.value[np.arange(len(place)) + first_M[place]]
 
-        They are the row's positive, its anchor, and the anchor's other positives among the
-        documents, of which K is the most that an anchor has.
+
+@dataclass(frozen=True)
+class Positives:
+    """Who is whose positive, over all rows of an anchor; anchors and positives are keys of texts."""
+
+    of_anchor: Lists
+    anchors: Lists
+
+    @classmethod
+    def of_pairs(cls, anchor_N: Indices, positive_N: Indices) -> Positives:
+        return cls(Lists.of_pairs(anchor_N, positive_N), Lists.of_pairs(positive_N, anchor_N))
+
+    def query_keys(self, anchor_M: Indices, positive_M: Indices, among: Indices) -> Indices:
+        """(M, 2 + K): keys whose texts are no negatives of each row's query.
+
+        They are the row's positive, its anchor, and the anchor's other positives that are `among`
+        the candidates, of which K is the most that an anchor has.
         """
-        others_MK = self._others(anchor_M, positive_M, document_N)
+        place, positive = self.of_anchor.of(anchor_M)
+        kept = np.isin(positive, among) & (positive != positive_M[place])
+        others_MK = _as_matrix(place[kept], positive[kept], filler_M=anchor_M)
         return np.concatenate([positive_M[:, None], anchor_M[:, None], others_MK], axis=1)
 
-    def _others(self, anchor_M: Indices, positive_M: Indices, among: Indices) -> Indices:
-        """(M, K): the positives of each anchor but one; the anchor fills rows with fewer than K."""
-        count_M = self.start[anchor_M + 1] - self.start[anchor_M]
-        if count_M.max(initial=0) <= 1:
-            return np.empty((len(anchor_M), 0), dtype=np.int64)
-        row = np.repeat(np.arange(len(anchor_M)), count_M)
-        first_M = self.start[anchor_M] - (count_M.cumsum() - count_M)
-        positive = self.positive[np.arange(len(row)) + first_M[row]]
-        kept = np.isin(positive, among) & (positive != positive_M[row])
-        row, positive = row[kept], positive[kept]
-        count_M = np.bincount(row, minlength=len(anchor_M))
-        rank = np.arange(len(row)) - (count_M.cumsum() - count_M)[row]
-        others_MK = np.repeat(anchor_M[:, None], count_M.max(initial=0), axis=1)
-        others_MK[row, rank] = positive
-        return others_MK
+    def positive_keys(self, positive_M: Indices, among: Indices) -> Indices:
+        """(M, 1 + K): keys whose documents are no negatives of each row's positive.
+
+        They are its own, its anchors, and their other positives, as far as they are `among` the
+        candidates: positives of one query are not each other's negatives.
+        """
+        positive_U, place_M = np.unique(positive_M, return_inverse=True)
+        place, anchor = self.anchors.of(positive_U)
+        step, other = self.of_anchor.of(anchor)
+        pairs = np.stack([np.append(place, place[step]), np.append(anchor, other)], axis=1)
+        kept = np.isin(pairs[:, 1], among) & (pairs[:, 1] != positive_U[pairs[:, 0]])
+        place, related = np.unique(pairs[kept], axis=0).T
+        related_UK = _as_matrix(place, related, filler_M=positive_U)
+        return np.concatenate([positive_M[:, None], related_UK[place_M]], axis=1)
+
+
+def _as_matrix(place: Indices, value: Indices, *, filler_M: Indices) -> Indices:
+    """(M, K): each place's values in a row, K the most that one has; places are in order."""
+    count_M = np.bincount(place, minlength=len(filler_M))
+    rank = np.arange(len(place)) - (count_M.cumsum() - count_M)[place]
+    value_MK = np.repeat(filler_M[:, None], count_M.max(initial=0), axis=1)
+    value_MK[place, rank] = value
+    return value_MK
 
 
 class RowOrder:
@@ -114,7 +143,7 @@ class RowOrder:
         if not self.steps_per_epoch:
             raise ValueError(
                 f"train.logical_batch: got {logical_batch}, but an epoch has only "
-                f"{self.rows_per_epoch} rows; lower it or give more data"
+                f"{self.rows_per_epoch} rows in `data.sources`; lower it or give more data"
             )
         self._epoch = lru_cache(maxsize=1)(self._shuffled)
 
@@ -144,7 +173,8 @@ class StepTexts:
     `owner_N`: the query that a hard negative was given to, `NO_OWNER` for a positive.
     `own_only`: a hard negative is one of its owner's alone.
     `query_key_MK`, `doc_key_N`: a document with one of a query's keys is no negative of it; None
-    where nothing is masked.
+    where nothing is masked. `positive_key_MK`: nor is one with these of the row's positive; None
+    where documents are not compared with documents.
     All int64, on the CPU.
     """
 
@@ -155,6 +185,7 @@ class StepTexts:
     own_only: bool
     query_key_MK: Tensor | None
     doc_key_N: Tensor | None
+    positive_key_MK: Tensor | None = None
 
 
 def step_texts(
@@ -164,6 +195,7 @@ def step_texts(
     hard_negatives: str,
     mask_duplicates: bool,
     encode_twins_once: bool,
+    within_roles: bool = False,
 ) -> StepTexts:
     """Gather a step's texts.
 
@@ -173,6 +205,8 @@ def step_texts(
             the query are no negatives of it.
         encode_twins_once: one pool entry per distinct text. With dropout, twins would share a
             mask, which changes the step; without it, this changes nothing.
+        within_roles: the loss compares queries with queries and documents with documents: then
+            none is masked less than where one is a query and the other a document.
     """
     anchor_M, positive_M = table.anchor_N[rows], table.positive_N[rows]
     negative_MK = table.negative_NK[rows]
@@ -185,17 +219,21 @@ def step_texts(
     place = np.arange(len(text_P))
     if encode_twins_once:
         text_P, place = np.unique(text_P, return_inverse=True)
-    query_key_MK = doc_key_N = None
+    query_keys = doc_keys = positive_keys = None
     if mask_duplicates:
         anchor_key_M, positive_key_M = table.key(anchor_M), table.key(positive_M)
-        doc_key_N = table.key(document_N)
-        query_key_MK = table.positives_of.query_keys(anchor_key_M, positive_key_M, doc_key_N)
+        doc_keys, positives = table.key(document_N), table.positives
+        among = np.append(doc_keys, anchor_key_M) if within_roles else doc_keys
+        query_keys = positives.query_keys(anchor_key_M, positive_key_M, among)
+        if within_roles:
+            positive_keys = positives.positive_keys(positive_key_M, doc_keys)
     return StepTexts(
         text_P,
         torch.from_numpy(place),
         len(rows),
         torch.from_numpy(owner_N),
         own_only=hard_negatives == "own",
-        query_key_MK=None if query_key_MK is None else torch.from_numpy(query_key_MK),
-        doc_key_N=None if doc_key_N is None else torch.from_numpy(doc_key_N),
+        query_key_MK=None if query_keys is None else torch.from_numpy(query_keys),
+        doc_key_N=None if doc_keys is None else torch.from_numpy(doc_keys),
+        positive_key_MK=None if positive_keys is None else torch.from_numpy(positive_keys),
     )

@@ -13,6 +13,7 @@ _CONVENTIONS = (
     ("anchor", _POSITIVE, _NEGATIVE),
     ("query", _POSITIVE, _NEGATIVE),
     ("sent0", "sent1", _NEGATIVE),
+    ("messages", "positive_messages", "negative_messages"),
 )
 _PAIRS = (("question", "answer"), ("query", "response"), ("premise", "hypothesis"))
 # What a name says about its place, to keep "negative, positive" from being taken in that order.
@@ -21,28 +22,44 @@ _PLACES = (
     f"{_POSITIVE}|answer|response|hypothesis",
     _NEGATIVE,
 )
+_CONVERSATIONS = ("messages", "conversations")
 _SENTENCES = (("sentence1", "sentence2"), ("text1", "text2"), ("s1", "s2"))
 _SCORES = ("score", "similarity_score", "label")
 _LABEL_WORDS = {"label", "labels", "class", "score", "scores", "similarity", "rating"}
 _ID_WORDS = {"id", "ids", "idx", "index", "guid", "uuid", "source", "split", "subset", "url"}
-# The way out of unclear columns: evaluation sets have no option that names theirs.
 _NAME_TRAINING = (
     "name those to use, in the order anchor, positive, negative..., with `columns: [...]`"
 )
-_RENAME_SCORED = "rename those to use to sentence1, sentence2 and score"
+_NAME_SCORED = "name those of sentence1, sentence2 and score with `columns: [...]`"
 
 
 class DataError(ValueError):
     """The user's data is wrong; the message says where, what was wanted and the way out."""
 
 
-@dataclass(frozen=True)
+class UnclearColumns(DataError):
+    """Nobody can tell the columns' roles; `why` is the message without the way out.
+
+    `columns` are those that they probably are, in the order of their roles, None if that is unclear.
+    """
+
+    def __init__(self, why: str, way_out: str, columns: Sequence[str] | None = None) -> None:
+        super().__init__(f"{why}; {way_out}")
+        self.why, self.columns = why, columns
+
+
+@dataclass(frozen=True, kw_only=True)
 class Header:
-    """The columns of one table, and which of them hold text; `name` is for messages."""
+    """The columns of one table, and which hold text, which numbers; `name` is for messages.
+
+    Without a header columns are called 1, 2, ...; `first` then has the first line's cells.
+    """
 
     name: str
     columns: list[str]
     text_columns: frozenset[str]
+    number_columns: frozenset[str]
+    first: Sequence[str] | None = None
 
 
 def training_columns(
@@ -56,6 +73,8 @@ def training_columns(
     if columns is not None:
         return _named(table, columns, "anchor, positive, negative...", 2)
     folded = _folded(table, _NAME_TRAINING)
+    if table.first is not None:
+        raise _unclear(table, "no names")
     for anchor, positive, negative in _CONVENTIONS:
         positives = [name for low, name in folded.items() if re.fullmatch(positive, low)]
         if anchor in folded and len(positives) > 1:
@@ -65,6 +84,15 @@ def training_columns(
             negatives.sort(key=lambda low: int(re.sub(r"\D", "", low) or 0))
             return [folded[anchor], *positives, *(folded[low] for low in negatives)]
     others = [name for name in table.columns if name not in where]
+    if any(set(pair) <= folded.keys() for pair in _SENTENCES) and folded.keys() & set(_SCORES):
+        raise _unclear(
+            table,
+            "these are scored pairs, not all of which are positive ones: they are for `eval.sets`, "
+            "or with `where` for training",
+        )
+    for name in (folded[low] for low in _CONVERSATIONS if low in folded):
+        _no_labels(table, others)
+        return [name, name]  # whose question is the anchor, and whose answer the positive
     return _pair(table, folded, others) or _in_order(table, others)
 
 
@@ -75,18 +103,28 @@ def _pair(table: Header, folded: dict[str, str], others: list[str]) -> list[str]
             continue
         names = [folded[low] for low in pair]
         rest = [name for name in others if name not in names]
-        if labels := [name for name in rest if _words(name) & _LABEL_WORDS]:
-            raise _unclear(
-                table,
-                f"the label column {labels[0]!r} may mean that not every pair is a positive one; "
-                f"keep the positive ones with `where: {{{labels[0]}: ...}}`",
-            )
+        _no_labels(table, rest)
         if all(_words(name) & _ID_WORDS for name in rest):
             return names
     return []
 
 
+def _no_labels(table: Header, names: Iterable[str]) -> None:
+    if labels := [name for name in names if _words(name) & _LABEL_WORDS]:
+        raise _unclear(
+            table,
+            f"the label column {labels[0]!r} may mean that not every pair is a positive one; "
+            f"keep the positive ones with `where: {{{labels[0]}: ...}}`",
+        )
+
+
 def _in_order(table: Header, names: list[str]) -> list[str]:
+    if len(names) == 1 and names[0] in table.text_columns:
+        raise DataError(
+            f"{table.name}: got one column of texts, {names[0]!r}, wanted an anchor and a positive; "
+            f"`columns: [{names[0]}, {names[0]}]` makes each text its own positive, which dropout "
+            "tells from it"
+        )
     if len(names) < 2 or not table.text_columns.issuperset(names):
         raise _unclear(table, "no known names, and not two or more columns which all hold text")
     for i, name in enumerate(names):
@@ -102,12 +140,30 @@ def scored_columns(table: Header, columns: Sequence[str] | None) -> list[str]:
     """The columns of the two sentences and the score; errors as in `training_columns`."""
     if columns is not None:
         return _named(table, columns, "sentence1, sentence2, score", 3, most=3)
-    folded = _folded(table, _RENAME_SCORED)
+    folded = _folded(table, _NAME_SCORED)
     scores = [folded[low] for low in _SCORES if low in folded]
     for pair in _SENTENCES:
         if scores and all(low in folded for low in pair):
             return [folded[pair[0]], folded[pair[1]], scores[0]]
-    raise _unclear(table, "no known names", _RENAME_SCORED)
+    texts = [name for name in table.columns if name in table.text_columns]
+    numbers = [name for name in table.columns if name in table.number_columns]
+    if len(table.columns) < 3 or not numbers:
+        raise DataError(
+            f"{table.name}: got the columns {table.columns}"
+            + ("" if numbers else ", of which none holds numbers alone")
+            + ", wanted two sentences and their score; rows without one can only be trained on, as "
+            "one of `data.sources`"
+        )
+    likely = [*texts, numbers[-1]] if len(texts) == 2 else None
+    raise _unclear(table, "no known names", _NAME_SCORED, likely)
+
+
+def is_usual_name(name: str) -> bool:
+    """Whether columns with a known role are called so."""
+    low = name.lower()
+    pairs = {known for pair in (*_PAIRS, *_SENTENCES) for known in pair}
+    words = _words(name) & (_LABEL_WORDS | _ID_WORDS)
+    return low in pairs or bool(words) or any(re.fullmatch(p, low) for p in (*_PLACES, r"sent\d"))
 
 
 def _named(
@@ -145,8 +201,11 @@ def _words(name: str) -> set[str]:
     return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
-def _unclear(table: Header, why: str, way_out: str = _NAME_TRAINING) -> DataError:
-    return DataError(
-        f"{table.name}: cannot tell which columns to use: {why}; its columns are "
-        f"{table.columns}; {way_out}"
-    )
+def _unclear(
+    table: Header, why: str, way_out: str = _NAME_TRAINING, likely: Sequence[str] | None = None
+) -> UnclearColumns:
+    what = f"cannot tell which columns to use: {why}; its columns are {table.columns}"
+    if table.first is not None:
+        what = f"its first line is data, no header: {list(table.first)}"
+        way_out += ", by number"
+    return UnclearColumns(f"{table.name}: {what}", way_out, likely)

@@ -21,13 +21,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from lowmem_cft.data.columns import DataError, Header
+from lowmem_cft.data.columns import DataError, Header, is_usual_name
 from lowmem_cft.files import nearest_names
 
 _SUFFIXES = (".jsonl", ".json-lines", ".json", ".csv", ".tsv", ".parquet")
 _READABLE = f"{', '.join(_SUFFIXES)}, each also as .gz"
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 _ARROW_TEXT = re.compile(r"(dictionary<values=)?(large_)?string")
+_ARROW_NUMBER = re.compile(r"u?int|float|double|halffloat|decimal")
 _PEEKED_ROWS = 100
 _LONGEST_CELL = 2**31 - 1  # the csv module's own limit of 131,072 characters refuses long documents
 _CELL = r'(?:"(?:[^"]|"")*"|[^"\t\r\n]*)'
@@ -51,7 +52,7 @@ _Records = Callable[[Path], Iterator[tuple[int, list[str] | BadRow]]]
 _Objects = Callable[[Path], Iterator[tuple[int, dict[str, Any] | BadRow]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table(Header):
     """A source with named columns; `rows(names)` yields the number and cells of each row."""
 
@@ -63,8 +64,12 @@ def shown(value: Any) -> str:
     return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
-def tables(source: str, split: str, offline: bool) -> Iterator[Table]:
+def tables(
+    source: str, split: str, offline: bool, columns: Sequence[str] | None = None
+) -> Iterator[Table]:
     """Find the source and open it; a folder of files has one table a file, in name order.
+
+    `columns` that are numbers, and no names of the file's, say that it has no header.
 
     Raises:
         DataError: the source is missing or unreadable, or has no such split.
@@ -72,9 +77,9 @@ def tables(source: str, split: str, offline: bool) -> Iterator[Table]:
     check_source_name(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        yield from _folder_tables(path, split)
+        yield from _folder_tables(path, split, columns)
     elif path.exists():
-        yield _file_table(path)
+        yield _file_table(path, columns)
     else:
         yield _hub_table(source, split, offline)
 
@@ -103,7 +108,7 @@ def _suffix(path: Path) -> str:
     return next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
 
 
-def _folder_tables(folder: Path, split: str) -> Iterator[Table]:
+def _folder_tables(folder: Path, split: str, columns: Sequence[str] | None) -> Iterator[Table]:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         yield _saved_table(folder, split)
         return
@@ -112,20 +117,51 @@ def _folder_tables(folder: Path, split: str) -> Iterator[Table]:
     if not paths:
         raise DataError(f"{folder}: no readable file in this folder; readable are {_READABLE}")
     for path in sorted(paths, key=lambda p: p.name):
-        yield _file_table(path)
+        yield _file_table(path, columns)
 
 
-def _file_table(path: Path) -> Table:
+def _file_table(path: Path, columns: Sequence[str] | None) -> Table:
     suffix = _suffix(path)
+    _check_kind(path)
     if suffix in (".jsonl", ".json-lines"):
         return _objects_table(path, "line", _json_objects)
     if suffix == ".json":
         return _json_table(path)
     if suffix in (".csv", ".tsv"):
-        return _delimited_table(path, _csv_records if suffix == ".csv" else _tsv_records)
+        return _delimited_table(path, _csv_records if suffix == ".csv" else _tsv_records, columns)
     if suffix == ".parquet":
         return _parquet_table(path)
     raise DataError(f"{path}: unknown kind of file; readable are {_READABLE}")
+
+
+_BEGINNINGS = {
+    b"\x1f\x8b": ("gzip-compressed", "let its name end in .gz"),
+    b"PAR1": ("a Parquet file", "let its name end in .parquet"),
+    b"PK\x03\x04": ("a zip archive, as Excel's .xlsx is", "unpack it, or save it as CSV"),
+    b"\xff\xfe": ("UTF-16, as Excel's Unicode Text is", "save it as UTF-8"),
+    b"\xfe\xff": ("UTF-16, as Excel's Unicode Text is", "save it as UTF-8"),
+}
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a file that is of another kind than its name says, by its first bytes.
+
+    Raises:
+        DataError: it is; the message says which.
+    """
+    try:
+        with path.open("rb") as stream:
+            beginning = stream.read(4)
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the file: {error}") from error
+    is_gzip = beginning[:2] == b"\x1f\x8b"
+    if _gzipped(path):
+        if not is_gzip:
+            raise DataError(f"{path}: it is not gzip-compressed; let its name end without .gz")
+        return
+    for magic, (kind, way_out) in _BEGINNINGS.items():
+        if beginning.startswith(magic) and not (magic == b"PAR1" and _suffix(path) == ".parquet"):
+            raise DataError(f"{path}: it is {kind}; {way_out}")
 
 
 # --- text files -----------------------------------------------------------------------------
@@ -142,6 +178,8 @@ def _lines(path: Path) -> Iterator[str]:
         # GzipFile by itself is slow at reading lines.
         with io.BufferedReader(gzip.open(path)) if _gzipped(path) else path.open("rb") as stream:
             for number, raw in enumerate(stream, 1):
+                if number == 1:
+                    _check_first(path, raw)
                 line = raw.decode("utf-8")
                 yield line.removeprefix("\ufeff") if number == 1 else line
                 offset += len(raw)
@@ -151,7 +189,20 @@ def _lines(path: Path) -> Iterator[str]:
             f"{offset + error.start} is not UTF-8; save the file as UTF-8"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}, line {number + 1}: cannot read the file: {error}") from error
+        raise DataError(
+            f"{path}, line {number + 1}: cannot read the file: {error}; write or fetch it again"
+        ) from error
+
+
+def _check_first(path: Path, raw: bytes) -> None:
+    """Refuse what is no text in lines, by its first line."""
+    if b"\0" in raw:
+        raise DataError(f"{path}, line 1: it has NUL bytes, as UTF-16 has; save the file as UTF-8")
+    if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r\n") and _suffix(path) != ".json":
+        raise DataError(
+            f"{path}: its lines end in carriage returns alone, as old Macs wrote them; save it "
+            "with line feeds"
+        )
 
 
 def _tsv_records(path: Path) -> Iterator[tuple[int, list[str] | BadRow]]:
@@ -201,11 +252,20 @@ def _quoted_records(path: Path) -> Iterator[str]:
 
 
 def _delimiter(path: Path) -> str:
-    """A comma, or what the header has in its place: Excel writes semicolons where 0,5 is a number."""
-    header = next(_lines(path), "")
-    if "," in header:
-        return ","
-    return next((mark for mark in (";", "\t") if mark in header), ",")
+    """What cuts the first lines into equally many cells, else a comma or what the first has for it.
+
+    Excel writes semicolons where 0,5 is a number, and files without a header have commas in texts.
+    """
+    lines = list(islice(_lines(path), _PEEKED_ROWS))
+    marks = [mark for mark in (",", ";", "\t") if mark in "".join(lines[:1])]
+    for mark in marks:
+        try:
+            counts = {len(cells) for cells in csv.reader(lines, delimiter=mark) if cells}
+        except csv.Error:
+            continue
+        if len(counts) == 1 and counts != {1}:
+            return mark
+    return marks[0] if marks else ","
 
 
 def _csv_records(
@@ -232,37 +292,64 @@ def _csv_records(
             yield start, cells
 
 
-def _delimited_table(path: Path, records: _Records) -> Table:
+def _delimited_table(path: Path, records: _Records, named: Sequence[str] | None) -> Table:
     """Blank lines are left out, as in the csv module."""
     beginning = list(islice(records(path), _PEEKED_ROWS + 1))
     if not beginning:
         raise DataError(f"{path}: the file is empty; a header line with column names is wanted")
-    line, header = beginning[0]
-    if isinstance(header, BadRow):
-        raise DataError(f"{path}, line {line}: the header is {header}; fix it")
-    names = [name.strip() for name in header]
-    _no_duplicates(f"{path}, line {line}", names)
+    line, first = beginning[0]
+    if isinstance(first, BadRow):
+        raise DataError(f"{path}, line {line}: the header is {first}; fix it")
+    names = [name.strip() for name in first]
     peeked = [cells for _, cells in beginning[1:] if isinstance(cells, list)]
-    numeric = {
-        name
-        for i, name in enumerate(names)
-        if peeked and all(_NUMBER.fullmatch(cells[i]) for cells in peeked if i < len(cells))
-    }
-
+    headless = _by_number(named, names) or _is_data(names, peeked)
+    if headless:
+        names = [str(i) for i in range(1, len(first) + 1)]
+        peeked = [first, *peeked]
+    _no_duplicates(f"{path}, line {line}", names)
+    numeric = {names[i] for i in _numeric_places(len(names), peeked)}
     lists = {name for i, name in enumerate(names) if _holds_lists(i, peeked)}
 
     def rows(columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
         places = [names.index(name) for name in columns]
-        for number, cells in islice(records(path), 1, None):
+        like = "in the first line" if headless else "in the header"
+        for number, cells in islice(records(path), 0 if headless else 1, None):
             if isinstance(cells, BadRow):
                 yield number, cells
             elif len(cells) != len(names):
-                detail = f"got {len(cells)}, wanted {len(names)} as in the header"
+                detail = f"got {len(cells)}, wanted {len(names)} as {like}"
                 yield number, BadRow("wrong number of cells", detail)
             else:
                 yield number, _with_lists([cells[i] for i in places], columns, lists)
 
-    return Table(str(path), names, frozenset(names) - numeric, "line", rows)
+    return Table(
+        name=str(path),
+        columns=names,
+        text_columns=frozenset(names) - numeric,
+        number_columns=frozenset(numeric),
+        first=first if headless else None,
+        unit="line",
+        rows=rows,
+    )
+
+
+def _by_number(named: Sequence[str] | None, header: Sequence[str]) -> bool:
+    """Columns are named by number, and the file has none of these names."""
+    numbers = bool(named) and all(name.isdecimal() for name in named or ())
+    return numbers and not set(named or ()) <= set(header)
+
+
+def _is_data(first: Sequence[str], peeked: Sequence[Sequence[str]]) -> bool:
+    """Whether a first line is a row: where the others have numbers it has one, elsewhere none."""
+    numeric = _numeric_places(len(first), peeked)
+    numbers = {i for i, cell in enumerate(first) if _NUMBER.fullmatch(cell)}
+    return bool(numbers) and numbers == numeric and not any(map(is_usual_name, first))
+
+
+def _numeric_places(count: int, rows: Sequence[Sequence[str]]) -> set[int]:
+    """The columns in which every row that has one has a number."""
+    cells = [[row[place] for row in rows if place < len(row)] for place in range(count)]
+    return {i for i, column in enumerate(cells) if column and all(map(_NUMBER.fullmatch, column))}
 
 
 def _holds_lists(place: int, rows: Sequence[Sequence[str]]) -> bool:
@@ -303,6 +390,7 @@ def _no_duplicates(place: str, names: Sequence[str]) -> None:
 def _json_table(path: Path) -> Table:
     """An array of objects, or JSON lines under the other name."""
     if next((line for line in _lines(path) if line.strip()), "").lstrip()[:1] != "[":
+        _no_single_object(path)
         return _objects_table(path, "line", _json_objects)
     try:
         values = json.loads("".join(_lines(path)))
@@ -320,26 +408,54 @@ def _json_table(path: Path) -> Table:
     return _objects_table(path, "row", lambda _: iter(numbered))
 
 
+def _no_single_object(path: Path) -> None:
+    """Refuse one object that has the rows in it, or that is written over several lines."""
+    lines = [line for line in islice(_lines(path), _PEEKED_ROWS) if line.strip()]
+    if lines and isinstance(_json_object(lines[0]), dict) and len(lines) > 1:
+        return
+    try:
+        value = json.loads("".join(_lines(path)))
+    except (ValueError, RecursionError):
+        return
+    inside = list(value.values()) if isinstance(value, dict) else []
+    if len(lines) > 1 or (len(inside) == 1 and isinstance(inside[0], (list, dict))):
+        raise DataError(
+            f"{path}: got one JSON object with the keys {reprlib.repr(list(value))}, wanted an "
+            "array of objects, one a row, or an object a line"
+        )
+
+
 def _objects_table(path: Path, unit: Literal["line", "row"], objects: _Objects) -> Table:
     """Reads the objects twice, since a key may first stand in the last one."""
-    columns: dict[str, bool] = {}
+    columns: dict[str, set[type]] = {}
     for _, value in objects(path):
         if isinstance(value, dict):
             for key, cell in value.items():
-                columns[key] = columns.get(key, True) and (cell is None or isinstance(cell, str))
+                columns.setdefault(key, set()).add(type(cell))
     if not columns:
-        number, reason = next(objects(path), (1, "the file is empty"))
-        raise DataError(
-            f"{path}, {unit} {number}: {reason}; no {unit} of the file is an object with keys"
-        )
+        number, bad = next(objects(path), (0, None))
+        if bad is None:
+            raise DataError(f"{path}: the file is empty; wanted JSON objects, one a {unit}")
+        reason, at = (bad, bad.at) if isinstance(bad, BadRow) else ("no keys", "")
+        wanted = f'wanted objects such as {{"anchor": "...", "positive": "..."}}, one a {unit}'
+        raise DataError(f"{path}, {unit} {number}{at}: {reason}; {wanted}, and none is one")
 
     def rows(names: Sequence[str]) -> Iterator[tuple[int, Row]]:
         for number, value in objects(path):
             cells = value if isinstance(value, BadRow) else [value.get(name) for name in names]
             yield number, cells
 
-    texts = frozenset(name for name, all_text in columns.items() if all_text)
-    return Table(str(path), list(columns), texts, unit, rows)
+    def all_of(*types: type) -> frozenset[str]:
+        return frozenset(name for name, held in columns.items() if held <= {*types, type(None)})
+
+    return Table(
+        name=str(path),
+        columns=list(columns),
+        text_columns=all_of(str),
+        number_columns=all_of(int, float),
+        unit=unit,
+        rows=rows,
+    )
 
 
 def _json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
@@ -385,8 +501,18 @@ def _arrow_table(
         columns = ([batch[name] for name in names] for batch in batches)
         return enumerate((row for cells in columns for row in zip(*cells, strict=True)), 1)
 
-    texts = frozenset(column.name for column in schema if _ARROW_TEXT.match(str(column.type)))
-    return Table(name, schema.names, texts, "row", rows)
+    texts, numbers = (
+        frozenset(column.name for column in schema if kind.match(str(column.type)))
+        for kind in (_ARROW_TEXT, _ARROW_NUMBER)
+    )
+    return Table(
+        name=name,
+        columns=schema.names,
+        text_columns=texts,
+        number_columns=numbers,
+        unit="row",
+        rows=rows,
+    )
 
 
 def _parquet_table(path: Path) -> Table:

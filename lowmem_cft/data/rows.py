@@ -15,6 +15,13 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
+from lowmem_cft.data.cells import (
+    is_conversation,
+    is_instruction_pair,
+    passages,
+    text_of,
+    turns,
+)
 from lowmem_cft.data.columns import DataError, require, scored_columns, training_columns
 from lowmem_cft.data.formats import BadRow, Table, shown, tables
 
@@ -47,13 +54,19 @@ Scalar = str | bool | int | float
 class ReadReport:
     """What was read: `num_read` counts the rows which `where` kept, bad ones included.
 
-    With several files of different columns, a role lists the names used in any of them.
+    With several files of different columns, a role lists the names used in any of them. `refused`
+    has some of the values that `where` did not keep, by its columns.
     """
 
     source: str
     columns: dict[str, str | list[str]] = field(default_factory=dict)
     num_read: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    refused: dict[str, list[Any]] = field(default_factory=dict)
+
+
+_REFUSED_KEPT = 5
+"""How many values of a column a message lists."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,8 @@ def read_training_rows(
     """Read (anchor, positive, negatives...) rows from a file, a folder or a hub data set.
 
     `columns` names the anchor, the positive and any negatives, in this order; without it they
-    are found by their usual names. A cell may hold a list of strings or of {"text": ...}: each
-    positive of a list makes its own row. `split` counts only where a source has splits, and
+    are found by their usual names. Those of a file without a header are numbers, from "1". A cell may hold any text that `cells.text_of` knows, or a list
+    of them: each positive of a list makes its own row. `split` counts only where a source has splits, and
     `limit` draws that many rows at random, reproducibly in `seed`, in the order of the source.
 
     Raises:
@@ -98,7 +111,7 @@ def read_training_rows(
     way_out = "fix the row or set `on_bad_row: skip`"
     request = _Request(source, split, where, limit, seed, on_bad_row, offline, way_out)
     find = lambda table: training_columns(table, columns, where or ())
-    return _read(request, ("anchor", "positive", "negatives"), find, _training_rows)
+    return _read(request, columns, ("anchor", "positive", "negatives"), find, _training_rows)
 
 
 def read_scored_pairs(
@@ -121,11 +134,12 @@ def read_scored_pairs(
     way_out = "fix the row or remove it"
     request = _Request(source, split, where, limit, seed, on_bad_row, offline, way_out)
     find = lambda table: scored_columns(table, columns)
-    return _read(request, ("sentence1", "sentence2", "score"), find, _scored_pair)
+    return _read(request, columns, ("sentence1", "sentence2", "score"), find, _scored_pair)
 
 
 def _read(
     request: _Request,
+    columns: Sequence[str] | None,
     roles: tuple[str, str, str],
     find_columns: Callable[[Table], list[str]],
     build: Callable[[Sequence[str], Sequence[Any]], Iterable[T]],
@@ -137,7 +151,7 @@ def _read(
     report = ReadReport(request.source)
 
     def usable_rows() -> Iterator[T]:
-        for table in tables(request.source, request.split, request.offline):
+        for table in tables(request.source, request.split, request.offline, columns):
             names = find_columns(table)
             _note_columns(report, roles, names)
             yield from _checked(table, names, request, report, build)
@@ -148,7 +162,8 @@ def _read(
     if report.num_read:
         why = f"all {report.num_read} rows are bad: {dict(report.skipped)}; fix them"
     elif request.where:
-        why = f"where={dict(request.where)} keeps none; check the values in these columns"
+        why = f"`where: {dict(request.where)}` keeps none; there are"
+        why += ",".join(f" {name} {_listed(values)}" for name, values in report.refused.items())
     else:
         why = "it has none; give a source with data"
     raise DataError(f"{request.source}: no usable row: {why}")
@@ -178,7 +193,8 @@ def _checked(
             if isinstance(cells, BadRow):
                 report.num_read += 1
                 raise cells
-            if not all(_equal(cells[i], value) for i, value in conditions):
+            if others := [i for i, value in conditions if not _equal(cells[i], value)]:
+                _note_refused(report, [*names, *where], cells, others)
                 continue
             report.num_read += 1
             built = build(names, cells)
@@ -190,6 +206,20 @@ def _checked(
             report.skipped[f"{bad.reason}{bad.at}"] += 1
         else:
             yield from built
+
+
+def _note_refused(
+    report: ReadReport, names: Sequence[str], cells: Sequence[Any], places: Iterable[int]
+) -> None:
+    for place in places:
+        values = report.refused.setdefault(names[place], [])
+        if len(values) <= _REFUSED_KEPT and cells[place] not in values:
+            values.append(cells[place])
+
+
+def _listed(values: Sequence[Any]) -> str:
+    shown = [reprlib.repr(value) for value in values[:_REFUSED_KEPT]]
+    return ", ".join(shown) + (", ..." if len(values) > _REFUSED_KEPT else "")
 
 
 def _equal(cell: Any, value: Scalar) -> bool:
@@ -222,34 +252,35 @@ def _sample(rows: Iterable[T], limit: int | None, seed: int) -> list[T]:
 
 
 def _training_rows(names: Sequence[str], cells: Sequence[Any]) -> Iterable[TrainRow]:
-    anchor = _text(cells[0], names[0])
-    positive = cells[1]
-    negatives = _negatives(names[2:], cells[2:])
-    if not isinstance(positive, list):
-        return (TrainRow(anchor, _text(positive, names[1]), negatives),)
-    if not positive:
+    anchor, positive = cells[0], cells[1]
+    if names[0] == names[1] and is_conversation(anchor):
+        anchor, positive = _question_and_answer(anchor, names[0])
+    paired = is_instruction_pair(anchor)
+    negatives = _negatives(names[2:], cells[2:], paired)
+    anchor = _text(anchor, names[0])
+    positives = passages(positive, paired=paired)
+    if not positives:
         raise BadRow("text missing", "got an empty list, wanted a text", names[1])
-    return [TrainRow(anchor, _text(_passage(p), names[1]), negatives) for p in positive]
+    return [TrainRow(anchor, _text(p, names[1]), negatives) for p in positives]
 
 
-def _negatives(names: Sequence[str], cells: Sequence[Any]) -> tuple[str, ...]:
+def _question_and_answer(messages: Any, name: str) -> list[Any]:
+    """The user's text and the assistant's, of a conversation that has one of each and no more."""
+    said = turns(messages)
+    roles = [role for role, _ in said]
+    if roles != ["user", "assistant"]:
+        raise BadRow("other turns", f"got messages of {roles}, wanted user, assistant", name)
+    return [content for _, content in said]
+
+
+def _negatives(names: Sequence[str], cells: Sequence[Any], paired: bool) -> tuple[str, ...]:
     """A row's negatives: none, one or many. Empty cells are none; those past the names `where`'s."""
-    texts: list[str] = []
-    for name, cell in zip(names, cells, strict=False):
-        for item in map(_passage, cell if isinstance(cell, list) else (cell,)):
-            if item is not None and not (isinstance(item, str) and not item.strip()):
-                texts.append(_text(item, name))
-    return tuple(texts)
-
-
-def _passage(item: Any) -> Any:
-    """The text of a passage; one with a title begins with it, as in Tevatron's training data."""
-    if not isinstance(item, dict):
-        return item
-    title, text = item.get("title"), item.get("text")
-    if isinstance(title, str) and title.strip() and isinstance(text, str) and text.strip():
-        return f"{title.strip()} {text.strip()}"
-    return text
+    texts = [
+        _text_if_any(item, name)
+        for name, cell in zip(names, cells, strict=False)
+        for item in passages(cell, paired=paired)
+    ]
+    return tuple(text for text in texts if text)
 
 
 def _scored_pair(names: Sequence[str], cells: Sequence[Any]) -> Iterable[ScoredPair]:
@@ -258,13 +289,19 @@ def _scored_pair(names: Sequence[str], cells: Sequence[Any]) -> Iterable[ScoredP
 
 
 def _text(value: Any, name: str) -> str:
-    if isinstance(value, str):
-        if text := value.strip():
-            return text
-        raise BadRow("empty text", f"got {reprlib.repr(value)}, wanted a text", name)
-    if value is None:
+    if text := _text_if_any(value, name):
+        return text
+    if text is None:
         raise BadRow("text missing", "got nothing (null or absent), wanted a text", name)
-    raise BadRow("wrong type", f"got {shown(value)}, wanted a string", name)
+    raise BadRow("empty text", f"got {reprlib.repr(value)}, wanted a text", name)
+
+
+def _text_if_any(value: Any, name: str) -> str | None:
+    try:
+        text = text_of(value)
+    except ValueError as error:
+        raise BadRow("wrong type", f"got {shown(value)}, {error}", name) from None
+    return None if text is None else text.strip()
 
 
 def _score(value: Any, name: str) -> float:
@@ -274,5 +311,5 @@ def _score(value: Any, name: str) -> float:
     except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
-        raise BadRow("bad score", f"got {shown(value)}, wanted a finite number", name)
+        raise BadRow("bad score", f"got {shown(value)}, wanted a number such as 0.5", name)
     return score

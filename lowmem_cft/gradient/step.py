@@ -143,6 +143,7 @@ def candidates_of(texts: StepTexts) -> Candidates:
         own_only=texts.own_only,
         query_keys=texts.query_key_MK,
         doc_keys=texts.doc_key_N,
+        positive_keys=texts.positive_key_MK,
     )
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowmem_cft.data.batches import PositivesOf
+from lowmem_cft.data.batches import Positives
 from lowmem_cft_kernels import (
     ONE_WAY,
     SOFTMAXES,
@@ -42,7 +42,7 @@ from lowmem_cft_kernels import (
     info_nce_loss,
 )
 from lowmem_cft_kernels.masks import SHARED
-from lowmem_cft_kernels.options import check_softmaxes
+from lowmem_cft_kernels.options import check_softmaxes, compares_within_roles
 
 try:
     from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
@@ -81,13 +81,13 @@ class InfoNCELoss(nn.Module):
         normalize: similarities are cosines, whatever the norms of the embeddings; else dot products.
         own_only: an anchor sees every row's positive, but its own row's hard negatives only.
         mask_duplicates: a document with the text of a positive of the anchor, in whichever row of
-            the batch, or of the anchor is no negative of that anchor; equal anchors are no negatives
-            of each other. That is what our
-            trainer does, and theirs leaves to a sampler without duplicates (which keeps such rows
-            out of a batch, and is not needed with this). A text is its token ids without padding,
-            its prompt included, as it is what the model is given: texts that differ only where they
-            are cut off are equal, and so are their embeddings; an anchor with a prompt is not a
-            document without. The ids are read by the host, which waits for the device once a step.
+            the batch, or of the anchor is no negative of that anchor; equal anchors, and positives
+            of one anchor, are no negatives of each other. That is what our trainer does, and theirs
+            leaves to a sampler without duplicates (which keeps such rows out of a batch, and is not
+            needed with this). A text is its token ids without padding, its prompt included, as it
+            is what the model is given: texts that differ only where they are cut off are equal, and
+            so are their embeddings; an anchor with a prompt is not a document without. The ids are
+            read by the host, which waits for the device once a step.
         products: how a GPU multiplies float32 embeddings; "split-bf16" takes tensor cores.
         workspace_bytes: what the loss may hold besides embeddings and gradients, 60 MiB if None; on
             a large GPU more is faster. It changes the result by rounding only.
@@ -182,16 +182,29 @@ class InfoNCELoss(nn.Module):
         """For one tensor of M embeddings a column."""
         num_rows, num_negatives = len(emb[0]), len(emb) - 2
         index_M = torch.arange(num_rows)
+        keys = {} if keys_CM is None else self._keys(keys_CM)
         candidates = Candidates(
             target=index_M,
             owner_N=torch.cat([torch.full_like(index_M, SHARED), index_M.repeat(num_negatives)]),
             own_only=self.own_only,
-            query_keys=None if keys_CM is None else _query_keys(keys_CM),
-            doc_keys=None if keys_CM is None else keys_CM[1:].flatten(),
+            **keys,
         )
         # looked at before they are on a GPU, which would be waited for
         candidates.validate(num_rows, sum(len(column) for column in emb[1:]))
         return candidates.to(emb[0].device)
+
+    def _keys(self, keys_CM: Tensor) -> dict[str, Tensor]:
+        """The keys of `Candidates`: which texts are no negatives of each row's anchor."""
+        anchor_M, positive_M = keys_CM[0].numpy(), keys_CM[1].numpy()
+        document_N = keys_CM[1:].flatten().numpy()
+        positives = Positives.of_pairs(anchor_M, positive_M)
+        within = compares_within_roles(self.softmaxes)
+        among = np.append(document_N, anchor_M) if within else document_N
+        keys = {"query_keys": positives.query_keys(anchor_M, positive_M, among)}
+        if within:
+            keys["positive_keys"] = positives.positive_keys(positive_M, document_N)
+        keys["doc_keys"] = document_N
+        return {name: torch.from_numpy(key) for name, key in keys.items()}
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -311,14 +324,6 @@ def text_keys(columns: Sequence[Mapping[str, Any]]) -> Tensor:
     numbers: dict[bytes, int] = {}
     keys = [[numbers.setdefault(text, len(numbers)) for text in _texts(c)] for c in columns]
     return torch.tensor(keys)
-
-
-def _query_keys(keys_CM: Tensor) -> Tensor:
-    """int64 (M, 2 or more): the texts that are no negatives of each row's anchor."""
-    anchor_M, positive_M = keys_CM[0].numpy(), keys_CM[1].numpy()
-    positives = PositivesOf.of_pairs(anchor_M, positive_M)
-    document_N = keys_CM[1:].flatten().numpy()
-    return torch.from_numpy(positives.query_keys(anchor_M, positive_M, document_N))
 
 
 def _texts(column: Mapping[str, Any]) -> list[bytes]:

@@ -122,12 +122,18 @@ class EmbeddingSection(_Section):
     normalize: Truth = True
 
 
+def _as_name(value: object) -> object:
+    """A whole number as it is written; any other value as it is."""
+    return str(value) if type(value) is int else value
+
+
 class DataSource(_Section):
     """One set of training rows."""
 
     path: str
     """File, folder, saved data set, hub id, `demo` for the embedded triplets."""
-    columns: list[str] | None = None
+    columns: list[Annotated[str, BeforeValidator(_as_name)]] | None = None
+    """Of the anchor, the positive and any negatives; numbers from 1 in a file without a header."""
     split: str = "train"
     where: dict[str, str | bool | int | float] | None = None
     """Keep the rows whose column equals this text, number or truth value."""
@@ -160,7 +166,7 @@ class LossSection(_Section):
     """batch: every anchor sees every row's hard negatives; own: only its row's."""
     mask_duplicates: Truth = True
     """A document with the text of a positive of the anchor, in whichever of its rows, or with the
-    anchor's own, is no negative of it."""
+    anchor's own, is no negative of it; nor are positives of one anchor each other's."""
     false_negative_margin: Finite | None = None
     """Hide negatives more similar than the positive's similarity less this margin, as probably
     positives themselves (arXiv 2407.15831); below 0 spares those a little more similar."""
@@ -265,6 +271,8 @@ class MemorySection(_Section):
 
 class EvalSection(_Section):
     sets: list[str] = ["STSBenchmark-dev"]
+    """Names of sets, saved data sets, or files, whose columns may be named behind them:
+    pairs.csv::first,second,rating, or pairs.tsv::1,2,3 where there is no header."""
     every: Count | None = None
     """Evaluate the first set every so many steps; before and after are always evaluated."""
     keep_best: Truth = False

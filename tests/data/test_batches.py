@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from by_text import drawn_case
 from launches import recorded
 from lowmem_cft.data.batches import NO_TEXT, RowOrder, RowTable, StepTexts, step_texts
 from lowmem_cft.gradient.embedding_cache import DTYPES
 from lowmem_cft.gradient.step import _info_nce, candidates_of
 from lowmem_cft.recipe.schema import LossSection
-from lowmem_cft_kernels import Candidates, LearnedTemperature, info_nce
+from lowmem_cft_kernels import SOFTMAXES, Candidates, LearnedTemperature, LossPath, info_nce
 from lowmem_cft_kernels.masks import SHARED
 from numerics import relative_error
 from syncs import HostWaits
@@ -252,6 +253,15 @@ def test_no_positive_of_an_anchor_is_a_negative_of_it(seed: int, templates: int)
     for i, keys in enumerate(got):
         expected = [n for n, key in enumerate(documents) if key in keys and n != i]
         assert hidden[i] == expected
+
+
+@pytest.mark.parametrize("path", [LossPath.REFERENCE, LossPath.CHUNKED])
+@pytest.mark.parametrize("softmaxes", SOFTMAXES)
+def test_no_positive_is_a_negative_in_any_direction(softmaxes: str, path: LossPath) -> None:
+    for seed in range(20):
+        case, by_text = drawn_case(seed, softmaxes)
+        wanted = by_text.loss(softmaxes)
+        assert float(case.run(path).loss) == pytest.approx(wanted, rel=1e-12), seed
 
 
 def test_an_anchor_of_one_row_has_two_keys() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lowmem_cft.data.rows import TrainRow, read_training_rows
+from lowmem_cft.data.columns import UnclearColumns
+from lowmem_cft.data.rows import ScoredPair, TrainRow, read_scored_pairs, read_training_rows
 from row_files import HEADER, error, write_rows
 
 
@@ -42,7 +44,6 @@ def test_columns_are_found(tmp_path: Path, header: list[str], used: list[str], s
 @pytest.mark.parametrize(
     "header",
     [
-        ["only"],
         ["text", "text2", "label"],
         ["text", "text2", "similarity_score"],
         ["pairID", "text", "text2"],
@@ -95,3 +96,91 @@ def test_explicit_columns(tmp_path: Path) -> None:
     assert "named twice" in error(path, columns=["anchor", "positive", "anchor"])
     assert "must be a list" in error(path, columns=["anchor"])
     assert "must be a list" in error(path, columns="anchor")
+
+
+HEADLESS = [["A man, sitting", "one", "3"], ["a dog", "a cat", "1.5"], ["rain", "rain", "5"]]
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".tsv.gz"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)], ids=["score last", "score first"])
+def test_pairs_without_a_header(suffix: str, order: tuple[int, ...], tmp_path: Path) -> None:
+    first, *others = [[row[place] for place in order] for row in HEADLESS]
+    path = write_rows(tmp_path / f"p{suffix}", first, others)
+    message = error(path, read_scored_pairs)
+    assert f"its first line is data, no header: {first}" in message
+    assert "with `columns: [...]`, by number" in message
+    columns = [str(1 + order.index(place)) for place in range(3)]
+    pairs, report = read_scored_pairs(path, columns=columns)
+    assert pairs == [ScoredPair(a, b, float(score)) for a, b, score in HEADLESS]
+    assert list(report.columns.values()) == columns
+
+
+def test_rows_without_a_header(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.csv", ["1", "a zero", "p zero"], [["2", "a one", "p one"]])
+    assert "its first line is data, no header: ['1', 'a zero', 'p zero']" in error(path)
+    rows, _ = read_training_rows(path, columns=["2", "3"], where={"1": 2})
+    assert rows == [TrainRow("a one", "p one", ())]
+    assert "no column '4'" in error(path, columns=["2", "4"])
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        (["0", "1", "2"], ["a", "b", "3"]),  # as pandas numbers columns
+        (["sentence1", "sentence2", "5"], ["a", "b", "3"]),
+        (["first", "second", "third"], ["a", "b", "3"]),
+    ],
+)
+def test_a_header_is_no_row(header: list[str], row: list[str], tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.csv", header, [row])
+    assert str(header) in error(path, read_scored_pairs)
+    pairs, _ = read_scored_pairs(path, columns=header)
+    assert pairs == [ScoredPair("a", "b", 3.0)]
+
+
+def test_what_columns_probably_are(tmp_path: Path) -> None:
+    def likely(header: list[str], row: list[Any]) -> Any:
+        with pytest.raises(UnclearColumns) as caught:
+            read_scored_pairs(write_rows(tmp_path / "p.jsonl", header, [row]))
+        return caught.value.columns
+
+    assert likely(["id", "rating", "first", "second"], [1, 2, "a", "b"]) == [
+        "first", "second", "rating",
+    ]  # fmt: skip
+    assert likely(["a", "b", "c", "rating"], ["a", "b", "c", 3]) is None
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("third", ["high", True, [3]])
+def test_pairs_without_a_score(suffix: str, third: Any, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / f"p{suffix}", ["a", "b", "c"], [["x", "y", third]])
+    wanted = "got the columns ['a', 'b', 'c'], of which none holds numbers alone, wanted two"
+    assert wanted in error(path, read_scored_pairs)
+    path = write_rows(tmp_path / f"two{suffix}", ["a", "c"], [["x", 3]])
+    assert "got the columns ['a', 'c'], wanted two sentences" in error(path, read_scored_pairs)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("score", [3, 0.5])
+def test_numbers_are_scores(suffix: str, score: float, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / f"p{suffix}", ["a", "b", "c"], [["x", "y", score]])
+    with pytest.raises(UnclearColumns) as caught:
+        read_scored_pairs(path)
+    assert caught.value.columns == ["a", "b", "c"]
+
+
+def test_one_column_of_texts(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.csv", ["only"], [["a"], ["b"]])
+    message = error(path)
+    assert "got one column of texts, 'only', wanted an anchor and a positive" in message
+    assert "`columns: [only, only]`" in message
+    rows, _ = read_training_rows(path, columns=["only", "only"])
+    assert rows == [TrainRow("a", "a", ()), TrainRow("b", "b", ())]
+
+
+def test_scored_pairs_are_not_trained_on_unasked(tmp_path: Path) -> None:
+    header, cells = ["sentence1", "sentence2", "score"], [["a", "b", "5"], ["c", "d", "0"]]
+    path = write_rows(tmp_path / "p.csv", header, cells)
+    assert "these are scored pairs" in error(path)
+    rows, _ = read_training_rows(path, columns=["sentence1", "sentence2"], where={"score": 5})
+    assert rows == [TrainRow("a", "b", ())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -212,7 +213,8 @@ def test_broken_files(tmp_path: Path, name: str) -> None:
     path.write_bytes(path.read_bytes()[:60])
     assert "read" in error(str(path), on_bad_row="skip")
     path.write_bytes(b"this is neither gzip nor Parquet")
-    assert "read" in error(str(path), on_bad_row="skip")
+    wanted = "not gzip-compressed" if name.endswith(".gz") else "not a readable Parquet file"
+    assert wanted in error(str(path), on_bad_row="skip")
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.jsonl"])
@@ -253,7 +255,7 @@ GOOD = {"anchor": "a", "positive": "p", "negative": "n"}
         ({**GOOD, "anchor": ["a"]}, "anchor", "wrong type: got list"),
         ({**GOOD, "positive": []}, "positive", "text missing"),
         ({**GOOD, "positive": ["p", ""]}, "positive", "empty text"),
-        ({**GOOD, "positive": [{"title": "t"}]}, "positive", "text missing"),
+        ({**GOOD, "positive": [{"title": "t"}]}, "positive", "wrong type: got dict {'title': 't'}"),
         ({**GOOD, "negative": ["n", 5]}, "negative", "wrong type"),
         ('{"anchor": "a", "positive": "p", "anchor": "b"}', "anchor", "duplicate key"),
         ('{"anchor": "a", "positive": "p"', None, "not a JSON object"),
@@ -393,3 +395,67 @@ def test_long_cells(tmp_path: Path) -> None:
     long = "word " * 100_000
     path = written(tmp_path / "long.csv", csv.QUOTE_ALL, ",", [["a", long]])
     assert len(read_training_rows(path)[0][0].positive) == len(long) - 1
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_delimiters_of_a_csv_without_a_header(mark: str, tmp_path: Path) -> None:
+    """Excel's semicolons, and commas within texts, which need no quotes then."""
+    first = '"a, b"' if mark == "," else "a, b"
+    lines = [mark.join(cells) + "\n" for cells in ([first, "c", "3"], ["d", '"e; f"', "4"])]
+    path = write(tmp_path / "p.csv", "".join(lines))
+    rows, _ = read_training_rows(path, columns=["1", "2"])
+    assert rows == [TrainRow("a, b", "c", ()), TrainRow("d", "e; f", ())]
+
+
+LINES = "anchor\tpositive\na\tp\nb\tq\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", LINES.encode("utf-16"), "it is UTF-16, as Excel's Unicode Text is; save it as"),
+        ("a.csv", LINES.encode("utf-16-le"), "line 1: it has NUL bytes, as UTF-16 has; save the"),
+        ("a.tsv", LINES.replace("\n", "\r").encode(), "its lines end in carriage returns alone"),
+        ("a.jsonl", gzip.compress(b"{}"), "it is gzip-compressed; let its name end in .gz"),
+        ("a.csv", b"PAR1 and so on", "it is a Parquet file; let its name end in .parquet"),
+        ("a.xlsx", b"PK\x03\x04 and so on", "it is a zip archive, as Excel's .xlsx is; unpack it"),
+    ],
+)
+def test_files_of_another_kind_than_their_name_says(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    assert f"{file}" in error(str(file))
+    assert message in error(str(file))
+
+
+def test_windows_line_ends_and_marks(tmp_path: Path) -> None:
+    wanted = [TrainRow("a", "p", ()), TrainRow("b", "q", ())]
+    for name, text in (("w.tsv", LINES), ("w.csv", LINES.replace("\t", ","))):
+        file = tmp_path / name
+        file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+        assert read_training_rows(str(file))[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.json",
+            '{"data": [{"anchor": "a"}]}',
+            "got one JSON object with the keys ['data'], wan",
+        ),
+        ("a.json", '{\n"anchor": "a",\n"positive": "p"}', "with the keys ['anchor', 'positive']"),
+        ("a.json", "[]", "the file is empty; wanted JSON objects, one a row"),
+        ("a.jsonl", '["a", "p"]\n', 'wanted objects such as {"anchor": "...", "positive": "..."}'),
+        ("a.jsonl", '{"anchor": "a", "anchor": "b"}\n', "line 1, column 'anchor': duplicate key"),
+    ],
+)
+def test_json_that_is_no_rows(name: str, text: str, message: str, tmp_path: Path) -> None:
+    assert message in error(write(tmp_path / name, text))
+
+
+def test_one_object_on_one_line_is_a_row(tmp_path: Path) -> None:
+    rows, _ = read_training_rows(write(tmp_path / "a.json", '{"query": "q", "pos": ["p"]}'))
+    assert rows == [TrainRow("q", "p", ())]

@@ -220,9 +220,9 @@ def test_scored_pairs_options(tmp_path: Path, hub: list[tuple[Any, ...]]) -> Non
     path = write_rows(tmp_path / "s.jsonl", header, cells)
     message = error(path, read_scored_pairs)
     assert str(header) in message
-    assert message.endswith("rename those to use to sentence1, sentence2 and score")
+    assert message.endswith("name those of sentence1, sentence2 and score with `columns: [...]`")
     twice = write(tmp_path / "t.tsv", "score\tScore\na\tb\n")
-    assert "`columns" not in error(twice, read_scored_pairs)
+    assert "differ only in upper and lower case" in error(twice, read_scored_pairs)
     columns = ["y", "x", "gold"]
     pairs, report = read_scored_pairs(path, columns=columns, where={"part": "b"}, limit=3, seed=4)
     assert len(pairs) == 3
@@ -231,7 +231,7 @@ def test_scored_pairs_options(tmp_path: Path, hub: list[tuple[Any, ...]]) -> Non
     assert all(pair.sentence1 == f"y{pair.score:.0f}" for pair in pairs)
     assert "must be a list" in error(path, read_scored_pairs, columns=["x", "y"])
     assert "named twice" in error(path, read_scored_pairs, columns=["x", "x", "gold"])
-    with pytest.raises(DataError, match="cannot tell"):
+    with pytest.raises(DataError, match="wanted two sentences and their score"):
         read_scored_pairs("owner/name")
     assert hub == [("owner/name", None, "test")]
 
@@ -264,3 +264,15 @@ def test_bad_scores(tmp_path: Path, score: Any, shown: str) -> None:
 def test_bad_sentences(tmp_path: Path) -> None:
     path = write(tmp_path / "s.tsv", "sentence1\tsentence2\tscore\na\tb\t1\nc\t \t2\n")
     assert "s.tsv, line 3, column 'sentence2': empty text" in error(path, read_scored_pairs)
+
+
+def test_where_that_keeps_nothing_lists_what_there_is(tmp_path: Path) -> None:
+    rows = [{"anchor": "a", "positive": "p", "kind": i, "split": "dev"} for i in range(9)]
+    path = write(tmp_path / "w.jsonl", jsonl(*rows))
+    message = error(path, where={"kind": 77, "split": "dev"})
+    assert (
+        "`where: {'kind': 77, 'split': 'dev'}` keeps none; there are kind 0, 1, 2, 3, 4, ..."
+        in (message)
+    )
+    message = error(path, where={"kind": 77, "split": "test"})
+    assert message.endswith("there are kind 0, 1, 2, 3, 4, ..., split 'dev'")

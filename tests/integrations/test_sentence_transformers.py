@@ -242,6 +242,7 @@ def formula(model: SentenceTransformer, columns: Sequence[list[str]], **options:
         hard_negatives="own" if options.pop("own_only", False) else "batch",
         mask_duplicates=options.pop("mask_duplicates", True),
         encode_twins_once=False,
+        within_roles="softmaxes" in options,
     )
     if isinstance(hides := options.get("false_negatives"), dict):
         options["false_negatives"] = FalseNegatives(**hides)
@@ -269,9 +270,12 @@ def formula(model: SentenceTransformer, columns: Sequence[list[str]], **options:
 def test_duplicates_as_our_trainer_has_them(
     model: SentenceTransformer, kind: Any, options: Any
 ) -> None:
-    """Copies of positives, of the anchor among documents, and of anchors; lengths differ."""
+    """Copies of positives, of the anchor among documents, and of anchors; lengths differ.
+
+    Besides, a positive of two anchors, one of which has two.
+    """
     anchors, positives, negatives = texts(3)
-    positives[3] = positives[0]
+    positives[3], positives[4] = positives[0], positives[7]
     negatives[5], negatives[6] = positives[1], anchors[2]
     anchors[8] = anchors[7]
     batch = [anchors, positives, negatives]

@@ -148,6 +148,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         of_candidates(doc_keys=long(0, 0, 0)),
         r"query_keys and doc_keys go together: got one of them",
     ),
+    "positives' keys alone": (
+        of_candidates(positive_keys=long(0, 0)),
+        r"positive_keys: got them without doc_keys",
+    ),
+    "positives' keys of other lengths": (
+        of_candidates(query_keys=long(0, 0), doc_keys=long(0, 0, 0), positive_keys=long(0, 0, 0)),
+        r"positive_keys: got torch.int64 \(3,\), wanted int64 \(2,\) or \(2, 1 or more\)",
+    ),
     "no softmax": ({"softmaxes": ()}, r"softmaxes: got none, wanted at least one"),
     "a softmax of strings": (
         {"softmaxes": (frozenset({"doc_to_doc"}),)},

@@ -121,6 +121,7 @@ def test_order_of_queries_changes_nothing(case: Case, seed: int, path: LossPath)
             target=candidates.target[order_M],
             owner_N=owner_N,
             query_keys=picked(candidates.query_keys, order_M),
+            positive_keys=picked(candidates.positive_keys, order_M),
         ),
     )
     got, wanted = moved.run(path), case.run(path)
@@ -136,7 +137,8 @@ def test_documents_hidden_by_keys_might_not_be_there(case: Case, path: LossPath)
     assume(0 < len(kept) < len(is_target_N))
     key_N = torch.full_like(is_target_N, 77, dtype=torch.int64)
     key_N[kept] = torch.arange(len(kept))
-    keys = {"query_keys": torch.full((len(case.query_MD),), 77), "doc_keys": key_N}
+    key_M = torch.full((len(case.query_MD),), 77)
+    keys = {"query_keys": key_M, "doc_keys": key_N, "positive_keys": None}
     hidden = replace(case, candidates=replace(case.candidates, **keys)).run(path)
     place_N = torch.full_like(key_N, NO_TARGET)
     place_N[kept] = torch.arange(len(kept))

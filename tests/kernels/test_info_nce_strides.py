@@ -155,7 +155,13 @@ def test_every_argument_is_tried() -> None:
     assert tried == {
         *("query_MD 2", "doc_ND 2", "candidates.target 1", "candidates.target 2"),
         *("candidates.owner_N 1", "candidates.query_keys 1", "candidates.query_keys 2"),
-        *("candidates.doc_keys 1", "weight_M 1", "temperature 0", "false_negatives.margin 1"),
+        *(
+            "candidates.doc_keys 1",
+            "candidates.positive_keys 1",
+            "weight_M 1",
+            "temperature 0",
+            "false_negatives.margin 1",
+        ),
         *("false_negatives.query_guide_MG 2", "false_negatives.doc_guide_NG 2"),
         *("bank.doc_CD 2", "bank.keys_C 1", "bank.guide_CG 2"),
     }

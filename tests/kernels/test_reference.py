@@ -105,6 +105,10 @@ class Loops:
         key_MK = self.candidates.query_key_MK
         return set() if key_MK is None else set(key_MK[i].tolist())
 
+    def positive_key(self, i: int) -> set[int]:
+        keys = self.candidates.positive_keys
+        return self.query_key(i) if keys is None else set(keys[i].flatten().tolist())
+
     def doc_key(self, j: int) -> set[int]:
         bank, doc_keys = self.options["bank"], self.candidates.doc_keys
         if j < self.num_docs:
@@ -140,7 +144,8 @@ class Loops:
 
     def positive_sees_doc(self, i: int, t: int, j: int) -> bool:
         """Of the pair of query i and its positive t."""
-        if j in self.positives[i] or self.owner(j) == i or self.doc_key(t) & self.doc_key(j):
+        hidden_keys = self.doc_key(t) | self.positive_key(i)
+        if j in self.positives[i] or self.owner(j) == i or hidden_keys & self.doc_key(j):
             return False
         return not self.is_false_negative(("doc", t), ("doc", j), [i])
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from by_text import drawn_case
 from eager import eagerly
 from interpreted import Done, Job, interpret
 from loss_cases import (
@@ -27,6 +28,7 @@ from loss_cases import (
     singles,
 )
 from lowmem_cft_kernels import (
+    SOFTMAXES,
     Bank,
     Candidates,
     FalseNegatives,
@@ -127,6 +129,13 @@ def test_float16_loses_at_most_twice_what_eager_loses(tmp_path: Path) -> None:
         for field, lost in errors(job.case, eagerly(job.case), wanted).items():
             assert lost > 0, "eager is exact: nothing was compared"
             assert ours[field] <= 2 * lost, f"{name}: {field}"
+
+
+def test_no_positive_is_a_negative_in_any_direction(tmp_path: Path) -> None:
+    drawn = [(name, *drawn_case(seed, name)) for name in SOFTMAXES for seed in range(4)]
+    done = interpret(tmp_path, [Job(case.to(torch.float32)) for _, case, _ in drawn])
+    for (name, _, by_text), job_done in zip(drawn, done, strict=True):
+        assert float(job_done.result.loss) == pytest.approx(by_text.loss(name), rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1, 4], ids=["norm 1", "norm 4"])

@@ -235,7 +235,7 @@ def _owners(settings: Settings, shape: Shape, seed: int) -> dict[str, Any]:
 
 
 def _keys(settings: Settings, shape: Shape, target_MP: Tensor, seed: int) -> dict[str, Any]:
-    """One key: that of a positive. Two: another text's too, as a query's own."""
+    """One key: that of a positive. Two: another text's too, as a query's own; a positive has one."""
     num_queries, num_docs, _ = shape
     if not settings & {"one key", "two keys"}:
         return {}
@@ -244,7 +244,12 @@ def _keys(settings: Settings, shape: Shape, target_MP: Tensor, seed: int) -> dic
     if "one key" in settings:
         return {"query_keys": first_M, "doc_keys": doc_key_N}
     second_M = _integers(0, 2 + num_docs // 2, (num_queries,), seed, "query keys")
-    return {"query_keys": torch.stack([first_M, second_M], dim=1), "doc_keys": doc_key_N}
+    third_M = _integers(0, 1 + num_docs // 3, (num_queries,), seed, "positives' keys")
+    return {
+        "query_keys": torch.stack([first_M, second_M], dim=1),
+        "doc_keys": doc_key_N,
+        "positive_keys": third_M,
+    }
 
 
 _GUIDE_WIDTH = 5

@@ -57,3 +57,15 @@ def test_a_job_has_the_rows_it_is_given(make_recipe: MakeRecipe) -> None:
     assert np.array_equal(made.texts_of(3).text_P, texts.text_P), (
         "a step's texts are always the same"
     )
+
+
+@pytest.mark.parametrize(("softmaxes", "within"), [("symmetric", False), ("gte", True)])
+def test_a_step_knows_what_the_loss_compares(
+    softmaxes: str, within: bool, make_recipe: MakeRecipe
+) -> None:
+    rows = [TrainRow(f"a cat {i // 2}", f"the dog {i}", ()) for i in range(8)]
+    section = {"softmaxes": softmaxes}
+    made = assemble(make_recipe(loss=section, train={"logical_batch": 8}), Silent(), rows=rows)
+    keys = made.texts_of(0).positive_key_MK
+    assert (keys is not None) == within
+    assert keys is None or keys.shape == (8, 2)  # its own, and the anchor's other positive

@@ -11,11 +11,12 @@ import hashlib
 import os
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowmem_cft.data.columns import DataError
+from lowmem_cft.data.columns import DataError, UnclearColumns, scored_columns
+from lowmem_cft.data.formats import tables
 from lowmem_cft.data.rows import ScoredPair, read_scored_pairs
 from lowmem_cft.evaluation.clean_up import clean_up
 from lowmem_cft.evaluation.sts.protocols import (
@@ -29,6 +30,10 @@ from lowmem_cft.evaluation.sts.protocols import (
     sets_in,
 )
 from lowmem_cft.files import cache_folder, nearest_names, sha256_of, whole_folder
+
+COLUMNS = "::"
+"""Between a file and the columns of its sentences and scores: pairs.tsv::first,second,rating, or
+numbers where it has no header."""
 
 DIGITS = 12
 """How many digits of a checksum or revision stand beside a number."""
@@ -74,10 +79,14 @@ def pairs_sha256(pairs: list[ScoredPair]) -> str:
 
 
 def _read(
-    path: Path, *, split: str = "test", where: Mapping[str, str] | None = None
+    path: Path,
+    *,
+    columns: list[str] | None = None,
+    split: str = "test",
+    where: Mapping[str, str] | None = None,
 ) -> tuple[list[ScoredPair], str]:
     """The pairs and their version."""
-    pairs, _ = read_scored_pairs(str(path), split=split, where=where)
+    pairs, _ = read_scored_pairs(str(path), columns=columns, split=split, where=where)
     if path.is_file():
         return pairs, f"sha256:{sha256_of(path)[:DIGITS]}"
     return pairs, f"pairs:{pairs_sha256(pairs)[:DIGITS]}"
@@ -149,7 +158,12 @@ def check_set_name(name: str, protocol: Protocol | None = None) -> None:
             known = ", ".join(entry.name for entry in protocol.sets)
             raise ValueError(f"eval set {name!r}: the {protocol.name} protocol has {known}")
         return
-    path = Path(name).expanduser()
+    path, columns = _path_and_columns(name)
+    if columns is not None and len(columns) != 3:
+        raise ValueError(
+            f"eval set {name!r}: got {len(columns)} columns behind the file's name, wanted those of "
+            f"sentence1, sentence2 and score: {path}{COLUMNS}1,2,3, or their names"
+        )
     if name in SETS or name == "demo" or path.is_file() or is_saved(path):
         return
     near = difflib.get_close_matches(name, [*SETS, "demo"], n=1)
@@ -157,6 +171,35 @@ def check_set_name(name: str, protocol: Protocol | None = None) -> None:
     raise ValueError(
         f"eval set {name!r}: no such file{hint}, and none of {', '.join(SETS)} or demo"
     )
+
+
+def _path_and_columns(name: str) -> tuple[Path, list[str] | None]:
+    """What a set's name says where it is no set's of a protocol."""
+    path, mark, columns = name.rpartition(COLUMNS)
+    if not mark or Path(name).expanduser().exists():
+        return Path(name).expanduser(), None
+    return Path(path).expanduser(), [column.strip() for column in columns.split(",")]
+
+
+def unclear_columns(name: str) -> UnclearColumns | None:
+    """Why the columns of a file of pairs must be named, None where they need not or it is no file.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path, columns = _path_and_columns(name)
+    if columns is None and path.is_file() and name not in (*SETS, "demo"):
+        for table in tables(str(path), "test", offline=True):
+            try:
+                scored_columns(table, None)
+            except UnclearColumns as unclear:
+                return unclear
+    return None
+
+
+def with_columns(name: str, columns: Sequence[str]) -> str:
+    """The set's name with its columns: of the first sentence, the second, the score."""
+    return f"{name}{COLUMNS}{','.join(columns)}"
 
 
 def _by_name(name: str, folder: Path | None, protocol: Protocol | None, offline: bool) -> LoadedSet:
@@ -167,8 +210,14 @@ def _by_name(name: str, folder: Path | None, protocol: Protocol | None, offline:
     if name == "demo":
         pairs, version = _read(DEMO_PAIRS)
         return LoadedSet(name, pairs, None, DEMO_PAIRS.name, version)
-    path = Path(name).expanduser()
-    pairs, version = _read(path)
+    path, columns = _path_and_columns(name)
+    try:
+        pairs, version = _read(path, columns=columns)
+    except UnclearColumns as unclear:
+        named = with_columns(name, unclear.columns or ("SENTENCE1", "SENTENCE2", "SCORE"))
+        raise ValueError(
+            f"eval set {unclear.why}; name those of sentence1, sentence2 and score: {named}"
+        ) from None
     return LoadedSet(name, pairs, None, path.name, version)
 
 
@@ -185,7 +234,8 @@ def load_set(
 
     Args:
         name: a set of the protocol; without one also `STSBenchmark-dev`, `demo` for the embedded
-            pairs, a file of scored pairs, or a saved data set.
+            pairs, a file of scored pairs, or a saved data set, with its columns if they must be
+            named (see `COLUMNS`).
         folder: the data folder; what it has not is asked for at the hub.
         cleaned_up: apply `clean_up` to every text.
 
@@ -202,6 +252,12 @@ def load_set(
         )
     loaded = sampled(loaded, limit)
     pairs = loaded.pairs
+    if len({pair.score for pair in pairs}) < 2:
+        drawn = "" if len(pairs) == num_read else f" drawn of {num_read}"
+        raise ValueError(
+            f"eval set {name}: got {len(pairs)} pairs{drawn}, all with the score "
+            f"{pairs[0].score:g}, which no similarity can follow; wanted scores that differ"
+        )
     if protocol is not None and protocol.name == "senteval":  # it cuts texts into words
         pairs = [
             _with_texts(p, " ".join(p.sentence1.split()), " ".join(p.sentence2.split()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 
 from lowmem_cft.data.rows import ScoredPair
@@ -251,3 +253,67 @@ def test_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         find()
     monkeypatch.delenv("LOWMEM_CFT_DATA")
     assert find() is None
+
+
+# --- columns ----------------------------------------------------------------------------------
+
+
+def test_columns_behind_a_files_name(tmp_path: Path) -> None:
+    file = write_tsv(tmp_path / "a.tsv", rows(5))
+    turned = "".join(f"{score}\t{a}\t{b}\n" for a, b, score in rows(5))
+    headless = tmp_path / "b.tsv"
+    headless.write_text(turned, encoding="utf-8")
+    wanted = load_set(str(file), None).pairs
+    name = f"{headless}::2, 3,1"
+    loaded = load_set(name, None)
+    assert loaded.pairs == wanted
+    assert (loaded.name, loaded.source) == (name, "b.tsv")
+    assert load_set(f"{file}::sentence1,sentence2,score", None).pairs == wanted
+    saved = tmp_path / "saved"
+    table(rows(5)).rename_column("score", "rating").save_to_disk(saved)
+    assert load_set(f"{saved}::sentence1,sentence2,rating", None).pairs == wanted
+    for wrong, message in (
+        (str(headless), rf"eval set .*first line is data.*: {re.escape(str(headless))}::2,3,1$"),
+        (str(saved), rf"cannot tell.*: {re.escape(str(saved))}::sentence1,sentence2,rating$"),
+        (f"{headless}::1,2", r"got 2 columns .* wanted those of sentence1, sentence2 and score"),
+        (f"{headless}::1,2,4", "no column '4'"),
+        (f"{tmp_path / 'c.tsv'}::1,2,3", "no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_set(wrong, None)
+
+
+def test_scores_that_do_not_differ(tmp_path: Path) -> None:
+    constant = write_tsv(tmp_path / "a.tsv", [(a, b, 2.5) for a, b, _ in rows(4)])
+    with pytest.raises(ValueError, match=r"a.tsv: got 4 pairs, all with the score 2\.5, which"):
+        load_set(str(constant), None)
+    one_differs = write_tsv(tmp_path / "b.tsv", [("a", "b", 1.0)] * 40 + [("a", "b", 2.0)])
+    with pytest.raises(ValueError, match="got 2 pairs drawn of 41, all with the score 1"):
+        load_set(str(one_differs), None, limit=2)
+
+
+def test_the_same_pairs_in_every_format(tmp_path: Path) -> None:
+    """With quotes, commas and a line end in them: as csv.writer, pandas and JSON write them."""
+    pairs = [
+        ('he said "no", twice', "he refused", 4.0),
+        ('a 6" pipe', "it's, well, a pipe", 1.5),
+        ("two\nlines", 'a "quoted" end"', 0.0),
+        ("plain", "  spaces around  ", 5.0),
+    ]
+    frame = pandas.DataFrame(pairs, columns=["sentence1", "sentence2", "score"])
+    for suffix, mark in ((".csv", ","), (".tsv", "\t"), (".csv.gz", ";")):
+        for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC):
+            file = tmp_path / f"{quoting}{suffix}"
+            frame.to_csv(file, sep=mark, quoting=quoting, index=False)
+            bare = tmp_path / f"bare{quoting}{suffix}"
+            frame.to_csv(bare, sep=mark, quoting=quoting, index=False, header=False)
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    frame.to_json(tmp_path / "a.json", orient="records")
+    frame.to_parquet(tmp_path / "a.parquet")
+    table(pairs).save_to_disk(tmp_path / "saved")
+    wanted = [ScoredPair(a.strip(), b.strip(), score) for a, b, score in pairs]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 22
+    for name in names:
+        named = f"{tmp_path / name}::1,2,3" if name.startswith("bare") else str(tmp_path / name)
+        assert load_set(named, None).pairs == wanted, name
