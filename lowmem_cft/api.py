@@ -114,9 +114,13 @@ def load(
     device: str | None = None,
     progress: Say = _unheard,
 ) -> Embeds:
-    """Load a run, an exported model, a sentence-transformers folder, or a base model, to embed with.
+    """Load a run, an exported model, a sentence-transformers model, or a base model, to embed with.
+
+    `.embed(texts)` gives float32 (texts, D); `.embed(texts, role="document")` embeds them as what is
+    searched, which differs where the model has another template for it.
 
     Args:
+        name: a folder or hub id.
         recipe: for a base model, the recipe that says how to embed.
         overrides: for a base model, values of a recipe such as `embedding.pooling=mean`.
         float32: compute in float32 from the weights as stored.

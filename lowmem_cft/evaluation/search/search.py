@@ -27,6 +27,7 @@ from lowmem_cft.evaluation.sts.correlation import Floats, spearman
 from lowmem_cft.evaluation.sts.score import score_pairs
 from lowmem_cft.evaluation.sts.sets import LoadedSet, pairs_sha256
 from lowmem_cft.inference.embed import Embed
+from lowmem_cft.inference.embedder import is_sentence_transformer
 from lowmem_cft.inference.loading import RECORD, Embedder, load_model, says_how_it_embeds
 from lowmem_cft.machine import dtype_name
 from lowmem_cft.model.identity import lora_scaling, weights_digest
@@ -169,10 +170,16 @@ def load_searched(
 
     Raises:
         ValueError: nothing of that name, a template without its slot, a recipe or assignments for a
-            run or an export, or a model whose tokenizer puts a template around every text itself.
+            run or an export, a sentence-transformers model, or a model whose tokenizer puts a template
+            around every text itself.
     """
     if template is not None:
         check_template(template)
+    if is_sentence_transformer(name, say):
+        raise ValueError(
+            f"{name} is a sentence-transformers model, whose modules say how it embeds, so no "
+            "demonstration can be tried on it; give a base model, or a run's folder"
+        )
     _check_bare(Path(name).expanduser())
     if recipe_name is None and not says_how_it_embeds(Path(name).expanduser()):
         overrides = [*(f"{key}={value}" for key, value in _READ.items()), *overrides]
