@@ -32,6 +32,7 @@ from lowmem_cft.progress import Quiet, Say
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
+from lowmem_cft.training.card import write_export_card
 from lowmem_cft.training.pipeline import run_recipe
 from lowmem_cft.training.records import Metrics, read_metrics
 from lowmem_cft.training.trainer import Observer
@@ -305,6 +306,7 @@ def export(
     folder = run.folder if isinstance(run, Run) else Path(run)
     target = RunFolder(folder).model if out is None else Path(out)
     export_run(folder, target, kind, _device(device), Quiet(progress))
+    write_export_card(RunFolder(folder), target)
     return target
 
 

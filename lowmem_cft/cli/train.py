@@ -125,10 +125,13 @@ def export(
         )
     from lowmem_cft.exporting.finished import check_target, export_run
     from lowmem_cft.machine import choose_device
+    from lowmem_cft.run_folder import RunFolder
+    from lowmem_cft.training.card import write_export_card
 
     target = out or run / "model"
     check_target(target)
     check_writable(target, folder=True)
     with make_screen() as screen:
         export_run(run, target, "merged" if merged else "adapter", choose_device(), screen)
+        write_export_card(RunFolder(run), target)
     typer.echo(str(target))

@@ -37,8 +37,4 @@ def export_run(run: Path, target: Path, kind: Kind, device: torch.device, observ
     check_target(target)
     loaded = load_model(str(run), device, observer.say)
     export_model(loaded, target, kind)
-    card = run / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8").replace(str(folder.model), str(target))
-        (target / "README.md").write_text(text, encoding="utf-8")
     checked(target, kind, loaded, observer)
