@@ -290,6 +290,7 @@ def export(
     out: str | PathLike[str] | None = None,
     *,
     kind: Literal["adapter", "merged"] = "adapter",
+    overwrite: bool = False,
     device: str | None = None,
     progress: Say = _unheard,
 ) -> Path:
@@ -298,14 +299,15 @@ def export(
     Args:
         out: the folder to write; `model` in the run's if None.
         kind: the adapter on its base, or both merged in 16 bits.
+        overwrite: replace an export that is there, such as the one that the run has made.
 
     Raises:
-        ValueError: no finished run, or `out` is a folder of something else.
+        ValueError: no finished run, or `out` is a folder of something else, or holds an export.
         RuntimeError: the export does not embed as the run's model.
     """
     folder = run.folder if isinstance(run, Run) else Path(run)
     target = RunFolder(folder).model if out is None else Path(out)
-    export_run(folder, target, kind, _device(device), Quiet(progress))
+    export_run(folder, target, kind, _device(device), Quiet(progress), overwrite=overwrite)
     write_export_card(RunFolder(folder), target)
     return target
 
