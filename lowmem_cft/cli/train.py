@@ -96,7 +96,7 @@ def plan(
         return
     for table in plan_tables(recipe_plan):
         print_table(table)
-    typer.echo(recipe_plan.prediction.plan.describe())
+    typer.echo(f"plan: {recipe_plan.prediction.plan.describe()}")
 
 
 def demo(overrides: Overrides = None, offline: Offline = False) -> None:

@@ -36,6 +36,12 @@ from lowmem_cft.training.records import Metrics, Progress, StepLine, append_line
 from lowmem_cft.training.scoring import ScoreObserver, Scoring
 from lowmem_cft_kernels import LossPath
 
+_LOSS_PATHS = {
+    LossPath.REFERENCE: "the formula as it stands",
+    LossPath.CHUNKED: "PyTorch, block by block",
+    LossPath.TRITON: "fused kernels on the GPU",
+}
+
 
 class Observer(ScoreObserver, Protocol):
     """Is told how training goes."""
@@ -204,8 +210,9 @@ class Trainer:
             self.observer.say(f"memory ran out; from now on: {self.plan.describe()}")
         if report.loss_report.path != self._loss_path:
             self._loss_path = report.loss_report.path
-            self.observer.say(f"loss by the {self._loss_path.value} path")
-            self.observer.say(f"attention by: {', '.join(job.encoder.attention)}")
+            how = _LOSS_PATHS[self._loss_path]
+            self.observer.say(f"loss by the {self._loss_path.value} path: {how}")
+            self.observer.say(f"attention kernels: {', '.join(job.encoder.attention)}")
         return report
 
     def _update(self) -> float:
