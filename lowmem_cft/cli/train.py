@@ -74,7 +74,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Predict memory and cost of a recipe's steps, from the model's configuration alone."""
+    """Predict memory and cost of a recipe's steps.
+
+    Of the model its config.json is enough: model.id may be a folder with that file alone, and the
+    models of the presets are known by their names.
+    """
     from lowmem_cft.model.names import check_model_name
     from lowmem_cft.recipe.load import load_recipe
 
