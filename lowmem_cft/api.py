@@ -32,6 +32,7 @@ from lowmem_cft.progress import Quiet, Say
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
+from lowmem_cft.training.card import write_export_card
 from lowmem_cft.training.pipeline import run_recipe
 from lowmem_cft.training.records import Metrics, read_metrics
 from lowmem_cft.training.trainer import Observer
@@ -114,9 +115,13 @@ def load(
     device: str | None = None,
     progress: Say = _unheard,
 ) -> Embeds:
-    """Load a run, an exported model, a sentence-transformers folder, or a base model, to embed with.
+    """Load a run, an exported model, a sentence-transformers model, or a base model, to embed with.
+
+    `.embed(texts)` gives float32 (texts, D); `.embed(texts, role="document")` embeds them as what is
+    searched, which differs where the model has another template for it.
 
     Args:
+        name: a folder or hub id.
         recipe: for a base model, the recipe that says how to embed.
         overrides: for a base model, values of a recipe such as `embedding.pooling=mean`.
         float32: compute in float32 from the weights as stored.
@@ -285,6 +290,7 @@ def export(
     out: str | PathLike[str] | None = None,
     *,
     kind: Literal["adapter", "merged"] = "adapter",
+    overwrite: bool = False,
     device: str | None = None,
     progress: Say = _unheard,
 ) -> Path:
@@ -293,14 +299,16 @@ def export(
     Args:
         out: the folder to write; `model` in the run's if None.
         kind: the adapter on its base, or both merged in 16 bits.
+        overwrite: replace an export that is there, such as the one that the run has made.
 
     Raises:
-        ValueError: no finished run, or `out` is a folder of something else.
+        ValueError: no finished run, or `out` is a folder of something else, or holds an export.
         RuntimeError: the export does not embed as the run's model.
     """
     folder = run.folder if isinstance(run, Run) else Path(run)
     target = RunFolder(folder).model if out is None else Path(out)
-    export_run(folder, target, kind, _device(device), Quiet(progress))
+    export_run(folder, target, kind, _device(device), Quiet(progress), overwrite=overwrite)
+    write_export_card(RunFolder(folder), target)
     return target
 
 

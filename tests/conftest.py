@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from peer_models import peer_folder  # noqa: F401
 from places import ROOT
 from running import command, corpus_files, finished, make_recipe, recipe_file  # noqa: F401
 from tiny import save_tiny

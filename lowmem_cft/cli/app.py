@@ -63,7 +63,7 @@ for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 
-_FLAGS = {"overrides": "--set", "sets": "--set-name", "stages": "--stage"}
+_FLAGS = {"overrides": "--set", "sets": "--set-name", "stages": "--stage", "role": "--as"}
 """Arguments whose flags have other names."""
 
 

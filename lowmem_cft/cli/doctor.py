@@ -44,7 +44,10 @@ def _device() -> list[Finding]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}), {free}"
-        return [Finding("ok", "GPU", name), Finding("ok", "compute dtype", dtype)]
+        return [
+            Finding("ok", "GPU", name),
+            Finding("ok", "compute dtype", f"{dtype}, unless model.dtype of a recipe says"),
+        ]
     remedy = ""
     if shutil.which("nvidia-smi"):
         remedy = "nvidia-smi is there but this torch has no CUDA: pip install a CUDA build of torch"
@@ -52,7 +55,7 @@ def _device() -> list[Finding]:
     return [
         Finding("note", "GPU", "none that torch can use: training runs on the CPU", remedy),
         Finding("ok", "CPU", f"{platform.processor() or platform.machine()}, {threads}"),
-        Finding("ok", "compute dtype", dtype),
+        Finding("ok", "compute dtype", f"{dtype}, unless model.dtype of a recipe says"),
     ]
 
 
@@ -68,7 +71,7 @@ def _loss_path() -> Finding:
 
     emb_SD = torch.empty((256 + 512, 1024), device=choose_device())
     path = choose_path(emb_SD[:256], emb_SD[256:]).value
-    outcome = f"by the {path} path (256 triplets of 1024 dimensions)"
+    outcome = f"by the {path} path (tried on 256 triplets of 1024 dimensions)"
     if not emb_SD.is_cuda or (reason := why_not_triton(emb_SD)) is None:
         return Finding("ok", "loss", outcome)
     return Finding("note", "loss", f"{outcome}, slower than triton's: {reason}", TRITON_NEEDS)
@@ -90,7 +93,9 @@ def _nf4() -> Finding:
             "missing", "4-bit", f"does not run here: {error}", "pip install -U bitsandbytes"
         )
     error_share = float((restored - weight).abs().mean())
-    return Finding("ok", "4-bit", f"NF4 round trip runs, mean error {error_share:.3f}")
+    return Finding(
+        "ok", "4-bit", f"NF4 runs: weights come back with a mean error of {error_share:.3f}"
+    )
 
 
 def _places() -> list[Finding]:

@@ -28,11 +28,22 @@ if TYPE_CHECKING:
 # typer reads annotations at run time, where Python 3.10's dialect must do.
 AnyModel = Annotated[
     str,
-    typer.Argument(help="Run folder, exported model, sentence-transformers folder, or base model."),
+    typer.Argument(
+        help="Run folder, exported model, sentence-transformers model (folder or hub id), or base "
+        "model."
+    ),
 ]
 Model = Annotated[str, typer.Argument(help="Run folder, exported model, or base model.")]
 Recipe = Annotated[
     Optional[str], typer.Option(help="For a base model: the recipe that says how to embed.")
+]
+Role = Annotated[
+    Optional[str],
+    typer.Option(
+        "--as",
+        help="query or document: what the texts are, for a model that embeds the two differently. "
+        "If absent, what sentence-transformers' encode does; of a model trained here, query.",
+    ),
 ]
 Suite = Annotated[
     Optional[str],
@@ -231,7 +242,7 @@ def compare(
 
 
 def embed(
-    model: Model,
+    model: AnyModel,
     file: Annotated[Path, typer.Argument(help="Text file, one text a line; - for standard input.")],
     out: Annotated[
         Optional[Path], typer.Option(help=".npy or .parquet; FILE.npy if absent.")
@@ -239,6 +250,7 @@ def embed(
     keep_blank: Annotated[
         bool, typer.Option("--keep-blank", help="Embed blank lines too, in place of refusing.")
     ] = False,
+    role: Role = None,
     recipe: Recipe = None,
     overrides: Overrides = None,
 ) -> None:
@@ -252,15 +264,17 @@ def embed(
     texts = read_lines(file, keep_blank=keep_blank)
     check_writable(out)
     from lowmem_cft.evaluation.sts.correlation import num_not_finite
-    from lowmem_cft.inference.loading import load_model
+    from lowmem_cft.inference.embed import role_named
+    from lowmem_cft.inference.embedder import load_embedder
     from lowmem_cft.machine import choose_device
 
+    known_role = role_named(role)
     with make_screen() as screen:
-        loaded = load_model(
+        loaded = load_embedder(
             model, choose_device(), screen.say, recipe_name=recipe, overrides=overrides or []
         )
         screen.begin(len(set(texts)), 0, what="texts")
-        vectors = loaded.embed(texts, on_progress=screen.advance, say=screen.say)
+        vectors = loaded.embed(texts, role=known_role, on_progress=screen.advance, say=screen.say)
     if num_bad := num_not_finite(vectors):
         raise ValueError(
             f"{file}: {num_bad} of {len(texts)} embeddings are not finite, so {out} was not "

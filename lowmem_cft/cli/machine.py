@@ -11,17 +11,20 @@ from lowmem_cft.cli.options import print_table
 def doctor() -> None:
     """Say what this machine has, what is missing, and how to get it."""
     from rich.table import Table
+    from rich.text import Text
 
     from lowmem_cft.cli.doctor import examine
     from lowmem_cft.model.backbone import quiet_libraries
 
     quiet_libraries()
     table = Table(title=f"lowmem-cft {__version__}")
-    for column in ("", "what", "found", "remedy"):
+    for column in ("", "what", "found, and what to do about it"):
         table.add_column(column, overflow="fold")
     findings = examine()
     for finding in findings:
-        table.add_row(finding.level, finding.what, finding.found, finding.remedy)
+        remedy = f"\n-> {finding.remedy}" if finding.remedy else ""
+        # no markup: a remedy such as pip install lowmem-cft[check] has brackets
+        table.add_row(finding.level, finding.what, Text(finding.found + remedy))
     print_table(table)
     if any(finding.level == "missing" for finding in findings):
         raise typer.Exit(1)

@@ -17,6 +17,13 @@ from rich.progress import (
 from lowmem_cft.evaluation.sts.score import SetScore
 from lowmem_cft.training.records import StepLine
 
+_OBSERVED = (
+    "of each step: accuracy, the share of rows whose positive is the most similar document of the "
+    "batch; rank, the positive's mean place among its documents, 1 being the first; hidden, the share "
+    "of documents that are no negatives of a row, such as copies of its positive"
+)
+"""What the words beside a step's loss mean."""
+
 _LINES = 20
 """Progress lines of a run whose output is no terminal."""
 
@@ -27,6 +34,7 @@ class Screen:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._num_steps = 0
+        self._explained = False
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -61,6 +69,9 @@ class Screen:
     def step(self, line: StepLine) -> None:
         note = f"loss {line.loss:.4f}"
         if line.accuracy is not None:
+            if not self._explained:
+                self.say(_OBSERVED)
+                self._explained = True
             note += f"  accuracy {line.accuracy:.0%}  rank {line.mean_rank:.1f}"
         if line.masked_share:
             note += f"  hidden {line.masked_share:.0%}"
@@ -77,4 +88,4 @@ class Screen:
     def scored(self, step: int, scores: Sequence[SetScore]) -> None:
         listed = ", ".join(f"{score.name} {100 * score.spearman:.2f}" for score in scores)
         if listed:
-            self.say(f"after {step} steps: {listed}")
+            self.say(f"Spearman x 100 after {step} steps: {listed}")

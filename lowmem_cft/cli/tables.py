@@ -17,40 +17,76 @@ from lowmem_cft.evaluation.transfer.report import TransferReport
 from lowmem_cft.planning.recipe_plan import RecipePlan
 from lowmem_cft.units import GIB
 
+_PARTS = {
+    "weights_4bit": "weights of the base, in 4 bits",
+    "weights": "weights of the base that stay in more bits",
+    "adapter": "the weights that are trained",
+    "gradients": "their gradients",
+    "optimizer": "its averages of them",
+    "context": "the libraries' own, before any tensor",
+    "index": "which text is whose",
+    "embeddings": "vectors of all texts of a step",
+    "embedding_gradient": "the loss's gradient of each vector",
+    "kept_graphs": "what chunks keep for their backward pass",
+    "activations": "the chunk in work",
+    "loss_workspace": "what the loss takes besides vectors",
+    "slack": "what the allocator loses between its blocks",
+}
+"""What is held, by the names of a prediction's parts."""
+
+_MOMENTS = {
+    "embedding": "while texts are embedded",
+    "embedding kept": "while texts are embedded",
+    "loss": "while the loss is computed",
+    "backward": "in the backward pass",
+    "backward of kept": "in the backward pass",
+}
+
 
 def plan_tables(plan: RecipePlan) -> list[Table]:
     """What is held at the peak of a step, its cost, and the largest batches."""
-    prediction, shape = plan.prediction, plan.shape
-    parts = Table(title=f"Predicted peak, in the {prediction.moment} ({plan.device_type})")
-    parts.add_column("part")
-    parts.add_column("GiB", justify="right")
+    prediction = plan.prediction
+    title = f"Predicted peak memory ({plan.device_type}), {_MOMENTS[prediction.moment]}"
+    parts = Table(title=title)
+    for column in ("part", "GiB", "what it is"):
+        parts.add_column(column, justify="right" if column == "GiB" else "left")
     for name, size in prediction.parts.items():
-        parts.add_row(name.replace("_", " "), f"{size / GIB:.3f}")
-    parts.add_row("total", f"{prediction.peak_bytes / GIB:.3f}", style="bold")
-    parts.add_row("limit", f"{plan.limit_bytes / GIB:.3f}")
+        parts.add_row(name.replace("_", " "), f"{size / GIB:.3f}", _PARTS[name])
+    parts.add_row("total", f"{prediction.peak_bytes / GIB:.3f}", "", style="bold")
+    parts.add_row("limit", f"{plan.limit_bytes / GIB:.3f}", "what the run may take")
+    return [parts, _cost_table(plan), _largest_table(plan)]
+
+
+def _cost_table(plan: RecipePlan) -> Table:
+    prediction, shape = plan.prediction, plan.shape
     cost = Table(title="A step")
-    cost.add_column("what")
-    cost.add_column("how much", justify="right")
+    for column in ("what", "how much", "what it is"):
+        cost.add_column(column, justify="right" if column == "how much" else "left")
     padding = prediction.padded_tokens / prediction.tokens - 1
-    for what, value in (
-        ("logical batch", f"{shape.rows:,} rows, {shape.slots:,} texts"),
-        ("tokens", f"{prediction.tokens:,} and {padding:.1%} padding"),
-        ("longest text", f"{shape.longest} tokens"),
-        ("arithmetic", f"{prediction.flops / 1e12:,.1f} TFLOP in {plan.dtype}"),
-        ("cost", f"{prediction.relative_cost:.2f} x the plain step"),
+    for what, value, meaning in (
+        ("logical batch", f"{shape.rows:,} rows", f"{shape.slots:,} texts, one loss over them all"),
+        ("tokens", f"{prediction.tokens:,}", "of the texts themselves"),
+        ("padding", f"{padding:.1%}", "more, to make a chunk's texts equally long"),
+        ("longest text", f"{shape.longest} tokens", "template and special tokens counted"),
+        ("arithmetic", f"{prediction.flops / 1e12:,.1f} TFLOP", f"in {plan.dtype}"),
+        ("cost", f"{prediction.relative_cost:.2f}", "times plain training on the batch at once"),
     ):
-        cost.add_row(what, value)
+        cost.add_row(what, value, meaning)
+    return cost
+
+
+def _largest_table(plan: RecipePlan) -> Table:
     largest = Table(title="Largest logical batch")
-    largest.add_column("memory")
-    largest.add_column("rows", justify="right")
+    for column in ("memory", "rows"):
+        largest.add_column(column, justify="right" if column == "rows" else "left")
     for limit, rows in plan.max_logical_batch.items():
         largest.add_row(f"{limit / GIB:g} GiB", f"{rows:,}" if rows else "does not fit")
-    return [parts, cost, largest]
+    return largest
 
 
 def before_after_table(before: Sequence[SetScore], after: Sequence[SetScore]) -> Table:
     """Spearman x 100, a row per set."""
-    table = Table(title="Spearman x 100")
+    table = Table(title="Spearman x 100", caption=_SPEARMAN)
     for column in ("set", "pairs", "before", "after", "gain"):
         table.add_column(column, justify="left" if column == "set" else "right")
     for old, new in zip(before, after, strict=True):
@@ -76,12 +112,18 @@ _KINDS = {
 }
 
 
-def _data_notes(scores: Sequence[SetScore]) -> str:
-    """What the digits beside the scores are, and which texts are not the protocol's."""
+_SPEARMAN = (
+    "Spearman: how far cosines of vectors rank the pairs as people did, 100 being the same order"
+)
+
+
+def _score_notes(scores: Sequence[SetScore], num_resamples: int) -> str:
+    """What the numbers are, and which texts are not the protocol's."""
     kinds: dict[str, list[str]] = {}
     for score in scores:
         kinds.setdefault(score.version.partition(":")[0], []).append(score.name)
-    notes = [
+    notes = [_SPEARMAN, f"95 %: its interval, over {num_resamples:,} resamples of the pairs"]
+    notes += [
         f"data: {_KINDS[kind]}" + (f" ({', '.join(names)})" if len(kinds) > 1 else "")
         for kind, names in kinds.items()
     ]
@@ -94,7 +136,7 @@ def score_table(report: StsReport) -> Table:
     """Correlations x 100 with the interval of Spearman's, a row per set, and the mean."""
     table = Table(
         title=f"{report.label}, x 100",
-        caption=_data_notes(report.scores),
+        caption=_score_notes(report.scores, report.num_resamples),
         collapse_padding=True,  # so that the sets of a protocol fit 80 columns
     )
     for column in ("set", "pairs", "Spearman", "95 %", "Pearson", "data"):
@@ -199,10 +241,10 @@ def trial_table(trials: Sequence[Trial], rows: int) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Spearman x 100 of A and B, and B less A with its interval."""
-    caption = None
+    caption = "an interval with 0 in it shows no difference"
     if comparison.a.float32 != comparison.b.float32:
         exact, other = "AB" if comparison.a.float32 else "BA"
-        caption = f"{exact} was computed in float32, {other} in its model's own dtype"
+        caption += f"\n{exact} was computed in float32, {other} in its model's own dtype"
     mean = "mean" if comparison.a.complete else f"mean of {len(comparison.sets)}"
     table = Table(title=f"{comparison.a.label}, x 100", caption=caption)
     for column in ("set", "pairs", "A", "B", "B - A", "95 % of B - A"):

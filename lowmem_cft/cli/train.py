@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -14,6 +15,9 @@ from lowmem_cft.cli.columns import with_columns_named
 from lowmem_cft.cli.files import check_writable
 from lowmem_cft.cli.options import Offline, Overrides, go_offline, make_screen, print_table
 from lowmem_cft.files import nearest_names
+
+if TYPE_CHECKING:
+    from lowmem_cft.exporting.layout import Kind
 
 
 def train(
@@ -76,7 +80,11 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Predict memory and cost of a recipe's steps, from the model's configuration alone."""
+    """Predict memory and cost of a recipe's steps.
+
+    Of the model its config.json is enough: model.id may be a folder with that file alone, and the
+    models of the presets are known by their names.
+    """
     from lowmem_cft.model.names import check_model_name
     from lowmem_cft.recipe.load import load_recipe
 
@@ -98,7 +106,7 @@ def plan(
         return
     for table in plan_tables(recipe_plan):
         print_table(table)
-    typer.echo(recipe_plan.prediction.plan.describe())
+    typer.echo(f"plan: {recipe_plan.prediction.plan.describe()}")
 
 
 def demo(overrides: Overrides = None, offline: Offline = False) -> None:
@@ -121,6 +129,9 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="Merge the adapter into 16-bit weights.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an export that is there.")
+    ] = False,
 ) -> None:
     """Write a finished run as a folder that SentenceTransformer(path) loads, and check it."""
     if not (run / "recipe.yaml").is_file():
@@ -129,12 +140,19 @@ def export(
             if run.exists()
             else f"{run} does not exist; {nearest_names(run)}"
         )
-    from lowmem_cft.exporting.finished import check_target, export_run
+    from lowmem_cft.exporting.finished import check_target, export_run, is_export
     from lowmem_cft.machine import choose_device
+    from lowmem_cft.run_folder import RunFolder
+    from lowmem_cft.training.card import write_export_card
 
     target = out or run / "model"
-    check_target(target)
+    kind: Kind = "merged" if merged else "adapter"
+    if is_export(target) and not overwrite and sys.stdin.isatty():
+        question = f"{target} holds an export already; replace it?"
+        overwrite = typer.confirm(question, abort=True, err=True)
+    check_target(target, overwrite=overwrite)
     check_writable(target, folder=True)
     with make_screen() as screen:
-        export_run(run, target, "merged" if merged else "adapter", choose_device(), screen)
+        export_run(run, target, kind, choose_device(), screen, overwrite=overwrite)
+        write_export_card(RunFolder(run), target)
     typer.echo(str(target))

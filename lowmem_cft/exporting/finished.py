@@ -16,14 +16,24 @@ from lowmem_cft.progress import Says
 from lowmem_cft.run_folder import RunFolder
 
 
-def check_target(target: Path) -> None:
-    """Refuse to replace a folder that is no export of ours.
+def is_export(target: Path) -> bool:
+    """Whether the folder holds an export of ours."""
+    return (target / RECORD).is_file()
+
+
+def check_target(target: Path, *, overwrite: bool = False) -> None:
+    """Refuse to replace a folder that is no export of ours, or an export without being told to.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder holds something.
     """
-    ours = not target.exists() or (target / RECORD).is_file()
-    if not ours and (not target.is_dir() or any(target.iterdir())):
+    if is_export(target):
+        if not overwrite:
+            raise ValueError(
+                f"{target} holds an export already: replace it with `overwrite`, or choose another "
+                "folder with `out`"
+            )
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"`out`: {target} exists and is no export of ours; choose another folder")
 
 
@@ -34,7 +44,6 @@ def export_model(
     observer: Says,
     *,
     texts: Sequence[str] = (),
-    card: str | None = None,
 ) -> ExportCheck | None:
     """Write a model for sentence-transformers and check it.
 
@@ -42,7 +51,6 @@ def export_model(
 
     Args:
         texts: see `checked`.
-        card: the folder's README.md.
 
     Raises:
         ValueError: there is no adapter, or the layout cannot express the recipe.
@@ -51,26 +59,32 @@ def export_model(
     """
     with whole_folder(target) as folder:
         write_model(embedder, folder, kind)
-        if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
         return checked(folder, kind, embedder, observer, texts)
 
 
-def export_run(run: Path, target: Path, kind: Kind, device: torch.device, observer: Says) -> None:
+def export_run(
+    run: Path,
+    target: Path,
+    kind: Kind,
+    device: torch.device,
+    observer: Says,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Write a finished run as a folder that SentenceTransformer(path) loads, and check it.
+
+    Args:
+        overwrite: replace an export of ours that is there.
 
     Raises:
         ValueError: it is no run folder, or not finished, or its recipe cannot be exported; the
-            target is no export of ours.
+            target holds something else, or an export that may not be replaced.
         RuntimeError: the export does not embed as the run's model.
     """
     folder = RunFolder(run)
     if not folder.recipe.is_file():
         raise ValueError(f"{run} is no run folder (no recipe.yaml in it)")
-    check_target(target)
+    check_target(target, overwrite=overwrite)
     loaded = load_model(str(run), device, observer.say)
     check_expressible(loaded.recipe)
-    card = None
-    if (file := run / "README.md").is_file():
-        card = file.read_text(encoding="utf-8").replace(str(folder.model), str(target))
-    export_model(loaded, target, kind, observer, card=card)
+    export_model(loaded, target, kind, observer)

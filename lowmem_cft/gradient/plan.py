@@ -70,18 +70,30 @@ class StepPlan:
 
     def describe(self) -> str:
         """The plan in one line of English."""
-        graphs = {None: "all graphs kept", 0: "no graph kept"}.get(
-            self.kept_tokens, f"graphs of {self.kept_tokens} tokens kept"
-        )
-        layers = {0: "", 1: ", all layers checkpointed"}.get(
-            self.checkpoint_every, f", every {self.checkpoint_every}th layer checkpointed"
-        )
-        cache = ", embeddings in host memory" if self.offload_embeddings else ""
-        cache += f", embeddings in {self.embedding_dtype}" if self.embedding_dtype != "fp32" else ""
-        return (
-            f"chunks of {self.backward_tokens} tokens with a graph and {self.forward_tokens} "
-            f"without, {graphs}{layers}{cache}"
-        )
+        chunks = f"chunks of up to {self.backward_tokens} tokens, padding counted"
+        if self.kept_tokens is not None and self.forward_tokens != self.backward_tokens:
+            chunks += f" ({self.forward_tokens} where only vectors are wanted)"
+        graph = "what the backward pass needs"
+        if self.kept_tokens is None:
+            graphs = f"all graphs kept ({graph}), so that each text is encoded once"
+        elif self.kept_tokens == 0:
+            graphs = f"no graph kept ({graph}), so that each text is encoded twice"
+        else:
+            graphs = (
+                f"graphs of {self.kept_tokens} tokens kept ({graph}), so that the other texts are "
+                "encoded twice"
+            )
+        parts = [chunks, graphs]
+        if self.checkpoint_every:
+            which = {1: "all layers", 2: "every 2nd layer", 3: "every 3rd layer"}.get(
+                self.checkpoint_every, f"every {self.checkpoint_every}th layer"
+            )
+            parts.append(f"{which} checkpointed (computed again in the backward pass)")
+        if self.offload_embeddings:
+            parts.append("embeddings in host memory")
+        if self.embedding_dtype != "fp32":
+            parts.append(f"embeddings in {self.embedding_dtype}")
+        return "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

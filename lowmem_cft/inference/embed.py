@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,24 @@ Vectors = npt.NDArray[np.float32]
 
 Embed = Callable[[Sequence[str]], Vectors]
 """Maps texts to float32 (texts, D), row i for text i; equal texts may be encoded once."""
+
+Role = Literal["query", "document"]
+"""What a text is in a search; a model may put another template around each."""
+
+
+_ROLES: dict[str | None, Role | None] = {None: None, "query": "query", "document": "document"}
+
+
+def role_named(name: str | None) -> Role | None:
+    """The role of that name, None for None.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _ROLES:
+        raise ValueError(f"`role`: got {name!r}, wanted query or document")
+    return _ROLES[name]
+
 
 _PREFIX_WEIGHT = 4
 """Tokens of a prefix that take the memory of one token of a chunk: theirs is keys and values alone."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from lowmem_cft.data.tokens import TextFormat, Tokenizer, query_format
+from lowmem_cft.data.tokens import TextFormat, Tokenizer, document_format, query_format
 from lowmem_cft.files import read_json
-from lowmem_cft.inference.embed import Vectors, embed_texts
+from lowmem_cft.inference.embed import Role, Vectors, embed_texts, role_named
 from lowmem_cft.model.backbone import Backbone, load_backbone, readable_weights
 from lowmem_cft.model.configs import GET_MODEL
 from lowmem_cft.model.encoder import Encoder
@@ -55,6 +55,7 @@ class Embedder:
         self,
         texts: Sequence[str],
         *,
+        role: Role | None = None,
         text_format: TextFormat | None = None,
         on_progress: Callable[[int], None] = lambda texts: None,
         say: Say = warnings.warn,
@@ -62,20 +63,23 @@ class Embedder:
         """float32 (texts, D), row i for text i.
 
         Args:
+            role: query (also where it is None) or document: whose template is put around the texts.
             text_format: in the place of the recipe's template, end token and length.
             on_progress: told how many more distinct texts are done, after each chunk.
             say: told why tokens that texts begin with are not run once for all.
 
         Raises:
-            ValueError: there are no texts.
+            ValueError: there are no texts, or no such role.
         """
+        is_document = role_named(role) == "document"
+        of_role = document_format(self.recipe) if is_document else self.text_format
         model = self.encoder.model
         with float32_arithmetic(model) if self.float32 else nullcontext():
             return embed_texts(
                 self.encoder,
                 self.tokenizer,
                 texts,
-                text_format=text_format or self.text_format,
+                text_format=text_format or of_role,
                 token_budget=self.recipe.eval.token_budget,
                 on_progress=on_progress,
                 say=say,

@@ -146,7 +146,12 @@ def _find_config(section: ModelSection) -> Any:
         path = Path(section.id).expanduser()
         no_model = path.is_dir() and not (path / "config.json").is_file()
         if no_model or isinstance(error.__cause__, OSError):  # or the hub cannot be reached
-            resolve(section.id, section.revision)
+            try:
+                resolve(section.id, section.revision)
+            except ValueError as reason:
+                raise ValueError(
+                    f"{reason}; to plan, a folder with the model's config.json alone is enough"
+                ) from None
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,17 @@ def load_adapter_state(peft_model: torch.nn.Module, state: dict[str, Tensor]) ->
 
     outcome = set_peft_model_state_dict(peft_model, state)
     assert not outcome.unexpected_keys, f"adapter names: {outcome.unexpected_keys[:3]}"
+
+
+def save_adapter(peft_model: Any, folder: Path, card: str) -> None:
+    """Write the adapter as peft loads it, with a card in the place of peft's unfilled one.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    with whole_folder(folder) as unfinished:
+        peft_model.save_pretrained(unfinished, save_embedding_layers=False)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
 
 
 def save_state(run: RunFolder, state: TrainingState) -> None:

@@ -216,8 +216,8 @@ def _plan_steps(
         prediction = as_before if as_before.peak_bytes <= limit else prediction
     observer.say(
         f"plan: {prediction.plan.describe()}; about {prediction.peak_bytes / GIB:.2f} of "
-        f"{limit / GIB:.2f} GiB, {prediction.relative_cost:.2f} times the cost of the plain step; "
-        f"{planner.footprint.weights.num_trained:,} weights to train"
+        f"{limit / GIB:.2f} GiB, {prediction.relative_cost:.2f} times the cost of plain training "
+        f"on the whole batch at once; {planner.footprint.weights.num_trained:,} weights to train"
     )
     return planner, prediction.plan
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ from lowmem_cft.inference.loading import Embedder
 from lowmem_cft.recipe.schema import Recipe
 from lowmem_cft.run_folder import RunFolder
 from lowmem_cft.training import runs
-from lowmem_cft.training.card import model_card
+from lowmem_cft.training.card import model_card, write_export_card
 from lowmem_cft.training.checkpoint import load_state, saved_step
 from lowmem_cft.training.interrupt import interrupts_say
 from lowmem_cft.training.job import TrainingJob, assemble
@@ -124,8 +123,7 @@ def _export(job: TrainingJob, kind: Kind, folder: RunFolder, observer: Observer)
 
 
 def _write_card(job: TrainingJob, folder: RunFolder, metrics: Metrics) -> None:
-    hub_base = not Path(job.backbone.name).exists()
-    card = model_card(job.recipe, metrics, folder.model, hub_base=hub_base)
+    card = model_card(job.recipe, metrics, job.backbone.name, None)
     (folder.path / "README.md").write_text(card, encoding="utf-8")
     if folder.model.is_dir():
-        (folder.model / "README.md").write_text(card, encoding="utf-8")
+        write_export_card(folder, folder.model)

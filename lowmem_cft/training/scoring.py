@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from lowmem_cft.data.tokens import query_format
 from lowmem_cft.evaluation.sts.score import SetScore, score_set
 from lowmem_cft.evaluation.sts.sets import LoadedSet
-from lowmem_cft.files import whole_folder
 from lowmem_cft.model.backbone import readable_weights
 from lowmem_cft.progress import Says
 from lowmem_cft.run_folder import RunFolder
-from lowmem_cft.training.checkpoint import load_adapter_state
+from lowmem_cft.training.card import adapter_card
+from lowmem_cft.training.checkpoint import load_adapter_state, save_adapter
 from lowmem_cft.training.job import TrainingJob
 from lowmem_cft.training.records import Progress
 
@@ -68,8 +68,8 @@ class Scoring:
         if self.keeps_best and (best is None or scores[0].spearman > best):
             self.progress.best_score = scores[0].spearman
             self.progress.best_step = step
-            with whole_folder(self.folder.best) as partial:
-                self.job.encoder.model.save_pretrained(partial, save_embedding_layers=False)
+            card = adapter_card(self.job.recipe, self.job.backbone)
+            save_adapter(self.job.encoder.model, self.folder.best, card)
         return scores[0]
 
     def take_best(self) -> None:

@@ -17,14 +17,15 @@ import torch
 from lowmem_cft import machine
 from lowmem_cft.evaluation.sts.protocols import SCORED
 from lowmem_cft.evaluation.sts.score import SetScore
-from lowmem_cft.files import whole_folder
 from lowmem_cft.gradient.oom import try_in_memory
 from lowmem_cft.gradient.step import LossReport, StepReport
 from lowmem_cft.run_folder import RunFolder
+from lowmem_cft.training.card import adapter_card
 from lowmem_cft.training.checkpoint import (
     TrainingState,
     adapter_state,
     load_adapter_state,
+    save_adapter,
     save_state,
 )
 from lowmem_cft.training.health import NegativesWatch
@@ -34,6 +35,12 @@ from lowmem_cft.training.optimizer import set_rates
 from lowmem_cft.training.records import Metrics, Progress, StepLine, append_line, truncate_log
 from lowmem_cft.training.scoring import ScoreObserver, Scoring
 from lowmem_cft_kernels import LossPath
+
+_LOSS_PATHS = {
+    LossPath.REFERENCE: "the formula as it stands",
+    LossPath.CHUNKED: "PyTorch, block by block",
+    LossPath.TRITON: "fused kernels on the GPU",
+}
 
 
 class Observer(ScoreObserver, Protocol):
@@ -203,8 +210,9 @@ class Trainer:
             self.observer.say(f"memory ran out; from now on: {self.plan.describe()}")
         if report.loss_report.path != self._loss_path:
             self._loss_path = report.loss_report.path
-            self.observer.say(f"loss by the {self._loss_path.value} path")
-            self.observer.say(f"attention by: {', '.join(job.encoder.attention)}")
+            how = _LOSS_PATHS[self._loss_path]
+            self.observer.say(f"loss by the {self._loss_path.value} path: {how}")
+            self.observer.say(f"attention kernels: {', '.join(job.encoder.attention)}")
         return report
 
     def _update(self) -> float:
@@ -283,8 +291,8 @@ class Trainer:
         # Loaders hold an adapter in its base's dtype: what is scored and saved is that adapter.
         for parameter in job.parameters:
             parameter.data = parameter.data.to(job.backbone.dtype)
-        with whole_folder(self.folder.adapter) as unfinished:
-            job.encoder.model.save_pretrained(unfinished, save_embedding_layers=False)
+        card = adapter_card(job.recipe, job.backbone)
+        save_adapter(job.encoder.model, self.folder.adapter, card)
         metrics = self._metrics(self.scoring.score_all(self.step_index))
         metrics.write(self.folder)
         return metrics

@@ -175,7 +175,7 @@ def test_the_machines_faults_exit_with_1(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lowmem_cft.exporting.layout._write_layout", full)
-    code, _, err = command("export", str(finished))
+    code, _, err = command("export", str(finished), "--overwrite")
     assert code == 1
     assert "No space left on device" in err
     assert (finished / "model" / "modules.json").is_file(), "the export before it is gone"

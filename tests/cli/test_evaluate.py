@@ -197,3 +197,28 @@ def test_nothing_to_compare(command: Run, tmp_path: Path) -> None:
     code, _, err = command("compare", str(tmp_path), str(tmp_path / "gone"))
     assert code == 2
     assert f"lowmem-cft eval {tmp_path}" in err
+
+
+def test_embed_and_eval_take_a_sentence_transformer_as_it_is(
+    command: Run, peer_folder: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["the cat sat", "a dog ran in the house", "the cat sat"]
+    file, out = tmp_path / "texts.txt", tmp_path / "vectors.npy"
+    file.write_text("\n".join(texts))
+    reference = SentenceTransformer(str(peer_folder), device="cpu")
+    for options, encode in (
+        ((), reference.encode),
+        (("--as", "query"), reference.encode_query),
+        (("--as", "document"), reference.encode_document),
+    ):
+        code, _, err = command("embed", str(peer_folder), str(file), "--out", str(out), *options)
+        assert code == 0, err
+        assert np.load(out) == pytest.approx(encode(texts), abs=1e-6)
+    code, _, err = command("embed", str(peer_folder), str(file), "--as", "passage")
+    assert code == 2
+    assert "--as: got 'passage', wanted query or document" in err
+    code, _, err = command("icl-search", str(peer_folder), "-s", "demo", "--limit", "5")
+    assert code == 2
+    assert "is a sentence-transformers model" in err

@@ -19,11 +19,11 @@ def test_progress_says_how_the_batch_is_told_apart(command: Run, recipe_file: Pa
     assert code == 0, err
     note = r"loss \d+\.\d{4}  accuracy \d+%  rank \d+\.\d(  hidden \d+%)?  temperature 0\.0\d{3}  [\d.]+ rows/s"
     assert re.search(rf"^step 2/2  {note}$", err, re.MULTILINE), err
-    assert len(re.findall(r"^loss by the (\w+) path$", err, re.MULTILINE)) == 1
+    assert len(re.findall(r"^loss by the (\w+) path: ", err, re.MULTILINE)) == 1
 
 
 def said_by(lines: list[StepLine], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    screen = Screen(Console(stderr=True, width=200))
+    screen = Screen(Console(stderr=True, width=400))
     screen.begin(len(lines), 0)
     for line in lines:
         screen.step(line)
@@ -50,14 +50,17 @@ def test_what_a_step_observed_is_shown(capsys: pytest.CaptureFixture[str]) -> No
         temperature=0.0512,
         rows_per_s=1.0,
     )
-    (said,) = said_by([line], capsys)
+    meaning, said, again = said_by([line, line.model_copy(update={"step": 2})], capsys)
+    for word in ("accuracy", "rank", "hidden"):
+        assert f"{word}, " in meaning
+    assert again.startswith("step 2/2")
     assert said == (
-        "step 1/1  loss 0.5000  accuracy 75%  rank 1.5  hidden 96%  temperature 0.0512  1.0 rows/s"
+        "step 1/2  loss 0.5000  accuracy 75%  rank 1.5  hidden 96%  temperature 0.0512  1.0 rows/s"
     )
 
 
 def test_scores_are_told_after_their_step(capsys: pytest.CaptureFixture[str]) -> None:
-    screen = Screen(Console(stderr=True, width=200))
+    screen = Screen(Console(stderr=True, width=400))
     screen.scored(7, [SetScore("a", 0.5, 3, None, "a.tsv"), SetScore("b", -0.25, 3, None, "b.tsv")])
     screen.scored(8, [])
-    assert capsys.readouterr().err == "after 7 steps: a 50.00, b -25.00\n"
+    assert capsys.readouterr().err == "Spearman x 100 after 7 steps: a 50.00, b -25.00\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,33 @@ def test_export_does_not_touch_a_folder_of_something_else(
         assert "no export of ours" in err
     assert (precious / "thesis.tex").is_file()
     assert (finished / "adapter").is_dir()
+
+
+class Terminal(StringIO):
+    """Standard input of someone who is asked."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_export_is_replaced_only_where_that_is_wanted(
+    command: Run, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = finished / "model" / "lowmem_cft.json"
+    arguments = ("export", str(finished), "--merged", "--out", str(finished / "model"))
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert "holds an export already: replace it with --overwrite, or choose another" in err
+    for answer, kind in (("n", "adapter"), ("y", "merged")):
+        monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
+        code, _, err = command(*arguments)
+        assert code == (0 if answer == "y" else 1), err
+        assert json.loads(made.read_text())["kind"] == kind
+        assert "holds an export already; replace it?" in err
+    monkeypatch.setattr("sys.stdin", StringIO())
+    code, _, err = command("export", str(finished), "--overwrite")
+    assert code == 0, err
+    assert json.loads(made.read_text())["kind"] == "adapter"
 
 
 def test_demo_ends_in_one_line_of_json(

@@ -23,7 +23,9 @@ def test_only_an_export_of_ours_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no export of ours; choose another folder"):
         check_target(target)
     (target / RECORD).write_text("{}")
-    check_target(target)
+    check_target(target, overwrite=True)
+    with pytest.raises(ValueError, match="holds an export already: replace it with `overwrite`"):
+        check_target(target)
     with pytest.raises(ValueError, match="is no export of ours"):
         check_target(target / "letter.txt")
 

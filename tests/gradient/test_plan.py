@@ -116,3 +116,19 @@ def test_the_loss_is_told_how_to_multiply(
     got, _ = planned_gradients(make_encoder(dtype=dtype), batch, texts, chosen)
     assert told == [Products.EXACT, wanted]
     assert_same(got, exact, 1e-12)  # a CPU multiplies exactly whatever it is told
+
+
+@pytest.mark.parametrize(
+    ("dials", "wanted"),
+    [
+        ({"kept_tokens": None}, ["all graphs kept (what the backward pass needs)", "once"]),
+        ({}, ["(64 where only vectors are wanted)", "no graph kept", "each text is encoded twice"]),
+        ({"kept_tokens": 48}, ["graphs of 48 tokens kept", "other texts are encoded twice"]),
+        ({"checkpoint_every": 2}, ["every 2nd layer checkpointed (computed again"]),
+        ({"embedding_dtype": "fp16"}, ["embeddings in fp16"]),
+    ],
+)
+def test_a_plan_is_told_in_words(dials: dict[str, Any], wanted: list[str]) -> None:
+    told = StepPlan(backward_tokens=24, forward_tokens=64, **dials).describe()
+    assert told.startswith("chunks of up to 24 tokens, padding counted")
+    assert all(words in told for words in wanted), told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,17 @@ def test_plan_reads_data_that_is_at_hand(tiny_folder: Path) -> None:
     assert plan["limit_bytes"] == 4 * 10**9
     assert plan["tokens_per_step"] < plan["texts_per_step"] * plan["longest_text_tokens"] / 2
     assert plan["padded_tokens_per_step"] < 1.3 * plan["tokens_per_step"]
+
+
+def test_a_folder_with_the_configuration_alone_is_enough(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    options = ("--set", "model.keep_layers=null", "--memory", "4GiB")
+    plan = plan_json("demo", "--set", f"model.id={tmp_path}", *options)
+    assert plan["plan"]["backward_tokens"] > 0
+    (tmp_path / "config.json").unlink()
+    for name in (str(tmp_path), "nobody/nothing"):
+        outcome = CliRunner().invoke(
+            cli.app, ["plan", "demo", "--set", f"model.id={name}", *options]
+        )
+        assert isinstance(outcome.exception, ValueError)
+        assert "a folder with the model's config.json alone is enough" in str(outcome.exception)

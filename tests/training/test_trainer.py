@@ -155,7 +155,7 @@ def test_what_the_loss_observes_is_in_the_log(
         assert 0 < line.masked_share < 1
         assert line.mean_negative < line.mean_positive
     assert sum(said.startswith("loss by the ") for said in observer.said) == 1
-    assert "attention by: cpu" in observer.said
+    assert "attention kernels: cpu" in observer.said
     assert metrics.attention == ["cpu"]
 
 

@@ -25,6 +25,7 @@ from lowmem_cft.evaluation.sts.correlation import Floats, spearman
 from lowmem_cft.evaluation.sts.score import score_pairs
 from lowmem_cft.evaluation.sts.sets import LoadedSet, pairs_sha256
 from lowmem_cft.inference.embed import Embed
+from lowmem_cft.inference.embedder import is_sentence_transformer
 from lowmem_cft.inference.loading import Embedder, load_model, says_how_it_embeds
 from lowmem_cft.machine import dtype_name
 from lowmem_cft.model.identity import lora_scaling, weights_digest
@@ -170,11 +171,16 @@ def load_searched(
             that goes on after the text, else PromptEOL's.
 
     Raises:
-        ValueError: nothing of that name, a template without its slot, or a recipe or assignments for
-            a run or an export.
+        ValueError: nothing of that name, a template without its slot, a recipe or assignments for a
+            run or an export, or a sentence-transformers model.
     """
     if template is not None:
         check_template(template)
+    if is_sentence_transformer(name, say):
+        raise ValueError(
+            f"{name} is a sentence-transformers model, whose modules say how it embeds, so no "
+            "demonstration can be tried on it; give a base model, or a run's folder"
+        )
     if recipe_name is None and not says_how_it_embeds(Path(name).expanduser()):
         overrides = [*(f"{key}={value}" for key, value in _READ.items()), *overrides]
     loaded = load_model(name, device, say, recipe_name=recipe_name, overrides=overrides)
