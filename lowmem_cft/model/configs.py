@@ -142,15 +142,12 @@ def base_model_kwargs(config: Any) -> dict[str, Any]:
 
     BERT's would be adapted and never trained, and many checkpoints have none.
     """
-    takes = inspect.signature(_base_class(config).__init__).parameters
-    return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
-
-
-def _base_class(config: Any) -> Any:
     from transformers import MODEL_MAPPING
 
-    classes = MODEL_MAPPING[type(config)]
-    return classes[0] if isinstance(classes, tuple) else classes
+    classes = MODEL_MAPPING.get(type(config), None)
+    base_class = classes[0] if isinstance(classes, tuple) else classes
+    takes = inspect.signature(base_class.__init__).parameters if base_class else {}
+    return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
 
 
 def _shortened(config: Any, layers: int) -> dict[str, Any]:

@@ -105,13 +105,18 @@ class Encoder:
         self.attention: list[str] = []
         """Names of `attention.Backend`: what computed the attention of the first chunk."""
         self._read = ReadRows()
-        if self.pooling in _ROWS_READ:
+        if self.reads_one:
             read_only(base_model(model), self._read, self.clock, patched_layers(model))
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    @property
+    def reads_one(self) -> bool:
+        """Whether the embedding is read at one token of each text alone."""
+        return self.pooling in _ROWS_READ
 
     @property
     def reads_last(self) -> bool:
@@ -202,7 +207,7 @@ class Encoder:
         token_key_L = self.clock.token_key_L
         assert token_key_L is not None
         read = ReadRows()
-        if self.pooling in _ROWS_READ:
+        if self.reads_one:
             row_B = _ROWS_READ[self.pooling](batch.mask_BT)
             read = ReadRows(row_B, token_key_L[row_B])
         self._resume(token_key_L, read)
