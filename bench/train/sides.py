@@ -323,7 +323,7 @@ def encoder_around(model: Any, recipe: Recipe) -> Encoder:
     """Embeds with a model that others train: no layer is changed to compute only what we read."""
 
     class WholeEncoder(Encoder):
-        reads_last = False
+        reads_one = reads_last = False
 
     section = recipe.embedding
     return WholeEncoder(model, pooling=section.pooling, normalize=section.normalize)

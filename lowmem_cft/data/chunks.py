@@ -34,6 +34,14 @@ class TokenBatch:
             to_device(self.ids_BT, device), to_device(self.mask_BT, device), self.right_padded
         )
 
+    def padded_right(self) -> TokenBatch:
+        """The same texts with their real tokens first."""
+        if self.right_padded:
+            return self
+        order_BT = (~self.mask_BT).byte().argsort(dim=1, stable=True)
+        ids_BT, mask_BT = self.ids_BT.gather(1, order_BT), self.mask_BT.gather(1, order_BT)
+        return TokenBatch(ids_BT, mask_BT, right_padded=True)
+
 
 def token_positions(mask_BT: Tensor) -> Tensor:
     """int64 (B, T): 0 at each text's first real token, whatever the padding side."""

@@ -36,6 +36,7 @@ _POOLING_KEYS = {
     "eos": "pooling_mode_lasttoken",
     "mean": "pooling_mode_mean_tokens",
     "weighted-mean": "pooling_mode_weightedmean_tokens",
+    "cls": "pooling_mode_cls_token",
 }
 
 
@@ -99,7 +100,6 @@ def _pooling(pooling: str, width: int) -> dict[str, Any]:
     """The content of the pooling module's config.json."""
     return {
         "word_embedding_dimension": width,
-        "pooling_mode_cls_token": False,
         **dict.fromkeys(set(_POOLING_KEYS.values()), False),
         _POOLING_KEYS[pooling]: True,
         "include_prompt": True,

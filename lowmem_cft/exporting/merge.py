@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_cft.model.configs import base_model_kwargs
 from lowmem_cft.model.encoder import Encoder
 
 
@@ -30,7 +31,7 @@ def merged_model(encoder: Encoder, dtype: torch.dtype) -> Any:
     config = type(trained.config).from_dict(trained.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = AutoModel.from_config(config, dtype=dtype)
+    plain = AutoModel.from_config(config, dtype=dtype, **base_model_kwargs(config))
     state: dict[str, torch.Tensor] = {}
     inside_lora = tuple(
         f"{name}." for name, m in trained.named_modules() if isinstance(m, LoraLayer)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.oom import try_in_memory
+from lowmem_cft.model.adapter import base_model
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.model.prefix import NotShared, Prefix, run_prefix
 from lowmem_cft.progress import Say
@@ -75,7 +76,7 @@ def behind(store: TokenStore, place_Q: Places, num_tokens: int) -> TokenStore:
 def share(encoder: Encoder, store: TokenStore, pad_id: int, say: Say) -> Shared | None:
     """Run the common prefix; None where that saves nothing or the backbone cannot share it.
 
-    Two texts are embedded with it and whole first, unless such a prefix is proven: other families
+    Only a causal backbone can. Two texts are embedded with it and whole first, unless such a prefix is proven: other families
     than those tested may keep more of their past than keys and values, or let a prefix see what
     follows.
 
@@ -92,6 +93,9 @@ def share(encoder: Encoder, store: TokenStore, pad_id: int, say: Say) -> Shared 
         return None
     ids_K = torch.from_numpy(store[int(place_Q[0])][:num_tokens].astype(np.int64))
     try:
+        if encoder.masked:
+            name = type(base_model(encoder.model)).__name__
+            raise NotShared(f"in {name} they see the texts that follow them")
         shared = Shared(run_prefix(encoder.model, ids_K.to(encoder.device)), place_Q)
         if not proven:
             _try_out(encoder, store, shared, pad_id)

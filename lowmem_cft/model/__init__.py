@@ -12,6 +12,7 @@ patches     what stands in other libraries' layers, and the way back
 lora        a LoRA layer that keeps no dropped inputs
 dropout     dropout by a text's identity
 attention   which kernel computes attention, and what it holds
+causality   whether tokens see those behind them
 last_layer  the last layer, computed only where it is read
 prefix      tokens shared by all texts, computed once
 encoder     chunks -> pooled embeddings

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -203,47 +203,70 @@ class AsOnDevice:
 _thread = threading.local()
 
 
-@contextmanager
-def whole_texts() -> Iterator[None]:
+def whole_texts() -> AbstractContextManager[None]:
     """Have transformers take every row of a chunk for one text without padding, in this thread.
 
     Where it is given no mask it looks through the positions for several sequences packed into a
     row, which our chunks never have, and some models make a mask and look through it for padding.
     On a GPU it waits for the device to do so, in every chunk, and on tensors without data it cannot.
     """
+    return _texts_are("whole")
+
+
+def padded_texts() -> AbstractContextManager[None]:
+    """Have transformers apply the mask that it is given, padding or none, in this thread.
+
+    It would look for padding first and drop a mask without any: a wait in every chunk, as in
+    `whole_texts`, and with some models another arithmetic for chunks that happen to have none.
+    """
+    return _texts_are("padded")
+
+
+@contextmanager
+def _texts_are(kind: str) -> Iterator[None]:
     if not masking_patches:
         _patch_masking()
-    outside = getattr(_thread, "whole_texts", False)
-    _thread.whole_texts = True
+    outside = getattr(_thread, "texts", None)
+    _thread.texts = kind
     try:
         yield
     finally:
-        _thread.whole_texts = outside
+        _thread.texts = outside
 
 
 masking_patches = Patches()
-"""Those in transformers' `masking_utils`: outside `whole_texts` they change nothing, so that they
-stay from its first use on, for all threads."""
+"""Those in transformers' `masking_utils`: outside `whole_texts` and `padded_texts` they change
+nothing, so that they stay from their first use on, for all threads."""
 
 
 def _patch_masking() -> None:
-    """Put both searches behind a condition of the thread's own."""
+    """Put the searches for packed sequences and for padding behind a condition of the thread's own."""
     from transformers import masking_utils
 
-    packed, padded = "find_packed_sequence_indices", "_ignore_causal_mask_sdpa"
-    for name in (packed, padded):
+    packed = "find_packed_sequence_indices"
+    searches = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
+    for name in (packed, *searches):
         assert hasattr(masking_utils, name), f"transformers has moved {name}"
-    find_packed, can_ignore = getattr(masking_utils, packed), getattr(masking_utils, padded)
+    find_packed = getattr(masking_utils, packed)
 
     @functools.wraps(find_packed)
-    def find_unless_whole(position_ids: Tensor) -> Any:
-        whole = getattr(_thread, "whole_texts", False)
-        return None if whole else find_packed(position_ids)
+    def find_unless_told(position_ids: Tensor) -> Any:
+        return find_packed(position_ids) if getattr(_thread, "texts", None) is None else None
+
+    masking_patches.install(masking_utils, packed, find_unless_told)
+    for name in searches:
+        can_ignore = getattr(masking_utils, name)
+        masking_patches.install(masking_utils, name, _unless_told(can_ignore))
+
+
+def _unless_told(can_ignore: Callable[..., bool]) -> Callable[..., bool]:
+    """The search for padding, which decides whether a mask is dropped, in threads told nothing."""
 
     @functools.wraps(can_ignore)
-    def ignore_if_whole(padding_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        whole = getattr(_thread, "whole_texts", False)
-        return can_ignore(None if whole else padding_mask, *args, **kwargs)
+    def ignore(padding_mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
+        texts = getattr(_thread, "texts", None)
+        if texts == "padded" and padding_mask is not None:
+            return False
+        return can_ignore(None if texts == "whole" else padding_mask, *args, **kwargs)
 
-    masking_patches.install(masking_utils, packed, find_unless_whole)
-    masking_patches.install(masking_utils, padded, ignore_if_whole)
+    return ignore

@@ -20,7 +20,13 @@ from lowmem_cft.data.tokens import Tokenizer
 from lowmem_cft.files import read_json
 from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model import sources
-from lowmem_cft.model.configs import GET_MODEL, first_line, load_config
+from lowmem_cft.model.configs import (
+    GET_MODEL,
+    base_model_kwargs,
+    disable_layer_dropout,
+    first_line,
+    load_config,
+)
 from lowmem_cft.model.exported import plain_tokenizer, read_record
 from lowmem_cft.model.precision import keep_weight_layout
 from lowmem_cft.progress import Say
@@ -166,7 +172,7 @@ def load_backbone(
     source = source or find_backbone(section, say)
     name, revision, config = source.name, source.revision, source.config
     dtype = choose_dtype(section.dtype, device)
-    loader_kwargs: dict[str, Any] = {"dtype": dtype_name(dtype)}
+    loader_kwargs: dict[str, Any] = {"dtype": dtype_name(dtype), **base_model_kwargs(config)}
     if section.attention != "auto":
         loader_kwargs["attn_implementation"] = section.attention
     kwargs: dict[str, Any] = {**loader_kwargs, "dtype": dtype}
@@ -187,6 +193,7 @@ def load_backbone(
         raise RuntimeError(f"{section.id} lacks {len(info['missing_keys'])} weights ({missing} ..)")
     model.requires_grad_(False)
     model.eval()
+    disable_layer_dropout(model)
     keep_weight_layout(model)
     keys = ("num_hidden_layers", "layer_types", "scale_depth")
     cut = section.keep_layers is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from importlib import resources
@@ -12,20 +13,9 @@ from lowmem_cft.files import read_json
 from lowmem_cft.model import minicpm
 from lowmem_cft.recipe.schema import ModelSection
 
-_DROPOUT_KEYS = [
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "hidden_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "classifier_dropout",
-    "layerdrop",
-    "residual_dropout",
-    "resid_dropout",
-    "embedding_dropout",
-]
+_JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+"""What layers with experts call the noise that their routers draw in training. A router's own
+`router_jitter_noise` is not among them: PhiMoE chooses experts by it in evaluation, too."""
 
 GET_MODEL = "download, export or train the model again"
 """The way out where a file of a model is damaged."""
@@ -93,7 +83,17 @@ def _from_gguf(path: Path, section: ModelSection) -> Any:
 
 
 def _prepared(config: Any, section: ModelSection) -> Any:
-    """Dropout off, top layers dropped as the recipe says."""
+    """Dropout off, top layers dropped as the recipe says.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, or has fewer layers.
+    """
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"model.id: {section.id} is an encoder-decoder ({config.model_type}), whose encoder and "
+            "decoder read different texts; name a decoder, such as Qwen/Qwen3-0.6B, or an encoder, "
+            "such as BAAI/bge-base-en-v1.5"
+        )
     disable_base_dropout(config)
     if section.keep_layers is not None:
         if section.keep_layers > config.num_hidden_layers:
@@ -107,13 +107,47 @@ def _prepared(config: Any, section: ModelSection) -> Any:
 
 
 def disable_base_dropout(config: Any) -> None:
-    """Set every dropout rate of a base model's configuration to 0.
+    """Set every dropout rate of a base model's configuration, its parts' included, to 0.
 
     A frozen base gains nothing from its own dropout, and its masks would depend on the chunking.
     """
-    for key in _DROPOUT_KEYS:
-        if getattr(config, key, None):
-            setattr(config, key, 0.0)
+    for key, value in list(vars(config).items()):
+        if hasattr(value, "to_json_string"):  # a configuration of its own
+            disable_base_dropout(value)
+        elif _is_dropout_rate(key, value):
+            setattr(config, key, type(value)(0))  # some fields take no float
+
+
+def disable_layer_dropout(model: Any) -> None:
+    """Set every dropout rate, and all noise of training, in a base model's layers to 0.
+
+    Not all of them come from the configuration. The adapter's own must not be in the model yet.
+    """
+    for module in model.modules():
+        is_dropout = "drop" in type(module).__name__.lower()
+        for name, value in list(vars(module).items()):
+            is_rate = _is_dropout_rate("drop" if is_dropout and name == "p" else name, value)
+            if is_rate or (name in _JITTER and value):
+                setattr(module, name, 0.0)
+
+
+def _is_dropout_rate(name: str, value: Any) -> bool:
+    """Whether a number is the rate of some dropout, of layers and paths included, and not 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return "drop" in name.lower() and is_number and 0 < value <= 1
+
+
+def base_model_kwargs(config: Any) -> dict[str, Any]:
+    """What `AutoModel` is given besides: no pooler, whose output is not read.
+
+    BERT's would be adapted and never trained, and many checkpoints have none.
+    """
+    from transformers import MODEL_MAPPING
+
+    classes = MODEL_MAPPING.get(type(config), None)
+    base_class = classes[0] if isinstance(classes, tuple) else classes
+    takes = inspect.signature(base_class.__init__).parameters if base_class else {}
+    return {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
 
 
 def _shortened(config: Any, layers: int) -> dict[str, Any]:

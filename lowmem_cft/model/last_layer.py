@@ -1,6 +1,6 @@
 """The last layer, computed only where its output is read.
 
-With last-token pooling one position of each text is read. In the last layer attention needs the
+With last-token or first-token pooling one position of each text is read. In the last layer attention needs the
 keys and values of all positions, but what follows it works on each position by itself and the
 other positions' results go nowhere: there the output projection and the feed-forward network run
 on one row of each text. The embedding and all gradients are what they were.
@@ -21,7 +21,7 @@ from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.patches import Patches
 
 _AFTER_ATTENTION = ("o_proj", "out_proj", "dense", "mlp", "fc1", "fc2")
-"""Names in transformers' decoder layers of what works on each position by itself. A layer that
+"""Names in transformers' layers of what works on each position by itself. A layer that
 names it otherwise is computed whole."""
 
 
@@ -61,11 +61,15 @@ def _forward(
 ) -> Tensor:
     """(..., F) -> (..., G) with zeros in the rows that are not read.
 
-    A module that takes more than x (BLOOM's add a residual) is computed whole.
+    A module that takes more than x (BLOOM's add a residual) is computed whole, as is one of a model
+    that pads further by itself (Longformer), where rows are others.
     """
     if rows.row_B is None or not module.training or others or more:
         return original(x, *others, **more)
     x_LF = x.reshape(-1, x.shape[-1])
+    assert clock.token_key_L is not None
+    if len(x_LF) != len(clock.token_key_L):
+        return original(x)
     token_key_L, clock.token_key_L = clock.token_key_L, rows.token_key_B
     try:
         out_BG = original(x_LF[rows.row_B][None])[0]

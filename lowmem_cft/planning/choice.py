@@ -61,7 +61,8 @@ class Planner(Predictor):
 
     def _candidates(self, section: MemorySection, shape: BatchShape) -> Iterator[StepPlan]:
         """Every open choice but the kept graphs, those that cost least first."""
-        fixed = {"auto": _EVERY, "on": (1,), "off": (0,)}
+        free = _EVERY if self.footprint.can_checkpoint else (0,)
+        fixed = {"auto": free, "on": (1,), "off": (0,)}
         every = fixed.get(str(section.checkpointing)) or (int(section.checkpointing),)
         offload = {"auto": (False, True), "on": (True,), "off": (False,)}
         embedding_dtype = self._embedding_dtype(section)

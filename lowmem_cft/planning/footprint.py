@@ -11,7 +11,13 @@ from torch import nn
 
 from lowmem_cft.machine import compute_capability
 from lowmem_cft.model.adapter import linear_names, target_modules
-from lowmem_cft.planning.tracing import Checkpointing, CostModel, cost_model, skeleton
+from lowmem_cft.planning.tracing import (
+    Checkpointing,
+    CostModel,
+    cost_model,
+    skeleton,
+    with_layers,
+)
 from lowmem_cft.recipe.schema import LoraSection, ModelSection, Recipe
 
 _NF4_BLOCK = 64  # weights that share a scale
@@ -114,6 +120,12 @@ class Footprint:
     def dim(self) -> int:
         """D of an embedding."""
         return self.chunk_costs("none").dim
+
+    @cached_property
+    def can_checkpoint(self) -> bool:
+        """Whether transformers can compute the architecture's layers again in the backward."""
+        base = skeleton(with_layers(self.config, 1), self.dtype)
+        return bool(base.supports_gradient_checkpointing)
 
     @property
     def num_layers(self) -> int:

@@ -26,6 +26,8 @@ from lowmem_cft.data.chunks import TokenBatch
 from lowmem_cft.model import lora as lora_layers
 from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
 from lowmem_cft.model.attention import AsOnDevice, AttentionCall, Backend, backward_bytes
+from lowmem_cft.model.causality import declared_bidirectional
+from lowmem_cft.model.configs import base_model_kwargs, disable_layer_dropout
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder, Pooling
 from lowmem_cft.planning.live_bytes import LiveBytes
@@ -80,7 +82,8 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
     # Modules that would use an optional library say at import that it is absent.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with torch.device("meta"):
-        model = AutoModel.from_config(config, dtype=dtype)
+        model = AutoModel.from_config(config, dtype=dtype, **base_model_kwargs(config))
+    disable_layer_dropout(model)
     model.requires_grad_(False)
     return model
 
@@ -110,6 +113,17 @@ def _copying_dropout() -> Iterator[None]:
 
 
 def _copy(x_LF: Tensor, key_L: Tensor, key_F: Tensor, rate: float) -> Tensor:
+    """A copy in the place of dropout.
+
+    Raises:
+        ValueError: the rows are not the chunk's tokens, so that masks have no identity to go by.
+    """
+    if len(x_LF) != len(key_L):
+        raise ValueError(
+            f"lora.dropout: got {rate:g}, but some layers of this model work on more than texts' "
+            "tokens (DeBERTa's on relative positions); set it to 0, or name the others in "
+            "lora.targets"
+        )
     return x_LF.clone()
 
 
@@ -147,7 +161,10 @@ class Tracer:
         set_checkpointing(model, int(checkpointing == "all"))
         with self._mode:
             _give_fake_storage(model)
-        self._encoder = Encoder(model, pooling=pooling, normalize=normalize, clock=clock)
+        masked = declared_bidirectional(base)  # there is nothing to try it on
+        self._encoder = Encoder(
+            model, pooling=pooling, normalize=normalize, clock=clock, masked=masked
+        )
         self._parameters = trainable_parameters(model)
         self._checkpointed = checkpointing == "all"
         self._attention = AsOnDevice(capability)
@@ -197,6 +214,8 @@ class Tracer:
         )
 
     def _backward(self, emb_BD: Tensor) -> None:
+        if not emb_BD.requires_grad:
+            raise ValueError("lora.targets: no layer that is adapted takes part in the embedding")
         torch.autograd.grad(emb_BD, self._parameters, torch.ones_like(emb_BD), allow_unused=True)
 
 
@@ -214,6 +233,7 @@ class CostModel:
 
     Attributes:
         dim: D of an embedding.
+        attention: how the layers call attention, and what computes it.
     """
 
     def __init__(
@@ -228,7 +248,7 @@ class CostModel:
             for tracer in tracers
         )
         self.dim, self._dtype = tracers[0].dim, dtype
-        self._attention = tracers[1].attention
+        self.attention = tracers[1].attention
         self._gradient_bytes = tracers[1].gradient_bytes - tracers[0].gradient_bytes
         self._depth = (num_layers - _LAYERS[1]) / (_LAYERS[1] - _LAYERS[0])
 
@@ -249,7 +269,7 @@ class CostModel:
         return max(
             (
                 backward_bytes(call, num_texts, width, self._dtype, backend)
-                for call, backend in self._attention.items()
+                for call, backend in self.attention.items()
             ),
             default=0,
         )
@@ -292,21 +312,44 @@ def cost_model(
         capability,
     )
     if key not in _traced:
-        low, high = (
-            Tracer(
-                config,
-                dtype,
-                lora,
-                pooling,
-                normalize=normalize,
-                checkpointing=checkpointing,
-                num_layers=num_layers,
-                capability=capability,
+        with _readable_by_shapes(config):
+            low, high = (
+                Tracer(
+                    config,
+                    dtype,
+                    lora,
+                    pooling,
+                    normalize=normalize,
+                    checkpointing=checkpointing,
+                    num_layers=num_layers,
+                    capability=capability,
+                )
+                for num_layers in _LAYERS
             )
-            for num_layers in _LAYERS
-        )
-        _traced[key] = CostModel((low, high), config.num_hidden_layers, longest, dtype)
+            _traced[key] = CostModel((low, high), config.num_hidden_layers, longest, dtype)
     return _traced[key]
+
+
+@contextmanager
+def _readable_by_shapes(config: Any) -> Iterator[None]:
+    """Say of a model that reads numbers on the way, which a trace has none of, that it does.
+
+    Raises:
+        ValueError: it does.
+    """
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+    )
+
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"model.id: {config.model_type} models go by the numbers in their tensors "
+            f"({error.func}), so that their memory cannot be planned, nor can they be trained "
+            "here; name a model of another family"
+        ) from error
 
 
 _traced: dict[tuple[Any, ...], CostModel] = {}

@@ -118,7 +118,8 @@ class TextSection(_Section):
 class EmbeddingSection(_Section):
     """How hidden states become one vector."""
 
-    pooling: Literal["last", "eos", "mean", "weighted-mean"] = "eos"
+    pooling: Literal["last", "eos", "mean", "weighted-mean", "cls"] = "eos"
+    """cls: the first token, of models that are not causal."""
     normalize: Truth = True
 
 

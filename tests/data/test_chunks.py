@@ -178,3 +178,13 @@ def test_padding_of_real_text_is_small(data_folder: Path, chunk_cost: int) -> No
     chunks = chunk_by_tokens(lengths, 2048, chunk_cost)
     padded = sum(len(chunk) * lengths[chunk].max() for chunk in chunks)
     assert padded <= 1.05 * lengths.sum()
+
+
+def test_left_padding_is_moved_to_the_right() -> None:
+    store = TokenStore.from_lists([[5], [6, 3, 7, 8], [9, 4]])
+    right, left = (pad(store, np.arange(3), 3, side) for side in ("right", "left"))  # type: ignore[arg-type]
+    moved = left.padded_right()
+    assert moved.right_padded
+    assert torch.equal(moved.ids_BT, right.ids_BT)
+    assert torch.equal(moved.mask_BT, right.mask_BT)
+    assert right.padded_right() is right

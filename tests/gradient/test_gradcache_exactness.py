@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bidirectional import BIDIRECTIONAL
+from bidirectional import build as build_bidirectional
+from lowmem_cft.data.batches import StepTexts
 from lowmem_cft.gradient.plan import StepPlan
+from lowmem_cft.gradient.step import candidates_of
+from lowmem_cft.model.adapter import set_checkpointing
 from lowmem_cft.model.backbone import load_backbone
 from lowmem_cft.model.configs import disable_base_dropout
+from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.model.patches import patched_layers
 from lowmem_cft.recipe.schema import LossSection, ModelSection
-from lowmem_cft_kernels import LearnedTemperature
-from numerics import assert_same, relative_error
-from plain import Batch, make_batch, make_encoder, plain_gradients, planned_gradients
+from lowmem_cft_kernels import LearnedTemperature, LossOptions
+from lowmem_cft_kernels.reference import reference_loss
+from numerics import assert_same, gradients, relative_error
+from plain import (
+    LOSS,
+    Batch,
+    make_batch,
+    make_encoder,
+    plain_gradients,
+    planned_gradients,
+    reference_options,
+)
 from tiny import FAMILIES, save_tiny, tiny_config
 
 BATCHES = st.builds(
@@ -97,6 +114,61 @@ def test_any_plan_in_float64(
 @given(batch=BATCHES, plan=PLANS, family=st.sampled_from(FAMILIES), dropout=DROPOUTS)
 def test_any_plan_in_float32(batch: Batch, plan: StepPlan, family: str, dropout: float) -> None:
     assert_equals_plain(make_encoder(family, dropout, dtype=torch.float32), batch, plan, 1e-5)
+
+
+def alone_gradients(encoder: Encoder, batch: Batch, texts: StepTexts) -> dict[str, Tensor]:
+    """Gradients of the step where transformers embeds each text by itself, without any padding."""
+    encoder.model.zero_grad()
+    set_checkpointing(encoder.model, 0)
+    with patched_layers(encoder.model).lifted("forward"):
+        ids = [torch.from_numpy(batch.store[i].astype("int64"))[None] for i in texts.text_P]
+        hidden = [encoder.model(input_ids=ids_1T)[0][0] for ids_1T in ids]
+        read = {"eos": lambda h_TH: h_TH[-1], "cls": lambda h_TH: h_TH[0], "mean": mean_of_tokens}
+        emb_PD = torch.stack([read[encoder.pooling](hidden_TH) for hidden_TH in hidden])
+        emb_SD = torch.nn.functional.normalize(emb_PD, dim=1)[texts.place_S]
+        query_MD, doc_ND = emb_SD.tensor_split([texts.num_queries])
+        options = LossOptions(temperature=LOSS.temperature, **reference_options(LOSS))
+        value, _ = reference_loss(query_MD, doc_ND, candidates_of(texts), options)
+        value.backward()
+    return gradients(encoder.model)
+
+
+def mean_of_tokens(hidden_TH: Tensor) -> Tensor:
+    return hidden_TH.mean(dim=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "pooling"), list(zip(BIDIRECTIONAL, cycle(["cls", "mean", "eos"]), strict=False))
+)
+def test_any_plan_where_tokens_see_those_behind_them(family: str, pooling: str) -> None:
+    base = build_bidirectional(BIDIRECTIONAL[family]())
+    encoder = make_encoder(pooling=pooling, base=base)
+    batch = make_batch(6, 1, texts=12, seed=3)
+    texts = batch.texts(twins_once=True)
+    wanted = alone_gradients(encoder, batch, texts)
+    every = 2 if base.supports_gradient_checkpointing else 0
+    for tokens, kept, k in ((1, 0, 0), (24, 30, every), (1000, None, 0)):
+        plan = StepPlan(
+            backward_tokens=tokens, forward_tokens=2 * tokens, kept_tokens=kept, checkpoint_every=k
+        )
+        got, _ = planned_gradients(encoder, batch, texts, plan)
+        assert_same({"all": flat(got)}, {"all": flat(wanted)}, 1e-9)
+
+
+def test_dropout_is_a_texts_own_where_tokens_see_those_behind_them() -> None:
+    encoder = make_encoder(dropout=0.3, pooling="cls", base=build_bidirectional(_bert()))
+    batch = make_batch(6, 1, texts=12, seed=3)
+    texts = batch.texts(twins_once=True)
+    plans = [
+        StepPlan(backward_tokens=tokens, forward_tokens=tokens, kept_tokens=0)
+        for tokens in (1, 1000)
+    ]
+    (small, _), (large, _) = (planned_gradients(encoder, batch, texts, plan) for plan in plans)
+    assert_same({"all": flat(small)}, {"all": flat(large)}, 1e-9)
+
+
+def _bert() -> Any:
+    return BIDIRECTIONAL["bert"]()
 
 
 @pytest.fixture(scope="module")

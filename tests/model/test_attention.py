@@ -19,6 +19,7 @@ from lowmem_cft.model.attention import (
     backend_for,
     backward_bytes,
     chosen_backends,
+    padded_texts,
     whole_texts,
 )
 from lowmem_cft.planning.choice import Planner
@@ -152,6 +153,22 @@ def test_packed_positions_are_looked_for_outside_and_in_other_threads() -> None:
             pass
         assert masking_utils.find_packed_sequence_indices(packed) is None
     assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 0, 1, 1]]
+
+
+def test_a_mask_without_padding_is_kept_where_texts_are_padded() -> None:
+    from transformers import masking_utils
+
+    mask_11 = torch.ones(2, 5, dtype=torch.bool)
+    names = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
+    sizes = {"_ignore_causal_mask_sdpa": (5, 5, 0, 0), "_ignore_bidirectional_mask_sdpa": (5,)}
+
+    def dropped() -> list[bool]:
+        return [bool(getattr(masking_utils, n)(mask_11, *sizes[n])) for n in names]
+
+    with padded_texts():
+        assert dropped() == [False, False]
+        assert masking_utils.find_packed_sequence_indices(torch.tensor([[0, 1, 0]])) is None
+    assert dropped() == [True, True]
 
 
 def test_a_trace_holds_weights_of_attention_where_a_card_would() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from bidirectional import BIDIRECTIONAL
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TextFormat, tokenize
 from lowmem_cft.model.adapter import attach_adapter, target_modules, trainable_parameters
@@ -77,6 +78,18 @@ def test_lacking_weights_are_an_error(tiny_folder: Path, tmp_path: Path) -> None
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match=r"lacks 1 weights \(layers.1.mlp.up_proj.weight"):
         load(folder)
+
+
+@pytest.mark.parametrize("saved_with", [True, False])
+def test_a_pooler_is_neither_loaded_nor_missed(saved_with: bool, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    model = AutoModel.from_config(BIDIRECTIONAL["bert"](), add_pooling_layer=saved_with)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    backbone = load(tmp_path, quantization="none")
+    assert backbone.loader_kwargs["add_pooling_layer"] is False
+    assert not any("pooler" in name for name in target_modules(backbone.model, "all-linear"))
 
 
 def test_tiny_tokenizer_knows_its_words() -> None:

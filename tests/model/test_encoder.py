@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from bidirectional import BIDIRECTIONAL, build
 from lowmem_cft.data.chunks import pad
-from lowmem_cft.data.tokens import TextFormat, tokenize
+from lowmem_cft.data.tokens import Ids, TextFormat, tokenize
 from lowmem_cft.inference.embed import embed_texts
 from lowmem_cft.model.backbone import load_backbone
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import ModelSection
+from plain import PAD, make_batch, make_encoder
 from tiny import FAMILIES
 
 CPU = torch.device("cpu")
@@ -50,6 +52,40 @@ def test_padding_side_and_company_change_nothing(
     assert float(right.std(dim=0).max()) > 1e-3, "the texts embed alike: nothing is compared"
     assert float((right - left).abs().max()) < 1e-5
     assert float((right - alone).abs().max()) < 1e-5
+
+
+def plain_embedding(model: Any, ids_T: Ids, pooling: str) -> torch.Tensor:
+    """(H,): of one text by transformers alone, without padding and with a mask that says so."""
+    ids_1T = torch.from_numpy(ids_T.astype(np.int64))[None]
+    with torch.no_grad():
+        hidden_TH = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))[0][0]
+    if pooling == "weighted-mean":
+        weight_T = torch.arange(1, len(hidden_TH) + 1, dtype=hidden_TH.dtype)
+        return weight_T @ hidden_TH / weight_T.sum()
+    read = {"eos": hidden_TH[-1], "cls": hidden_TH[0], "mean": hidden_TH.mean(dim=0)}
+    return read[pooling]
+
+
+@pytest.mark.parametrize("family", BIDIRECTIONAL)
+def test_texts_that_see_all_of_themselves_see_no_padding(family: str) -> None:
+    model = build(BIDIRECTIONAL[family]())
+    store = make_batch(4, 1, texts=7, longest=14).store
+    every = np.arange(len(store))
+    assert store.lengths.min() < store.lengths.max()
+    for pooling in ("eos", "mean", "weighted-mean", "cls"):
+        alone = torch.stack([plain_embedding(model, store[i], pooling) for i in every])
+        assert float(alone.std(dim=0).max()) > 0.1, "the texts embed alike: nothing is compared"
+        encoder = Encoder(model, pooling=pooling, normalize=False)  # type: ignore[arg-type]
+        with torch.no_grad():
+            right, left = (encoder(pad(store, every, PAD, side)) for side in ("right", "left"))  # type: ignore[arg-type]
+            single = encoder(pad(store, every[:1], PAD))
+        for got in (right, left, single):
+            assert float((got - alone[: len(got)]).abs().max()) < 1e-10, pooling
+
+
+def test_cls_of_a_causal_model_reads_nothing() -> None:
+    with pytest.raises(ValueError, match=r"pooling: got cls, but LlamaModel is causal: .* to eos"):
+        make_encoder("llama", pooling="cls")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

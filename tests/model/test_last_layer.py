@@ -8,11 +8,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BloomConfig, BloomModel
 
+from bidirectional import BIDIRECTIONAL, build
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.model.patches import patched_layers
 from plain import make_batch, make_encoder
-from tiny import FAMILIES
+from tiny import FAMILIES, SIZES
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,6 +34,40 @@ def test_less_arithmetic_and_the_same_embedding(family: str, side: str) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
     # of three layers' linear arithmetic, more than half of one layer's
     assert lean.get_total_flops() < 0.84 * plain.get_total_flops()
+
+
+def test_the_first_token_alone_is_read_too() -> None:
+    batch, config = make_batch(4, 1, longest=12), BIDIRECTIONAL["bert"]()
+    encoder = make_encoder(dropout=0.3, pooling="cls", base=build(config))
+    padded = pad(batch.store, np.arange(9), 3)
+    with torch.no_grad(), encoder.training_mode(1):
+        with FlopCounterMode(display=False) as lean:
+            got = encoder(padded)
+        with (
+            patched_layers(encoder.model).lifted("forward"),
+            FlopCounterMode(display=False) as plain,
+        ):
+            wanted = encoder(padded)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    assert lean.get_total_flops() < 0.84 * plain.get_total_flops()
+
+
+def test_a_model_that_pads_further_is_computed_whole() -> None:
+    """Longformer's rows are then not the chunk's."""
+    from transformers import LongformerConfig
+
+    config = LongformerConfig(
+        **{**SIZES, "intermediate_size": 128, "attention_window": 8, "num_hidden_layers": 2}
+    )
+    encoder = make_encoder(pooling="cls", base=build(config))
+    padded = pad(make_batch(4, 1, longest=12).store, np.arange(9), 3)
+    assert padded.ids_BT.shape[1] % 8
+    with torch.no_grad():
+        wanted = encoder(padded)
+        with encoder.training_mode(1):
+            got = encoder(padded)
+    assert float(wanted.std(dim=0).max()) > 0.1
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_mean_pooling_reads_everything() -> None:

@@ -167,7 +167,11 @@ def test_transformers_masking_is_given_back() -> None:
     from transformers import masking_utils
 
     attention.masking_patches.undo()
-    names = ("find_packed_sequence_indices", "_ignore_causal_mask_sdpa")
+    names = (
+        "find_packed_sequence_indices",
+        "_ignore_causal_mask_sdpa",
+        "_ignore_bidirectional_mask_sdpa",
+    )
     originals = [getattr(masking_utils, name) for name in names]
     packed = torch.tensor([[0, 1, 0, 1]])
     with attention.whole_texts():

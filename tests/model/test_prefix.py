@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from bidirectional import BIDIRECTIONAL
+from bidirectional import build as build_bidirectional
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TextFormat, TokenStore
 from lowmem_cft.inference import prefix_sharing as sharing
@@ -204,9 +206,11 @@ def test_memory_of_one_layer_whatever_the_depth() -> None:
 # --- refused ----------------------------------------------------------------------------------
 
 
-def _embed(model: Any, *, pooling: Any = "last", **options: Any) -> tuple[Vectors, list[str]]:
+def _embed(
+    model: Any, *, pooling: Any = "last", masked: bool | None = None, **options: Any
+) -> tuple[Vectors, list[str]]:
     said: list[str] = []
-    encoder = Encoder(model, pooling=pooling, normalize=True)
+    encoder = Encoder(model, pooling=pooling, normalize=True, masked=masked)
     vectors = embed_texts(encoder, tiny_tokenizer(), TEXTS, TEMPLATE, say=said.append, **options)
     return vectors, said
 
@@ -268,16 +272,21 @@ def test_a_recurrent_model_is_embedded_the_plain_way(name: str, reason: str) -> 
     assert _apart(asked, plain) < 1e-6
 
 
-def test_a_model_that_sees_what_follows_is_found_out() -> None:
-    import transformers as t
-
-    heads = {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
-    config = t.Gemma3TextConfig(**SIZES, **heads, use_bidirectional_attention=True)
-    model = build(config)
+@pytest.mark.parametrize("family", ["gemma-3", "bert", "llama"])
+def test_a_model_that_sees_what_follows_runs_no_prefix(family: str, runs: list[int]) -> None:
+    model = build_bidirectional(BIDIRECTIONAL[family](), torch.float32)
     (asked, said), (plain, _) = (_embed(model, share_prefix=on) for on in (True, False))
+    assert runs == []
+    assert len(said) == 1
+    assert "they see the texts that follow them" in said[0]
+    assert _apart(asked, plain) < 1e-6
+
+
+def test_a_model_that_is_wrongly_taken_for_causal_is_found_out() -> None:
+    model = build_bidirectional(BIDIRECTIONAL["gemma-3"](), torch.float32)
+    _, said = _embed(model, masked=False)
     assert len(said) == 1
     assert "embeds otherwise" in said[0]
-    assert _apart(asked, plain) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

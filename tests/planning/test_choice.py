@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from bidirectional import BIDIRECTIONAL
 from lowmem_cft.gradient.plan import WORKSPACE_BYTES
 from lowmem_cft.planning.choice import LOSS_WORKSPACES, Planner
 from lowmem_cft.planning.footprint import Footprint
@@ -100,3 +101,14 @@ def test_a_gpus_loss_takes_the_room_that_there_is() -> None:
         needed = planner("cuda").predict(plan, shape).peak_bytes
         assert workspace(needed) == size
         assert workspace(needed - 1) == smaller
+
+
+@pytest.mark.parametrize("family", ["mpnet", "bert"])
+def test_what_transformers_cannot_checkpoint_is_not_planned_so(family: str) -> None:
+    planner = make_planner(BIDIRECTIONAL[family](), torch.float32, 48)
+    assert planner.max_rows(MemorySection(), SHAPE, 100 * GIB) > 0
+    tight = planner.choose(MemorySection(token_budget=48), SHAPE, MARGINS["cpu"] + 2**30)
+    assert tight.plan.checkpoint_every == 0
+    if family == "mpnet":
+        with pytest.raises(ValueError, match=r"checkpointing: got on, but MPNetModel does not"):
+            planner.choose(MemorySection(checkpointing="on"), SHAPE, 100 * GIB)

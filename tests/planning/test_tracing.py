@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import astuple
+from typing import Any
 
 import pytest
 import torch
+from transformers import XLMConfig
 
+from bidirectional import BIDIRECTIONAL
 from lowmem_cft.model import lora as lora_layers
-from lowmem_cft.planning.tracing import Checkpointing, Tracer, cost_model, skeleton, with_layers
+from lowmem_cft.model.attention import Backend
+from lowmem_cft.planning.tracing import (
+    Checkpointing,
+    CostModel,
+    Tracer,
+    cost_model,
+    skeleton,
+    with_layers,
+)
 from lowmem_cft.recipe.schema import LoraSection
 from measured_steps import wide_config
 
@@ -46,6 +57,46 @@ def test_costs_of_a_depth_and_shape_that_were_not_traced(checkpointing: Checkpoi
     for cost, real in zip(astuple(predicted), astuple(traced), strict=True):
         assert 0.97 * real <= cost <= 1.1 * real
     assert traced.graph_bytes > 20 * 40 * config.hidden_size * 4  # a layer's input at the least
+
+
+def costs_of(config: Any, **values: Any) -> CostModel:
+    options = {"dtype": torch.bfloat16, "lora": LORA, "pooling": "mean", "normalize": True}
+    options |= {"checkpointing": "none", "longest": 64, "capability": (9, 0)}
+    return cost_model(config, **(options | values))
+
+
+@pytest.mark.parametrize("family", [name for name in BIDIRECTIONAL if name != "deberta-v2"])
+def test_a_model_that_needs_a_mask_is_traced_with_it(family: str) -> None:
+    costs = costs_of(BIDIRECTIONAL[family]())
+    assert all(call.masked for call in costs.attention)
+    assert set(costs.attention.values()) <= {Backend.EFFICIENT}
+    assert bool(costs.attention) != (family == "mpnet"), "MPNet alone attends by its own code"
+
+
+def test_masks_are_held_by_every_layer() -> None:
+    """As the kernel takes them, two bytes for each pair of tokens of a text."""
+    causal, masked = wide_config("llama"), wide_config("llama")
+    masked.is_causal = False
+    short, long = (
+        costs_of(masked)(num_texts, width).graph_bytes
+        - costs_of(causal)(num_texts, width).graph_bytes
+        for num_texts, width in ((8, 64), (4, 128))  # as many tokens
+    )
+    pairs = 4 * 128 * 128 - 8 * 64 * 64
+    assert long - short == pytest.approx(2 * causal.num_hidden_layers * pairs, rel=0.01)
+
+
+def test_dropout_on_other_rows_than_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lora.dropout: got 0.1, .* set it to 0"):
+        costs_of(BIDIRECTIONAL["deberta-v2"]())
+    config = BIDIRECTIONAL["deberta-v2"]()
+    assert costs_of(config, lora=LoraSection(rank=4))(8, 64).graph_bytes > 0
+
+
+def test_a_model_that_reads_numbers_is_refused() -> None:
+    config = XLMConfig(vocab_size=64, emb_dim=64, n_layers=2, n_heads=4)
+    with pytest.raises(ValueError, match=r"model.id: xlm models go by the numbers"):
+        costs_of(config)
 
 
 def test_dropout_is_itself_again_after_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:

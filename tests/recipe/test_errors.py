@@ -77,7 +77,7 @@ def test_unknown_key_in_a_source(write: Write) -> None:
         ("lora.dropout=1", "lora.dropout: got 1 (int); input should be less than 1"),
         ("lora.rank=0", "lora.rank: got 0 (int); input should be greater than or equal to 1"),
         ("model.quantization=int8", "model.quantization: got 'int8' (str); input should be 'none'"),
-        ("embedding.pooling=cls", "embedding.pooling: got 'cls' (str); input should be 'last', "),
+        ("embedding.pooling=max", "embedding.pooling: got 'max' (str); input should be 'last', "),
         ("memory.token_budget=0", "memory.token_budget: got 0 (int); input should be greater than"),
         ("memory.token_budget=x", "memory.token_budget: got 'x' (str); input should be 'auto'"),
         ("data.sources=[]", "data.sources: got [] (list); list should have at least 1 item"),

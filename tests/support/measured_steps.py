@@ -12,6 +12,7 @@ from lowmem_cft.data.batches import RowTable
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.model.backbone import load_backbone
+from lowmem_cft.model.configs import disable_layer_dropout
 from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
 from lowmem_cft.planning.live_bytes import LiveBytes
@@ -69,6 +70,7 @@ def make_base(config: Any, dtype: torch.dtype, quantization: str, folder: Path) 
 
     torch.manual_seed(0)
     model = AutoModel.from_config(config).to(dtype)
+    disable_layer_dropout(model)  # as where it is loaded
     if quantization == "none":
         return model
     model.save_pretrained(folder)

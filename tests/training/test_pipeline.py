@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from bidirectional import BIDIRECTIONAL, build
 from lowmem_cft.exporting.check import MIN_COSINE
 from lowmem_cft.recipe.load import load_recipe
 from lowmem_cft.training import pipeline
 from lowmem_cft.training.records import read_lines
 from running import MakeRecipe, Silent
+from tiny import tiny_tokenizer
 
 
 def test_loss_falls_and_all_files_are_there(make_recipe: MakeRecipe) -> None:
@@ -30,6 +34,32 @@ def test_loss_falls_and_all_files_are_there(make_recipe: MakeRecipe) -> None:
     assert load_recipe(str(folder.recipe)) == made
 
 
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize(
+    ("family", "pooling", "kind"), [("bert", "cls", "adapter"), ("gemma-3", "mean", "merged")]
+)
+def test_a_model_that_is_not_causal_learns_and_is_exported(
+    make_recipe: MakeRecipe, tmp_path: Path, family: str, pooling: str, kind: str
+) -> None:
+    base = tmp_path / family
+    build(BIDIRECTIONAL[family](), torch.float32).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    observer = Silent()
+    made = make_recipe(
+        model={"id": str(base), "quantization": "none"},
+        embedding={"pooling": pooling},
+        train={"steps": 20},
+        output={"export": kind},
+    )
+    folder, metrics = pipeline.run_recipe(made, observer)
+    assert observer.lines[-1].loss < 0.7 * observer.lines[0].loss
+    assert metrics.export.checked is True
+    assert metrics.export.min_cosine >= MIN_COSINE[kind]
+    assert not any(
+        "pooler" in name for name in load_file(folder.adapter / "adapter_model.safetensors")
+    )
+
+
 def test_mistakes_leave_no_folder(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     for sections in (
         {"data": {"sources": [{"path": str(tmp_path / "missing.jsonl")}]}},
@@ -37,6 +67,7 @@ def test_mistakes_leave_no_folder(make_recipe: MakeRecipe, tmp_path: Path) -> No
         {"model": {"id": "./nowhere"}},
         {"lora": {"targets": ["no_such_layer"]}},
         {"train": {"optimizer": "paged_adamw_8bit"}},
+        {"embedding": {"pooling": "cls"}},
         {"eval": {"sets": ["STS99"]}},
     ):
         with pytest.raises(ValueError, match=r"\w"):
