@@ -54,6 +54,8 @@ def test_a_failed_export_leaves_what_was_there(
     monkeypatch.setattr(finished, "checked", fail)
     for target in (folder.model, folder.path / "other"):
         with pytest.raises(RuntimeError, match="does not embed"):
-            export_run(folder.path, target, "adapter", torch.device("cpu"), Silent())
+            export_run(
+                folder.path, target, "adapter", torch.device("cpu"), Silent(), overwrite=True
+            )
     assert record.stat().st_mtime_ns == before
     assert sorted(folder.path.iterdir()) == names
