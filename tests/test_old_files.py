@@ -118,7 +118,7 @@ def test_a_run_is_exported_anew(run: Run) -> None:
     old = _json("trained/whole/model/lowmem_cft.json")
     adapter = Path("trained/whole/model/adapter_model.safetensors").read_bytes()
     files = {path.name for path in Path("trained/whole/model").rglob("*")}
-    run("export", "trained/whole")  # over the old one, which is known as ours
+    run("export", "trained/whole", "--overwrite")  # over the old one, which is known as ours
     found = _json("trained/whole/model/lowmem_cft.json")
     assert (list(found), found["kind"]) == ([*old, "special_tokens"], "adapter")
     assert Path("trained/whole/model/adapter_model.safetensors").read_bytes() == adapter

@@ -188,6 +188,25 @@ class SentenceTransformerEmbedder:
         return vectors
 
 
+def _found(name: str) -> str:
+    """What sentence-transformers loads: the folder, or the hub id where the hub can be asked.
+
+    Where it cannot, this is the folder of the hub's cache: given the id, the libraries would try for
+    minutes whether there is a newer version.
+    """
+    from huggingface_hub import file_exists, snapshot_download
+
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    try:
+        file_exists(name, _MODULES)
+    except Exception:  # see is_sentence_transformer
+        folder: str = snapshot_download(name, local_files_only=True)
+        return folder
+    return name
+
+
 def _load_sentence_transformer(name: str, device: torch.device) -> Any:
     try:
         from sentence_transformers import SentenceTransformer
@@ -196,12 +215,11 @@ def _load_sentence_transformer(name: str, device: torch.device) -> Any:
             f"{name} is a sentence-transformers model: pip install 'lowmem-cft[check]' to embed "
             "with it"
         ) from error
-    path = Path(name).expanduser()
-    here = path.exists()
-    with readable_weights(str(path)):
+    found = _found(name)
+    with readable_weights(found):
         try:
             return SentenceTransformer(
-                str(path) if here else name, device=str(device), local_files_only=here
+                found, device=str(device), local_files_only=Path(found).exists()
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise ValueError(

@@ -139,6 +139,16 @@ def test_a_hub_that_cannot_be_asked_is_said(
     assert asked == ["org/model", "org/other"]
 
 
+def test_the_hub_is_asked_for_a_newer_version_only_if_it_answers(
+    peer_folder: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_on_hub(hub, "org/peer", peer_folder)
+    assert Path(embedder._found("org/peer")).is_relative_to(hub)
+    monkeypatch.setattr("huggingface_hub.file_exists", lambda name, file: True)
+    assert embedder._found("org/peer") == "org/peer"
+    assert embedder._found(str(peer_folder)) == str(peer_folder)
+
+
 def test_modules_that_need_remote_code_are_refused(tmp_path: Path, peer_folder: Path) -> None:
     shutil.copytree(peer_folder, tmp_path / "model")
     modules = tmp_path / "model" / "modules.json"
