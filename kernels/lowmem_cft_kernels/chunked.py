@@ -74,6 +74,17 @@ def _hidden(block: Block, rows: slice) -> Tensor | None:
     return hidden_RC
 
 
+def _hidden_in_columns(block: Block, rows: slice, hidden_RC: Tensor | None) -> Tensor | None:
+    """Whom the vectors hide in the columns' softmax, given whom they do in the rows'."""
+    if block.own_key_R is None or block.related_key_CJ is None:
+        return hidden_RC
+    assert hidden_RC is not None, "own keys come with keys"
+    own_key_R1 = block.own_key_R[rows, None]
+    for related_key_C in block.related_key_CJ.unbind(dim=1):
+        hidden_RC = hidden_RC | (own_key_R1 == related_key_C)
+    return hidden_RC
+
+
 def _with_positives(block: Block, rows: slice, hidden_RC: Tensor) -> Tensor:
     """Settles in place what the block says of the columns that are positives of a row's query."""
     if block.target_RP is not None and block.has_target_R is not None:
@@ -132,19 +143,24 @@ def _scores(
     if block.row_bound_R is None:
         if hidden_RC is None and block.target_hides:
             hidden_RC = torch.zeros_like(logit_RC, dtype=torch.bool)
+        hidden_col_RC = _hidden_in_columns(block, rows, hidden_RC) if columns_too else hidden_RC
         if hidden_RC is not None:
             hidden_RC = _with_positives(block, rows, hidden_RC)
-        return _Scores(logit_RC, hidden_RC, hidden_RC)
+        if hidden_col_RC is not None and hidden_col_RC is not hidden_RC:
+            hidden_col_RC = _with_positives(block, rows, hidden_col_RC)
+        return _Scores(logit_RC, hidden_RC, hidden_col_RC)
     guide_RC, unit_of = logit_RC, temperature
     if (guide := block.guide) is not None:
         guide_RG = block.pick(guide.row_RG, rows).to(compute)
         guide_RG = guide_RG * block.pick(guide.row_inverse_R, rows)[:, None]
         guide_RC = _products(guide_RG, guide.col_CG, guide.col_inverse_C)
         unit_of = torch.ones_like(temperature)
-    hidden = []
+    hidden: list[Tensor] = []
     for bound in (block.row_bound_R[rows, None], block.col_bound_C if columns_too else None):
         if bound is not None:
             above_RC = guide_RC > bound / unit_of
+            if hidden:
+                hidden_RC = _hidden_in_columns(block, rows, hidden_RC)
             if hidden_RC is not None:
                 above_RC.logical_or_(hidden_RC)
             hidden.append(_with_positives(block, rows, above_RC))

@@ -5,7 +5,8 @@ Shape suffixes: M query rows, N document columns, P positives per query, K keys 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ class Candidates:
         positive_keys: int64 (M,) or (M, L), or None for `query_keys`: where a positive of the
             query is compared with documents, one whose key equals one of these is no negative of
             it: another positive of the query, or of another one that has this positive.
+        own_keys: int64 (M,), of the queries' own texts, or None. Where a document that is the
+            positive of one query chooses among queries, those whose own key is one of that query's
+            `positive_keys` are no negatives of it; where it is that of several, those of its key.
     """
 
     target: Tensor
@@ -49,6 +53,7 @@ class Candidates:
     query_keys: Tensor | None = None
     doc_keys: Tensor | None = None
     positive_keys: Tensor | None = None
+    own_keys: Tensor | None = None
     _sound_for: tuple[int, int] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -56,8 +61,9 @@ class Candidates:
             raise ValueError(
                 "query_keys and doc_keys go together: got one of them without the other"
             )
-        if self.positive_keys is not None and self.doc_keys is None:
-            raise ValueError("positive_keys: got them without doc_keys to compare them with")
+        for name, keys in (("positive_keys", self.positive_keys), ("own_keys", self.own_keys)):
+            if keys is not None and self.doc_keys is None:
+                raise ValueError(f"{name}: got them without doc_keys, which they go together with")
         if self.own_only and self.owner_N is None:
             raise ValueError("own_only: got True, which needs owner_N")
 
@@ -95,6 +101,7 @@ class Candidates:
             ("query_keys", self.query_keys, num_queries, True),
             ("doc_keys", self.doc_keys, num_docs, False),
             ("positive_keys", self.positive_keys, num_queries, True),
+            ("own_keys", self.own_keys, num_queries, False),
         ):
             if vector is None:
                 continue
@@ -135,18 +142,11 @@ class Candidates:
 
     def to(self, device: torch.device) -> Candidates:
         """The same on another device; to a GPU, the host waits for nothing that is queued there."""
-        owner_N, query_keys, doc_keys, positive_keys = (
-            None if tensor is None else on_device(tensor, device)
-            for tensor in (self.owner_N, self.query_keys, self.doc_keys, self.positive_keys)
-        )
-        moved = replace(
-            self,
-            target=on_device(self.target, device),
-            owner_N=owner_N,
-            query_keys=query_keys,
-            doc_keys=doc_keys,
-            positive_keys=positive_keys,
-        )
+        names = [
+            f.name for f in fields(self) if f.init and isinstance(getattr(self, f.name), Tensor)
+        ]
+        there: dict[str, Any] = {name: on_device(getattr(self, name), device) for name in names}
+        moved = replace(self, **there)
         object.__setattr__(moved, "_sound_for", self._sound_for)
         return moved
 

@@ -49,12 +49,6 @@ SOFTMAXES = {"one_way": ONE_WAY, "symmetric": SYMMETRIC, "gte": GTE, "qwen3": QW
 """These by name."""
 
 
-def compares_within_roles(softmaxes: Sequence[Softmax]) -> bool:
-    """Queries are compared with queries, or documents with documents."""
-    within = {Direction.QUERY_TO_QUERY, Direction.DOC_TO_DOC}
-    return any(softmax & within for softmax in softmaxes)
-
-
 def check_softmaxes(softmaxes: Sequence[Softmax]) -> None:
     """Raise ValueError unless each has the positive in it and none shares a direction."""
     if not softmaxes:

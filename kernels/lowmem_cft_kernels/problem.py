@@ -63,6 +63,7 @@ class Block:
             `has_target_R` is False where there is none. `target_hides`: rows do not see them;
             otherwise rows always do.
         row_key_RK, col_key_CL: any equal pair hides.
+        own_key_R, related_key_CJ: an equal pair hides in the columns' softmax alone.
         row_bound_R, col_bound_C: similarities above hide, in the rows' and in the columns'
             softmax.
         guide: embeddings whose cosine is compared with the bounds; the block's own if None.
@@ -86,6 +87,8 @@ class Block:
     target_hides: bool = False
     row_key_RK: Tensor | None = None
     col_key_CL: Tensor | None = None
+    own_key_R: Tensor | None = None
+    related_key_CJ: Tensor | None = None
     row_bound_R: Tensor | None = None
     col_bound_C: Tensor | None = None
     guide: Guide | None = None
@@ -268,8 +271,13 @@ def _blocks(
     owned, index_M = candidates.owner_N is not None, None
     if owned or Direction.QUERY_TO_QUERY in options.directions:
         index_M = torch.arange(len(query.x_ND), device=query.x_ND.device)
+    related_key_NL = None
+    if candidates.own_keys is not None and Direction.DOC_TO_QUERY in options.directions:
+        related_key_NL = _related_keys(candidates, pairs)
     yield replace(
         _block(Direction.QUERY_TO_DOC, query, doc),
+        own_key_R=None if related_key_NL is None else candidates.own_keys,
+        related_key_CJ=related_key_NL,
         row_group_R=index_M if owned else None,
         col_group_C=candidates.owner_N,
         own_only=candidates.own_only,
@@ -296,6 +304,23 @@ def _blocks(
         )
     if Direction.DOC_TO_DOC in options.directions:
         yield _positives_with_documents(doc, candidates, pairs, bounds.bound_M)
+
+
+def _related_keys(candidates: Candidates, pairs: _Pairs) -> Tensor:
+    """(N, L): `positive_keys` of a positive's query; its own key where it is of none, or of several."""
+    doc_key_N, key_ML = candidates.doc_keys, candidates.positive_key_ML
+    assert doc_key_N is not None
+    assert key_ML is not None
+    there = pairs.there_MP.flatten()
+    index = torch.arange(len(key_ML), device=there.device).repeat_interleave(
+        pairs.there_MP.shape[1]
+    )
+    row_N, count_N = (
+        torch.zeros_like(doc_key_N).scatter_add_(0, pairs.target_MP.flatten(), values * there)
+        for values in (index, torch.ones_like(index))
+    )
+    alone_N = count_N == 1
+    return torch.where(alone_N[:, None], key_ML[row_N * alone_N], doc_key_N[:, None])
 
 
 def _block(direction: Direction, rows: _Side, cols: _Side) -> Block:

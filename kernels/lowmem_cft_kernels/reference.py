@@ -134,8 +134,16 @@ def _hidden_by_vectors(batch: _Batch, candidates: Candidates, bank: Bank | None)
         hidden_MN = (key_ML[:, None, :] == key_N[:, None]).any(dim=2)
         if bank is not None and bank.keys_C is not None:
             hidden_ME[:, num_docs:] |= (key_MK[:, None, :] == bank.keys_C[:, None]).any(dim=2)
+    hidden_NM = hidden_ME[:, :num_docs].T.clone()
+    if candidates.own_keys is not None:
+        key_ML = candidates.positive_key_ML
+        assert key_ML is not None
+        assert key_N is not None
+        of_one_R1 = (positive_MN.sum(dim=0) == 1)[t_R, None]
+        key_RL = torch.where(of_one_R1, key_ML[i_R], key_N[t_R, None])
+        hidden_NM[t_R] |= (candidates.own_keys == key_RL[:, :, None]).any(dim=1)
     hidden_RN = hidden_NN[t_R] | (hidden_MN | own_MN | positive_MN)[i_R]
-    return _Hidden(hidden_ME, hidden_ME[:, :num_docs].T.clone(), hidden_MM, hidden_RN)
+    return _Hidden(hidden_ME, hidden_NM, hidden_MM, hidden_RN)
 
 
 def _hide_false_negatives(

@@ -62,6 +62,8 @@ LOADS = ("plain", "middle", "heavy")
 def load_of(block: Block) -> str:
     """The block's entry of `LOADS`: guides are heavy, as they take a second product."""
     keys = 0 if block.row_key_RK is None or block.col_key_CL is None else block.row_key_RK.shape[1]
+    if block.related_key_CJ is not None:
+        keys += block.related_key_CJ.shape[1]
     positives = 0 if block.target_RP is None else block.target_RP.shape[1]
     if block.guide is not None:
         return "heavy"

@@ -189,12 +189,12 @@ def masked(rc_logit, rc_hidden, rc_own, rc_outside, target_ptr, TARGET_HIDES: tl
 def tile(  # type: ignore[no-untyped-def]
     row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
     target_ptr, has_target_ptr, positive_ptr,
-    row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
+    row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr, own_key_ptr, related_key_ptr,
     row_bound_ptr, col_bound_ptr,
     row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
     r_place, c_place, rc_outside, unit, width, guide_width,
     row_stride, col_stride, row_guide_stride, col_guide_stride,
-    P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    P: tl.constexpr, K: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
     SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WIDEN: tl.constexpr,
     SPLIT: tl.constexpr, SPLIT_G: tl.constexpr,
@@ -220,6 +220,12 @@ def tile(  # type: ignore[no-untyped-def]
         row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr, r_place, c_place,
         rc_outside, SAME_HIDES, OWN_ONLY, K, L,
     )  # fmt: skip
+    rc_col_hidden = rc_hidden
+    if own_key_ptr is not None:
+        r_key = tl.load(own_key_ptr + r_place)
+        for j in tl.static_range(J):
+            c_key = tl.load(related_key_ptr + c_place.to(tl.int64) * J + j)
+            rc_col_hidden |= r_key[:, None] == c_key[None, :]
     rc_logit = rc_sim * unit
     if row_bound_ptr is not None:
         rc_guide = rc_sim
@@ -233,11 +239,13 @@ def tile(  # type: ignore[no-untyped-def]
         rc_row = masked(rc_logit, rc_above, rc_own, rc_outside, target_ptr, TARGET_HIDES)
         rc_col = rc_row
         if col_bound_ptr is not None:
-            rc_above = rc_hidden | (rc_guide > tl.load(col_bound_ptr + c_place)[None, :])
+            rc_above = rc_col_hidden | (rc_guide > tl.load(col_bound_ptr + c_place)[None, :])
             rc_col = masked(rc_logit, rc_above, rc_own, rc_outside, target_ptr, TARGET_HIDES)
     else:
         rc_row = masked(rc_logit, rc_hidden, rc_own, rc_outside, target_ptr, TARGET_HIDES)
         rc_col = rc_row
+        if own_key_ptr is not None:
+            rc_col = masked(rc_logit, rc_col_hidden, rc_own, rc_outside, target_ptr, TARGET_HIDES)
     return rc_row, rc_col, rc_own
 
 
@@ -273,7 +281,7 @@ def inside_padded(c, num_columns):  # type: ignore[no-untyped-def]
 def lse_kernel(  # type: ignore[no-untyped-def]
     row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
     target_ptr, has_target_ptr, positive_ptr,
-    row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
+    row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr, own_key_ptr, related_key_ptr,
     row_bound_ptr, col_bound_ptr,
     row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
     best_ptr, temperature_ptr, unit_ptr,
@@ -282,7 +290,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
     first_row, num_rows, first_column, num_columns, width, guide_width,
     row_stride, col_stride, row_guide_stride, col_guide_stride,
     exp_stride, strength,
-    P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    P: tl.constexpr, K: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
     SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WIDEN: tl.constexpr,
     SPLIT: tl.constexpr, SPLIT_G: tl.constexpr,
@@ -308,12 +316,12 @@ def lse_kernel(  # type: ignore[no-untyped-def]
     rc_row, rc_col, rc_own = tile(
         row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
         target_ptr, has_target_ptr, positive_ptr,
-        row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
+        row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr, own_key_ptr, related_key_ptr,
         row_bound_ptr, col_bound_ptr,
         row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
         r_place, c_place, rc_outside, unit, width, guide_width,
         row_stride, col_stride, row_guide_stride, col_guide_stride,
-        P, K, L, SAME_HIDES, OWN_ONLY, TARGET_HIDES, EVEN_D, EVEN_G, WIDEN,
+        P, K, L, J, SAME_HIDES, OWN_ONLY, TARGET_HIDES, EVEN_D, EVEN_G, WIDEN,
         SPLIT, SPLIT_G, BLOCK_R, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     r_out, c_out = tile_c.to(tl.int64) * num_rows + r, tile_r.to(tl.int64) * num_columns + c
@@ -359,14 +367,14 @@ def lse_kernel(  # type: ignore[no-untyped-def]
 def gradient_kernel(  # type: ignore[no-untyped-def]
     row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
     target_ptr, has_target_ptr, positive_ptr,
-    row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
+    row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr, own_key_ptr, related_key_ptr,
     row_bound_ptr, col_bound_ptr,
     row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
     weight_ptr, temperature_ptr, unit_ptr, scale_ptr, row_shift_ptr, col_shift_ptr, out_ptr,
     first_row, num_rows, first_column, num_columns, width, guide_width,
     row_stride, col_stride, row_guide_stride, col_guide_stride,
     out_stride, strength,
-    P: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    P: tl.constexpr, K: tl.constexpr, L: tl.constexpr, J: tl.constexpr,
     SAME_HIDES: tl.constexpr, OWN_ONLY: tl.constexpr, TARGET_HIDES: tl.constexpr,
     EVEN_D: tl.constexpr, EVEN_G: tl.constexpr, WIDEN: tl.constexpr,
     SPLIT: tl.constexpr, SPLIT_G: tl.constexpr,
@@ -387,12 +395,12 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     rc_row, rc_col, rc_own = tile(
         row_ptr, col_ptr, pick_ptr, row_inverse_ptr, col_inverse_ptr,
         target_ptr, has_target_ptr, positive_ptr,
-        row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr,
+        row_group_ptr, col_group_ptr, row_key_ptr, col_key_ptr, own_key_ptr, related_key_ptr,
         row_bound_ptr, col_bound_ptr,
         row_guide_ptr, col_guide_ptr, row_guide_inverse_ptr, col_guide_inverse_ptr,
         r_place, c_place, rc_outside, unit, width, guide_width,
         row_stride, col_stride, row_guide_stride, col_guide_stride,
-        P, K, L, SAME_HIDES, OWN_ONLY, TARGET_HIDES, EVEN_D, EVEN_G, WIDEN,
+        P, K, L, J, SAME_HIDES, OWN_ONLY, TARGET_HIDES, EVEN_D, EVEN_G, WIDEN,
         SPLIT, SPLIT_G, BLOCK_R, BLOCK_C, BLOCK_D,
     )  # fmt: skip
     rc_grad = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)

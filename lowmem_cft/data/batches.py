@@ -80,6 +80,22 @@ class Positives:
     def of_pairs(cls, anchor_N: Indices, positive_N: Indices) -> Positives:
         return cls(Lists.of_pairs(anchor_N, positive_N), Lists.of_pairs(positive_N, anchor_N))
 
+    def keys(
+        self, anchor_M: Indices, positive_M: Indices, document_N: Indices, *, both_ways: bool
+    ) -> dict[str, Indices]:
+        """A batch's keys, by their names in `lowmem_cft_kernels.Candidates`.
+
+        `both_ways`: see `step_texts`.
+        """
+        among = np.append(document_N, anchor_M) if both_ways else document_N
+        keys = {"query_keys": self.query_keys(anchor_M, positive_M, among), "doc_keys": document_N}
+        if both_ways:
+            keys["positive_keys"] = self.positive_keys(positive_M, among)
+            # `query_keys` hide the anchors of a positive: others are hidden as positives themselves
+            if (self.anchors.start[anchor_M + 1] > self.anchors.start[anchor_M]).any():
+                keys["own_keys"] = anchor_M
+        return keys
+
     def query_keys(self, anchor_M: Indices, positive_M: Indices, among: Indices) -> Indices:
         """(M, 2 + K): keys whose texts are no negatives of each row's query.
 
@@ -173,8 +189,9 @@ class StepTexts:
     `owner_N`: the query that a hard negative was given to, `NO_OWNER` for a positive.
     `own_only`: a hard negative is one of its owner's alone.
     `query_key_MK`, `doc_key_N`: a document with one of a query's keys is no negative of it; None
-    where nothing is masked. `positive_key_MK`: nor is one with these of the row's positive; None
-    where documents are not compared with documents.
+    where nothing is masked. `positive_key_MK`: nor is one with these of the row's positive, and no
+    query whose `own_key_M` is one of them; both None where only queries choose, and only among
+    documents, `own_key_M` also where it would hide nobody.
     All int64, on the CPU.
     """
 
@@ -186,6 +203,7 @@ class StepTexts:
     query_key_MK: Tensor | None
     doc_key_N: Tensor | None
     positive_key_MK: Tensor | None = None
+    own_key_M: Tensor | None = None
 
 
 def step_texts(
@@ -195,7 +213,7 @@ def step_texts(
     hard_negatives: str,
     mask_duplicates: bool,
     encode_twins_once: bool,
-    within_roles: bool = False,
+    both_ways: bool = False,
 ) -> StepTexts:
     """Gather a step's texts.
 
@@ -205,8 +223,8 @@ def step_texts(
             the query are no negatives of it.
         encode_twins_once: one pool entry per distinct text. With dropout, twins would share a
             mask, which changes the step; without it, this changes nothing.
-        within_roles: the loss compares queries with queries and documents with documents: then
-            none is masked less than where one is a query and the other a document.
+        both_ways: the loss compares more than queries with documents (`symmetric` and the like):
+            there too, positives of one query are masked.
     """
     anchor_M, positive_M = table.anchor_N[rows], table.positive_N[rows]
     negative_MK = table.negative_NK[rows]
@@ -219,21 +237,24 @@ def step_texts(
     place = np.arange(len(text_P))
     if encode_twins_once:
         text_P, place = np.unique(text_P, return_inverse=True)
-    query_keys = doc_keys = positive_keys = None
+    keys: dict[str, Indices] = {}
     if mask_duplicates:
         anchor_key_M, positive_key_M = table.key(anchor_M), table.key(positive_M)
-        doc_keys, positives = table.key(document_N), table.positives
-        among = np.append(doc_keys, anchor_key_M) if within_roles else doc_keys
-        query_keys = positives.query_keys(anchor_key_M, positive_key_M, among)
-        if within_roles:
-            positive_keys = positives.positive_keys(positive_key_M, doc_keys)
+        keys = table.positives.keys(
+            anchor_key_M, positive_key_M, table.key(document_N), both_ways=both_ways
+        )
+    query_key_MK, doc_key_N, positive_key_MK, own_key_M = (
+        torch.from_numpy(keys[name]) if name in keys else None
+        for name in ("query_keys", "doc_keys", "positive_keys", "own_keys")
+    )
     return StepTexts(
         text_P,
         torch.from_numpy(place),
         len(rows),
         torch.from_numpy(owner_N),
         own_only=hard_negatives == "own",
-        query_key_MK=None if query_keys is None else torch.from_numpy(query_keys),
-        doc_key_N=None if doc_keys is None else torch.from_numpy(doc_keys),
-        positive_key_MK=None if positive_keys is None else torch.from_numpy(positive_keys),
+        query_key_MK=query_key_MK,
+        doc_key_N=doc_key_N,
+        positive_key_MK=positive_key_MK,
+        own_key_M=own_key_M,
     )

@@ -144,6 +144,7 @@ def candidates_of(texts: StepTexts) -> Candidates:
         query_keys=texts.query_key_MK,
         doc_keys=texts.doc_key_N,
         positive_keys=texts.positive_key_MK,
+        own_keys=texts.own_key_M,
     )
 
 

@@ -42,7 +42,7 @@ from lowmem_cft_kernels import (
     info_nce_loss,
 )
 from lowmem_cft_kernels.masks import SHARED
-from lowmem_cft_kernels.options import check_softmaxes, compares_within_roles
+from lowmem_cft_kernels.options import check_softmaxes
 
 try:
     from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
@@ -196,14 +196,12 @@ class InfoNCELoss(nn.Module):
     def _keys(self, keys_CM: Tensor) -> dict[str, Tensor]:
         """The keys of `Candidates`: which texts are no negatives of each row's anchor."""
         anchor_M, positive_M = keys_CM[0].numpy(), keys_CM[1].numpy()
-        document_N = keys_CM[1:].flatten().numpy()
-        positives = Positives.of_pairs(anchor_M, positive_M)
-        within = compares_within_roles(self.softmaxes)
-        among = np.append(document_N, anchor_M) if within else document_N
-        keys = {"query_keys": positives.query_keys(anchor_M, positive_M, among)}
-        if within:
-            keys["positive_keys"] = positives.positive_keys(positive_M, document_N)
-        keys["doc_keys"] = document_N
+        keys = Positives.of_pairs(anchor_M, positive_M).keys(
+            anchor_M,
+            positive_M,
+            keys_CM[1:].flatten().numpy(),
+            both_ways=self.softmaxes != ONE_WAY,
+        )
         return {name: torch.from_numpy(key) for name, key in keys.items()}
 
     @property

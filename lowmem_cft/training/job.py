@@ -33,8 +33,7 @@ from lowmem_cft.progress import Says
 from lowmem_cft.recipe.schema import LossSection, Recipe
 from lowmem_cft.training.optimizer import make_optimizer, make_scheduler
 from lowmem_cft.units import GIB
-from lowmem_cft_kernels import SOFTMAXES, LearnedTemperature
-from lowmem_cft_kernels.options import compares_within_roles
+from lowmem_cft_kernels import LearnedTemperature
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class TrainingJob:
             hard_negatives=recipe.loss.hard_negatives,
             mask_duplicates=recipe.loss.mask_duplicates,
             encode_twins_once=encode_once[recipe.train.duplicates],
-            within_roles=compares_within_roles(SOFTMAXES[recipe.loss.softmaxes]),
+            both_ways=recipe.loss.softmaxes != "one_way",
         )
 
 

@@ -242,7 +242,7 @@ def formula(model: SentenceTransformer, columns: Sequence[list[str]], **options:
         hard_negatives="own" if options.pop("own_only", False) else "batch",
         mask_duplicates=options.pop("mask_duplicates", True),
         encode_twins_once=False,
-        within_roles="softmaxes" in options,
+        both_ways="softmaxes" in options,
     )
     if isinstance(hides := options.get("false_negatives"), dict):
         options["false_negatives"] = FalseNegatives(**hides)

@@ -152,6 +152,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         of_candidates(positive_keys=long(0, 0)),
         r"positive_keys: got them without doc_keys",
     ),
+    "own keys alone": (
+        of_candidates(own_keys=long(0, 0)),
+        r"own_keys: got them without doc_keys, which they go together with",
+    ),
     "positives' keys of other lengths": (
         of_candidates(query_keys=long(0, 0), doc_keys=long(0, 0, 0), positive_keys=long(0, 0, 0)),
         r"positive_keys: got torch.int64 \(3,\), wanted int64 \(2,\) or \(2, 1 or more\)",

@@ -122,6 +122,7 @@ def test_order_of_queries_changes_nothing(case: Case, seed: int, path: LossPath)
             owner_N=owner_N,
             query_keys=picked(candidates.query_keys, order_M),
             positive_keys=picked(candidates.positive_keys, order_M),
+            own_keys=picked(candidates.own_keys, order_M),
         ),
     )
     got, wanted = moved.run(path), case.run(path)
@@ -138,7 +139,7 @@ def test_documents_hidden_by_keys_might_not_be_there(case: Case, path: LossPath)
     key_N = torch.full_like(is_target_N, 77, dtype=torch.int64)
     key_N[kept] = torch.arange(len(kept))
     key_M = torch.full((len(case.query_MD),), 77)
-    keys = {"query_keys": key_M, "doc_keys": key_N, "positive_keys": None}
+    keys = {"query_keys": key_M, "doc_keys": key_N, "positive_keys": None, "own_keys": None}
     hidden = replace(case, candidates=replace(case.candidates, **keys)).run(path)
     place_N = torch.full_like(key_N, NO_TARGET)
     place_N[kept] = torch.arange(len(kept))

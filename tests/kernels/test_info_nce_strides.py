@@ -158,6 +158,7 @@ def test_every_argument_is_tried() -> None:
         *(
             "candidates.doc_keys 1",
             "candidates.positive_keys 1",
+            "candidates.own_keys 1",
             "weight_M 1",
             "temperature 0",
             "false_negatives.margin 1",

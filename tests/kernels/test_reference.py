@@ -135,6 +135,12 @@ class Loops:
         if t in self.positives[k]:
             return True
         choosers = [i for i, positives in enumerate(self.positives) if t in positives]
+        own_keys = self.candidates.own_keys
+        if own_keys is not None:
+            of_one = len(choosers) == 1
+            related = self.positive_key(choosers[0]) if of_one else self.doc_key(t)
+            if int(own_keys[k]) in related:
+                return False
         return self.related(k, t) and not self.is_false_negative(("query", k), ("doc", t), choosers)
 
     def query_sees_query(self, i: int, k: int) -> bool:

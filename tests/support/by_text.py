@@ -2,7 +2,8 @@
 
 Written from what is promised, without keys, columns or matrices: of any pair that is compared, a
 query and a document must not be a positive pair in any row of the data, two queries must not share
-a positive, nor two documents a query; and no text is compared with itself.
+a positive, nor two documents a query; what a document chooses from must not be a positive of a
+query of its own; and no text is compared with itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from loss_cases import Case
 from lowmem_cft.data.batches import NO_TEXT, RowTable, step_texts
 from lowmem_cft.gradient.step import candidates_of
 from lowmem_cft_kernels import SOFTMAXES
-from lowmem_cft_kernels.options import compares_within_roles
 
 Vector = list[float]
 
@@ -85,7 +85,8 @@ class ByText:
         """The anchors that are the positive's negatives."""
         text = self.batch[i].positive
         for row in self.batch:
-            if row.anchor != text and not self.is_positive(row.anchor, text):
+            shared = self.anchors_of(text) & self.anchors_of(row.anchor)
+            if row.anchor != text and not shared and not self.is_positive(row.anchor, text):
                 yield self.hit(text, row.anchor)
 
     def query_to_query(self, i: int) -> Iterator[float]:
@@ -142,7 +143,7 @@ def drawn_case(seed: int, softmaxes: str) -> tuple[Case, ByText]:
         hard_negatives="batch",
         mask_duplicates=True,
         encode_twins_once=True,
-        within_roles=compares_within_roles(SOFTMAXES[softmaxes]),
+        both_ways=softmaxes != "one_way",
     )
     vector_TD = torch.from_numpy(draw.standard_normal((TEXTS, 5)))
     query_MD, doc_ND = vector_TD[texts.text_P][texts.place_S].tensor_split([BATCH])

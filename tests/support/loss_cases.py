@@ -235,14 +235,15 @@ def _owners(settings: Settings, shape: Shape, seed: int) -> dict[str, Any]:
 
 
 def _keys(settings: Settings, shape: Shape, target_MP: Tensor, seed: int) -> dict[str, Any]:
-    """One key: that of a positive. Two: another text's too, as a query's own; a positive has one."""
+    """One key: that of a positive, and the query's own for documents that choose. Two: another text's too, as a query's own; a positive has one."""
     num_queries, num_docs, _ = shape
     if not settings & {"one key", "two keys"}:
         return {}
     doc_key_N = _integers(0, 1 + num_docs // 3, (num_docs,), seed, "document keys")
     first_M = doc_key_N[target_MP.amax(dim=1).clamp(min=0)]
     if "one key" in settings:
-        return {"query_keys": first_M, "doc_keys": doc_key_N}
+        own_M = _integers(0, 1 + num_docs // 3, (num_queries,), seed, "own keys")
+        return {"query_keys": first_M, "doc_keys": doc_key_N, "own_keys": own_M}
     second_M = _integers(0, 2 + num_docs // 2, (num_queries,), seed, "query keys")
     third_M = _integers(0, 1 + num_docs // 3, (num_queries,), seed, "positives' keys")
     return {

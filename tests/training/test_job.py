@@ -59,13 +59,13 @@ def test_a_job_has_the_rows_it_is_given(make_recipe: MakeRecipe) -> None:
     )
 
 
-@pytest.mark.parametrize(("softmaxes", "within"), [("symmetric", False), ("gte", True)])
+@pytest.mark.parametrize(("softmaxes", "both_ways"), [("one_way", False), ("symmetric", True)])
 def test_a_step_knows_what_the_loss_compares(
-    softmaxes: str, within: bool, make_recipe: MakeRecipe
+    softmaxes: str, both_ways: bool, make_recipe: MakeRecipe
 ) -> None:
     rows = [TrainRow(f"a cat {i // 2}", f"the dog {i}", ()) for i in range(8)]
     section = {"softmaxes": softmaxes}
     made = assemble(make_recipe(loss=section, train={"logical_batch": 8}), Silent(), rows=rows)
     keys = made.texts_of(0).positive_key_MK
-    assert (keys is not None) == within
-    assert keys is None or keys.shape == (8, 2)  # its own, and the anchor's other positive
+    assert (keys is not None) == both_ways
+    assert keys is None or keys.shape == (8, 3)  # its own, its anchor, and the other positive
