@@ -47,6 +47,8 @@ CONFIGURATIONS = [
     ("phi-2", torch.float32, 0.0, "nf4", {"checkpoint_every": 1}),
     ("minicpm", torch.float32, 0.0, "none", {"checkpoint_every": 4, "targets": ["q_proj"]}),
     ("minicpm", torch.bfloat16, 0.1, "none", {"checkpoint_every": 4, "targets": ["q_proj"]}),
+    ("modernbert", torch.float32, 0.0, "none", {"kept_tokens": None}),
+    ("bert", torch.bfloat16, 0.0, "none", {"checkpoint_every": 1}),
 ]
 
 

@@ -8,32 +8,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from bidirectional import BIDIRECTIONAL
 from lowmem_cft.data.batches import RowTable
 from lowmem_cft.data.tokens import TokenStore
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.model.backbone import load_backbone
-from lowmem_cft.model.configs import disable_layer_dropout
+from lowmem_cft.model.configs import base_model_kwargs, disable_layer_dropout
 from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
 from lowmem_cft.planning.live_bytes import LiveBytes
 from lowmem_cft.planning.prediction import BatchShape
+from lowmem_cft.planning.tracing import with_layers
 from lowmem_cft.recipe.load import parse_recipe
 from lowmem_cft.recipe.schema import ModelSection, Recipe
 from plain import Batch, make_encoder, planned_gradients
-from tiny import tiny_config, tiny_tokenizer
+from tiny import FAMILIES, tiny_config, tiny_tokenizer
 
 ROWS = 40
 
 
 def wide_config(family: str) -> Any:
     """Large enough that no tensor of the step is negligible beside Python's own."""
-    config = tiny_config(family)
+    config = tiny_config(family) if family in FAMILIES else BIDIRECTIONAL[family]()
     for key, value in {"hidden_size": 192, "intermediate_size": 512, "ffn_dim": 512}.items():
         if hasattr(config, key):
             setattr(config, key, value)
     if family == "opt":
         config.word_embed_proj_dim = 192
-    config.num_hidden_layers = 6
+    config = with_layers(config, 6)
     config.vocab_size = 64
     if getattr(config, "head_dim", None):
         config.head_dim = 48
@@ -69,7 +71,7 @@ def make_base(config: Any, dtype: torch.dtype, quantization: str, folder: Path) 
     from transformers import AutoModel
 
     torch.manual_seed(0)
-    model = AutoModel.from_config(config).to(dtype)
+    model = AutoModel.from_config(config, **base_model_kwargs(config)).to(dtype)
     disable_layer_dropout(model)  # as where it is loaded
     if quantization == "none":
         return model
