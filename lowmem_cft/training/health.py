@@ -63,4 +63,7 @@ class NegativesWatch:
                 f"lower loss.false_negative_margin (it is {margin:g}; below 0 spares negatives a "
                 "little more similar than the positive), or set it once the model tells texts apart"
             )
-        return "the rows' texts are copies of each other: look at the data"
+        return (
+            "the step's rows share their texts: they have one anchor, or copies of it and its positives; "
+            "look at the data"
+        )
