@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from bidirectional import BIDIRECTIONAL
 from lowmem_cft import machine
 from lowmem_cft.data.batches import RowTable, step_texts
 from lowmem_cft.data.tokens import TokenStore
@@ -19,6 +20,7 @@ from lowmem_cft.gradient import step
 from lowmem_cft.gradient.plan import StepPlan
 from lowmem_cft.gradient.step import ContrastiveStep
 from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainable_parameters
+from lowmem_cft.model.causality import declared_bidirectional
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.planning.tracing import skeleton
@@ -41,11 +43,13 @@ def _meta_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def encoder_without_data(family: str, checkpoint_every: int) -> Encoder:
     clock = DropoutClock()
-    base = skeleton(tiny_config(family), torch.float32)
+    config = tiny_config(family) if family in FAMILIES else BIDIRECTIONAL[family]()
+    base = skeleton(config, torch.float32)
     with torch.device("meta"):
         model = attach_adapter(base, LoraSection(rank=4, dropout=0.1), clock, seed=0)
     set_checkpointing(model, checkpoint_every)
-    return Encoder(model, pooling="eos", normalize=True, clock=clock)
+    masked = declared_bidirectional(base)
+    return Encoder(model, pooling="eos", normalize=True, clock=clock, masked=masked)
 
 
 def texts_and_store() -> tuple[Any, TokenStore]:
@@ -73,7 +77,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "bert", "modernbert"])
 def test_no_step_waits_for_the_device(family: str, plan: str) -> None:
     dials = StepPlan(**{"backward_tokens": 60, "forward_tokens": 120, **PLANS[plan]})
     encoder = encoder_without_data(family, dials.checkpoint_every)
