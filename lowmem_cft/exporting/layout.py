@@ -26,6 +26,7 @@ from lowmem_cft.exporting.tokenizer import prepared_tokenizer
 from lowmem_cft.inference.embed import embed_texts
 from lowmem_cft.inference.loading import Embedder
 from lowmem_cft.machine import dtype_name, library_versions
+from lowmem_cft.model.configs import base_model_kwargs
 from lowmem_cft.model.exported import RECORD
 from lowmem_cft.recipe.schema import Recipe
 
@@ -114,13 +115,14 @@ def _write_layout(
     prompts = _prompts(recipe)
     special = special_tokens(backbone.tokenizer)
     adapter = kind == "adapter"
+    merged_kwargs = {"dtype": dtype_name(dtype), **base_model_kwargs(backbone.model.config)}
     for name, values in {
         "modules.json": _modules(recipe.embedding.normalize),
         "1_Pooling/config.json": _pooling(recipe.embedding.pooling, width),
         "sentence_bert_config.json": {
             **_lengths(backbone.tokenizer, recipe),
             "do_lower_case": False,
-            "model_args": backbone.loader_kwargs if adapter else {"dtype": dtype_name(dtype)},
+            "model_args": backbone.loader_kwargs if adapter else merged_kwargs,
             "config_args": backbone.config_kwargs if adapter else {},
         },
         "config_sentence_transformers.json": {
