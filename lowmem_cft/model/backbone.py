@@ -20,6 +20,7 @@ from lowmem_cft.data.tokens import Tokenizer
 from lowmem_cft.files import read_json
 from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model import sources
+from lowmem_cft.model.bounds import choose_padding, num_ids
 from lowmem_cft.model.configs import GET_MODEL, first_line, load_config
 from lowmem_cft.model.precision import keep_weight_layout
 from lowmem_cft.progress import Say
@@ -56,8 +57,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 
-def load_tokenizer(name: str, revision: str | None) -> Tokenizer:
+def load_tokenizer(name: str, revision: str | None, num_ids: int | None = None) -> Tokenizer:
     """The model's fast tokenizer, with a padding token.
+
+    Args:
+        num_ids: rows of the embedding table, which the padding token is in.
 
     Raises:
         ValueError: the model has none.
@@ -75,8 +79,7 @@ def load_tokenizer(name: str, revision: str | None) -> Tokenizer:
         ) from error
     if not len(tokenizer):
         raise ValueError(f"model.id: the tokenizer of {name} is empty")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    choose_padding(tokenizer, num_ids)
     return tokenizer
 
 
@@ -97,13 +100,14 @@ def quantization_kwargs(section: ModelSection, dtype: torch.dtype) -> dict[str, 
 class BackboneSource:
     """A base model's name, tokenizer and configuration: all of it but the weights.
 
-    `name`: see `Backbone`. `revision`: of a hub id, None for a folder.
+    `name`, `config_kwargs`: see `Backbone`. `revision`: of a hub id, None for a folder.
     """
 
     name: str
     revision: str | None
     tokenizer: Tokenizer
     config: Any
+    config_kwargs: dict[str, Any]
 
 
 def find_backbone(section: ModelSection, say: Say = lambda text: None) -> BackboneSource:
@@ -117,9 +121,9 @@ def find_backbone(section: ModelSection, say: Say = lambda text: None) -> Backbo
         read_json(file, GET_MODEL)  # whoever reads it next does not name it
     name = sources.resolve(section.id, section.revision, say)
     revision = section.revision if name == section.id else None
-    return BackboneSource(
-        name, revision, load_tokenizer(name, revision), load_config(section, name)
-    )
+    config, config_kwargs = load_config(section, name)
+    tokenizer = load_tokenizer(name, revision, num_ids(config))
+    return BackboneSource(name, revision, tokenizer, config, config_kwargs)
 
 
 @contextmanager
@@ -185,7 +189,4 @@ def load_backbone(
     model.requires_grad_(False)
     model.eval()
     keep_weight_layout(model)
-    keys = ("num_hidden_layers", "layer_types", "scale_depth")
-    cut = section.keep_layers is not None
-    config_kwargs = {key: getattr(config, key) for key in keys if cut and hasattr(config, key)}
-    return Backbone(model, source.tokenizer, name, dtype, loader_kwargs, config_kwargs)
+    return Backbone(model, source.tokenizer, name, dtype, loader_kwargs, source.config_kwargs)

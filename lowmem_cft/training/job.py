@@ -28,7 +28,7 @@ from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.limits import cap_allocator, run_limit
-from lowmem_cft.planning.recipe_plan import planner_for, shape_of
+from lowmem_cft.planning.recipe_plan import check_texts, planner_for, shape_of
 from lowmem_cft.progress import Says
 from lowmem_cft.recipe.schema import LossSection, Recipe
 from lowmem_cft.training.optimizer import make_optimizer, make_scheduler
@@ -181,6 +181,8 @@ def _tokenise(
     corpus = build_corpus(sources, recipe, source.tokenizer, cache_folder())
     origin = "read from the cache" if corpus.from_cache else "tokenised once"
     observer.say(f"{len(corpus.store)} distinct texts, {origin}")
+    for note in check_texts(recipe, source.config, source.tokenizer, corpus.store):
+        observer.say(note)
     return corpus
 
 
