@@ -23,6 +23,7 @@ from lowmem_cft.model import sources
 from lowmem_cft.model.bounds import choose_padding, num_ids
 from lowmem_cft.model.configs import GET_MODEL, first_line, load_config
 from lowmem_cft.model.precision import keep_weight_layout
+from lowmem_cft.model.quantized import describe, quantization_of
 from lowmem_cft.progress import Say
 from lowmem_cft.recipe.schema import ModelSection
 
@@ -171,14 +172,17 @@ def load_backbone(
     if section.attention != "auto":
         loader_kwargs["attn_implementation"] = section.attention
     kwargs: dict[str, Any] = {**loader_kwargs, "dtype": dtype}
-    if quantization := quantization_kwargs(section, dtype):
+    held: str = section.quantization
+    if own := quantization_of(config):
+        held = f"{describe(own)}, as saved, whatever model.quantization says"
+    elif quantization := quantization_kwargs(section, dtype):
         loader_kwargs["quantization_config"] = quantization
         kwargs["quantization_config"] = BitsAndBytesConfig(
             **{key: value for key, value in quantization.items() if key != "quant_method"}
         )
     if device.type == "cuda":
         kwargs["device_map"] = {"": device}
-    say(f"loading {section.id} ({section.quantization}, {loader_kwargs['dtype']}) on {device}")
+    say(f"loading {section.id} ({held}; {loader_kwargs['dtype']}) on {device}")
     with readable_weights(name):
         model, info = AutoModel.from_pretrained(
             name, config=config, revision=revision, output_loading_info=True, **kwargs

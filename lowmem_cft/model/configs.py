@@ -11,6 +11,7 @@ from typing import Any
 from lowmem_cft.files import read_json
 from lowmem_cft.model import minicpm
 from lowmem_cft.model.bounds import num_ids
+from lowmem_cft.model.quantized import own_skipped_modules
 from lowmem_cft.recipe.schema import ModelSection
 
 _DROPOUT_KEYS = [
@@ -99,7 +100,9 @@ def _from_gguf(path: Path, section: ModelSection) -> Any:
 def _prepared(config: Any, section: ModelSection) -> tuple[Any, dict[str, Any]]:
     """Dropout off, top layers dropped as the recipe says; what changed besides dropout."""
     disable_base_dropout(config)
-    changed: dict[str, Any] = {}
+    if getattr(config, "router_jitter_noise", 0):  # random in training, as dropout is
+        config.router_jitter_noise = 0.0
+    changed = own_skipped_modules(config)
     rows, pad = num_ids(config), getattr(config, "pad_token_id", None)
     if rows is not None and pad is not None and pad >= rows:
         changed["pad_token_id"] = None  # no model is built with a padding row that it has not

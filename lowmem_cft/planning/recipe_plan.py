@@ -27,6 +27,7 @@ from lowmem_cft.model import bounds
 from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
 from lowmem_cft.model.sources import at_hand, resolve
+from lowmem_cft.model.trainable import check_trains
 from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
 from lowmem_cft.planning.prediction import BatchShape, Prediction
@@ -210,6 +211,7 @@ def plan_recipe(recipe: Recipe, device_type: str, limit_bytes: int) -> RecipePla
         ValueError: the recipe's step does not fit, or its model is unknown.
     """
     config = _find_config(recipe.model)  # before all that takes the model's name for granted
+    check_trains(config, recipe.model, recipe.lora)
     shape, notes = _shape(recipe, config)
     if device_type == "cuda" and not torch.cuda.is_available() and recipe.model.dtype == "auto":
         dtype = torch.bfloat16  # of any card since Ampere; earlier ones take as many bytes
