@@ -107,10 +107,10 @@ def _prepared(config: Any, section: ModelSection) -> tuple[Any, dict[str, Any]]:
     if rows is not None and pad is not None and pad >= rows:
         changed["pad_token_id"] = None  # no model is built with a padding row that it has not
     if section.keep_layers is not None:
-        if section.keep_layers > config.num_hidden_layers:
+        layers = config.get_text_config().num_hidden_layers
+        if section.keep_layers > layers:
             raise ValueError(
-                f"model.keep_layers: got {section.keep_layers}, but {section.id} has "
-                f"{config.num_hidden_layers} layers"
+                f"model.keep_layers: got {section.keep_layers}, but {section.id} has {layers} layers"
             )
         changed |= _shortened(config, section.keep_layers)
     for key, value in changed.items():

@@ -38,7 +38,7 @@ class ReadRows:
 
 def read_only(model: Any, rows: ReadRows, clock: DropoutClock, patches: Patches) -> None:
     """Have the last layer of a base model heed `rows` in training."""
-    depth = model.config.num_hidden_layers
+    depth = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
         return

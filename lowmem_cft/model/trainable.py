@@ -37,14 +37,30 @@ def _has_experts(values: Any) -> bool:
     )
 
 
+def is_multimodal(config: Any) -> bool:
+    """Whether a model has parts for images or sounds beside its text part."""
+    if config.is_encoder_decoder:
+        return False
+    others = any(hasattr(config, key) for key in ("vision_config", "audio_config"))
+    return others or config.get_text_config() is not config
+
+
 def check_trains(config: Any, model: ModelSection, lora: LoraSection) -> None:
     """Refuse what does not train exactly here.
 
     Raises:
-        ValueError: a checkpoint quantised in a way that is not trained on, a mixture of experts
-            that is not known to be exact, or a LoRA initialisation that the rank does not allow.
+        ValueError: a checkpoint quantised in a way that is not trained on, a model of images or
+            sounds too, a mixture of experts that is not known to be exact, or a LoRA
+            initialisation that the rank does not allow.
     """
     check_trains_quantized(config, model.id)
+    if is_multimodal(config):
+        raise ValueError(
+            f"model.id: {model.id} ({config.model_type}) reads more than text, and only text is "
+            "trained on here; save its text part in Python, `from transformers import AutoModel; "
+            f'AutoModel.from_pretrained({model.id!r}).language_model.save_pretrained("FOLDER")`, '
+            "put its tokenizer files there too, and set model.id: FOLDER"
+        )
     if is_mixture(config) and config.model_type not in EXACT_MIXTURES:
         raise ValueError(
             f"model.id: {model.id} is a mixture of experts of the type {config.model_type}, of which "

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from lowmem_cft.gradient.plan import StepPlan
+from lowmem_cft.model.backbone import load_backbone
 from lowmem_cft.model.trainable import EXACT_MIXTURES, check_trains, is_mixture
 from lowmem_cft.planning.recipe_plan import plan_recipe
 from lowmem_cft.recipe.schema import LoraSection, ModelSection
+from lowmem_cft.training.pipeline import run_recipe
 from lowmem_cft.units import GIB
 from numerics import assert_same
 from plain import make_batch, make_encoder, plain_gradients, planned_gradients
-from running import MakeRecipe
+from running import MakeRecipe, Silent
 from tiny import SIZES, tiny_config, tiny_tokenizer
 
 
@@ -110,3 +112,34 @@ def test_orthogonal_needs_an_even_rank() -> None:
     lora = LoraSection(rank=3, init="orthogonal")
     with pytest.raises(ValueError, match=r"lora.rank: got 3, .* set lora.rank: 4"):
         check_trains(tiny_config("llama"), ModelSection(), lora)
+
+
+def test_a_multimodal_model_is_refused_and_its_text_part_trains(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way out that the message names is followed here."""
+    import re
+
+    from transformers import AutoModelForImageTextToText, Gemma3Config
+
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    text = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "whole")
+    tiny_tokenizer().save_pretrained(tmp_path / "whole")
+    recipe = make_recipe(model={"id": str(tmp_path / "whole"), "keep_layers": 2})
+    message = r"whole \(gemma3\) reads more than text"
+    with pytest.raises(ValueError, match=message) as refused:
+        plan_recipe(recipe, "cpu", GIB)
+    with pytest.raises(ValueError, match=message):
+        run_recipe(recipe, Silent())
+    (code,) = re.findall(r"`(.*)`", str(refused.value))
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    tiny_tokenizer().save_pretrained(tmp_path / "FOLDER")
+    section = ModelSection(id=str(tmp_path / "FOLDER"), quantization="none", dtype="fp32")
+    backbone = load_backbone(section, torch.device("cpu"))
+    check_trains(backbone.model.config, section, LoraSection())
+    assert type(backbone.model).__name__ == "Gemma3TextModel"
