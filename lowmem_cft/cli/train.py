@@ -70,7 +70,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Predict memory and cost of a recipe's steps, from the model's configuration alone."""
+    """Predict memory and cost of a recipe's steps, from the model's configuration alone.
+
+    For model.id a folder with only a config.json is enough; models of presets need nothing.
+    """
     from lowmem_cft.model.names import check_model_name
     from lowmem_cft.recipe.load import load_recipe
 

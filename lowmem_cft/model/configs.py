@@ -12,6 +12,7 @@ from lowmem_cft.files import read_json
 from lowmem_cft.model import minicpm
 from lowmem_cft.model.bounds import num_ids
 from lowmem_cft.model.quantized import own_skipped_modules
+from lowmem_cft.model.sources import may_be_on_hub, use_cache_without_hub
 from lowmem_cft.recipe.schema import ModelSection
 
 _DROPOUT_KEYS = [
@@ -76,6 +77,8 @@ def config_without_weights(section: ModelSection) -> Any:
             return _prepared(_from_values(values), section)[0]
     if path.suffix == ".gguf":
         return _from_gguf(path, section)
+    if may_be_on_hub(section.id):
+        use_cache_without_hub(section.id, section.revision)
     return load_config(section, section.id)[0]
 
 

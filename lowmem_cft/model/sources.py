@@ -53,7 +53,7 @@ def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -
         if not (path / "config.json").is_file():
             raise ValueError(f"model.id: {path} holds no config.json, so it is no model folder")
         return _translated(path) or str(path.resolve())  # an export names it from anywhere
-    if model_id[:1] in "./~" or model_id.count("/") > 1:
+    if not may_be_on_hub(model_id):
         raise ValueError(f"model.id: {path} does not exist; {nearest_names(path)}")
     return _from_hub(model_id, revision, say)
 
@@ -91,6 +91,12 @@ def _adapter(config_file: Path, name: str) -> str:
         f'.save_pretrained("FOLDER")`, put the tokenizer files of its base ({base}) there too, '
         "and set model.id: FOLDER"
     )
+
+
+def may_be_on_hub(model_id: str) -> bool:
+    """Whether a name has the form of the hub's and nothing local has it."""
+    local = model_id == EMBEDDED or Path(model_id).expanduser().exists()
+    return not (local or model_id[:1] in "./~" or model_id.count("/") > 1)
 
 
 def at_hand(model_id: str, revision: str | None) -> str | None:
@@ -189,6 +195,28 @@ def _translated(folder: Path) -> str | None:
     return str(target)
 
 
+def use_cache_without_hub(
+    model_id: str, revision: str | None, say: Say = lambda text: None
+) -> None:
+    """Have the libraries look in the hub's cache alone from here on, if the hub does not answer.
+
+    Asked once, with one request: each of them would try every file of a model several times, for
+    half a minute.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if constants.is_offline_mode():
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(model_id, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError):
+        return  # an answer, which whoever asks next will get as well
+    except Exception:
+        say("the hub cannot be reached: looking in its cache only")
+        constants.HF_HUB_OFFLINE = True
+
+
 def _from_hub(model_id: str, revision: str | None, say: Say) -> str:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
@@ -199,6 +227,7 @@ def _from_hub(model_id: str, revision: str | None, say: Say) -> str:
     )
 
     say(f"looking for {model_id} on the hub")
+    use_cache_without_hub(model_id, revision, say)
     try:
         config_file = hf_hub_download(model_id, "config.json", revision=revision)
     except LocalEntryNotFoundError as error:

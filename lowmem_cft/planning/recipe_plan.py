@@ -26,7 +26,7 @@ from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model import bounds
 from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
-from lowmem_cft.model.sources import at_hand, check_is_model, resolve
+from lowmem_cft.model.sources import at_hand, check_is_model, may_be_on_hub, resolve
 from lowmem_cft.model.trainable import check_trains
 from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
@@ -185,8 +185,19 @@ def _find_config(section: ModelSection) -> Any:
         path = Path(section.id).expanduser()
         no_model = path.is_dir() and not (path / "config.json").is_file()
         if no_model or isinstance(error.__cause__, OSError):  # or the hub cannot be reached
-            resolve(section.id, section.revision)
+            _resolve(section)
         raise
+
+
+def _resolve(section: ModelSection) -> None:
+    try:
+        resolve(section.id, section.revision)
+    except ValueError as error:
+        if not may_be_on_hub(section.id):
+            raise
+        raise ValueError(
+            f"{error}; to plan, a folder with only its config.json is enough"
+        ) from None
 
 
 def planner_for(

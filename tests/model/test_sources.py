@@ -210,3 +210,27 @@ def test_an_adapter_on_the_hub_is_no_model(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(ValueError, match=r"someone/lora is an adapter, not a model"):
         sources.resolve("someone/lora", None)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The libraries retry every file, each for half a minute; their cache is looked in at once."""
+    import socket
+
+    from huggingface_hub import constants
+
+    asked: list[Any] = []
+
+    def unreachable(*address: Any, **options: Any) -> None:
+        asked.append(address)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    said: list[str] = []
+    with pytest.raises(ValueError, match=r"someone/no-such-model .* the hub cannot be reached"):
+        sources.resolve("someone/no-such-model", None, said.append)
+    assert len(asked) == 1
+    assert "the hub cannot be reached: looking in its cache only" in said
+    assert not capfd.readouterr().err, "a library says something of its own"

@@ -50,3 +50,14 @@ def test_plan_reads_data_that_is_at_hand(tiny_folder: Path) -> None:
     assert plan["limit_bytes"] == 4 * 10**9
     assert plan["tokens_per_step"] < plan["texts_per_step"] * plan["longest_text_tokens"] / 2
     assert plan["padded_tokens_per_step"] < 1.3 * plan["tokens_per_step"]
+
+
+def test_a_folder_with_only_a_configuration_is_enough(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    model = ["--set", f"model.id={tmp_path}", "--set", "model.keep_layers=null"]
+    plan = plan_json("demo", *model, "--memory", "4GB", "--device", "cpu")
+    assert "the tokenizer of" in plan["notes"][0]
+    outcome = CliRunner().invoke(cli.app, ["plan", "--help"])
+    assert "a folder with only a config.json is enough" in " ".join(outcome.output.split())
+    outcome = CliRunner().invoke(cli.app, ["plan", "demo", "--set", "model.id=someone/no-model"])
+    assert "a folder with only its config.json is enough" in str(outcome.exception)
