@@ -37,6 +37,16 @@ def _has_experts(values: Any) -> bool:
     )
 
 
+def notes_on(config: Any) -> list[str]:
+    """What to say of how a model is trained that nobody would take for granted."""
+    if not is_mixture(config):
+        return []
+    return [
+        "a mixture of experts: the adapter sits on attention alone; routers and experts stay as "
+        "they are, the experts unquantised under model.quantization: nf4 too"
+    ]
+
+
 def is_multimodal(config: Any) -> bool:
     """Whether a model has parts for images or sounds beside its text part."""
     if config.is_encoder_decoder:

@@ -27,7 +27,7 @@ from lowmem_cft.model import bounds
 from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
 from lowmem_cft.model.sources import at_hand, check_is_model, may_be_on_hub, resolve
-from lowmem_cft.model.trainable import check_trains
+from lowmem_cft.model.trainable import check_trains, notes_on
 from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
 from lowmem_cft.planning.prediction import BatchShape, Prediction
@@ -240,5 +240,5 @@ def plan_recipe(recipe: Recipe, device_type: str, limit_bytes: int) -> RecipePla
         max_logical_batch={
             limit: planner.max_rows(recipe.memory, shape, limit) for limit in TABLE_LIMITS
         },
-        notes=notes,
+        notes=[*notes_on(config), *notes],
     )
