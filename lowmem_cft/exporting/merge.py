@@ -26,6 +26,7 @@ def merged_model(encoder: Encoder, dtype: torch.dtype) -> Any:
     """A plain model whose weights are the (de-quantised) base plus the adapter, rounded once."""
     from peft.tuners.lora import LoraLayer
     from transformers import AutoModel
+    from transformers.pytorch_utils import Conv1D
 
     trained = encoder.model.get_base_model()
     config = type(trained.config).from_dict(trained.config.to_dict())
@@ -50,6 +51,12 @@ def merged_model(encoder: Encoder, dtype: torch.dtype) -> Any:
             state[name] = value.detach()
     names = plain.state_dict().keys()
     state = {name: value.cpu().to(dtype) for name, value in state.items() if name in names}
+    for name, module in plain.named_modules():
+        held = trained.get_submodule(name)
+        held = held.get_base_layer() if isinstance(held, LoraLayer) else held
+        if isinstance(module, Conv1D) and not isinstance(held, Conv1D):
+            # in 4 bits it lies as a linear layer's
+            state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
     missing, unexpected = plain.load_state_dict(state, strict=False)
     assert not missing + unexpected, f"merge: {missing[:3]} {unexpected[:3]}"
     return plain

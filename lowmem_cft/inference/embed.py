@@ -20,9 +20,11 @@ import numpy.typing as npt
 import torch
 
 from lowmem_cft.data.chunks import Chunk, cut_by_length, pad
-from lowmem_cft.data.tokens import TextFormat, Tokenizer, TokenStore, tokenize
+from lowmem_cft.data.tokens import TextFormat, Tokenizer, TokenStore, surroundings, tokenize
 from lowmem_cft.gradient.oom import work_off
 from lowmem_cft.inference.prefix_sharing import Shared, behind, share
+from lowmem_cft.model.adapter import base_model
+from lowmem_cft.model.bounds import check_ids, check_length
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.model.prefix import Prefix
 from lowmem_cft.progress import Say
@@ -75,12 +77,16 @@ def embed_texts(
         say: told why a prefix that would save work is not shared.
 
     Raises:
-        ValueError: there are no texts.
+        ValueError: there are no texts, or the model cannot take one of them.
     """
     if not texts:
         raise ValueError("got no texts to embed")
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     store = tokenize(tokenizer, list(place), text_format)
+    check_ids(base_model(encoder.model), tokenizer, store)
+    longest = int(store.lengths.max())
+    on_top = surroundings(tokenizer, text_format).num_tokens
+    check_length(base_model(encoder.model), longest, on_top)
     pad_id = tokenizer.pad_token_id
     encoder.model.eval()
     shared = share(encoder, store, pad_id, say) if share_prefix else None

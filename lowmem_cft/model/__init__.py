@@ -3,6 +3,9 @@
 names       whether a model can be there at all
 sources     where a checkpoint and its tokenizer come from
 configs     shapes of known models without their checkpoints
+bounds      token ids and positions that a model has
+quantized   how a checkpoint's weights are held already
+trainable   which models train exactly here
 minicpm     MiniCPM checkpoints as transformers reads them
 backbone    the frozen model and its tokenizer, loaded
 exported    an export of ours as a base

@@ -11,13 +11,36 @@ from torch import nn
 from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
 from lowmem_cft.model.lora import use_lean_layers
 from lowmem_cft.model.patches import Patches, patched_layers
+from lowmem_cft.model.trainable import is_mixture
 from lowmem_cft.recipe.schema import LoraSection
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Full names of the linear layers (4-bit ones too) an adapter can be put on."""
-    kinds: tuple[type, ...] = (nn.Linear,)
+    """Full names of the linear layers, 4-bit ones and GPT-2's `Conv1D` too."""
+    from transformers.pytorch_utils import Conv1D
+
+    kinds: tuple[type, ...] = (nn.Linear, Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def adaptable_names(model: nn.Module) -> list[str]:
+    """Those of `linear_names` that an adapter is put on.
+
+    In a mixture of experts these are attention's. The experts are no linear layers, an adapted
+    router would send texts elsewhere, and peft takes the names of other feed-forward layers there
+    for those of experts.
+    """
+    names = linear_names(model)
+    if not is_mixture(getattr(model, "config", None)):
+        return names
+    return [name for name in names if _inside(name, _ATTENTION)]
+
+
+def _inside(name: str, parts: tuple[str, ...]) -> bool:
+    return any(part.endswith(parts) for part in name.split(".")[:-1])
+
+
+_ATTENTION = ("attn", "attention")
 
 
 def target_modules(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
@@ -26,19 +49,14 @@ def target_modules(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
     Raises:
         ValueError: a name fits no linear layer; the message lists those there are.
     """
-    names = linear_names(model)
+    names = adaptable_names(model)
     if not names:
         raise ValueError(f"lora.targets: {type(model).__name__} has no linear layers to adapt")
     if targets == "all-linear":
         return names
     if isinstance(targets, str):
-        inside = {"attention": ("attn", "attention"), "mlp": ("mlp", "fc1", "fc2", "ffn")}[targets]
-        chosen = [
-            name
-            for name in names
-            if any(part.endswith(inside) for part in name.split(".")[:-1])
-            or name.split(".")[-1] in inside
-        ]
+        inside = {"attention": _ATTENTION, "mlp": ("mlp", "fc1", "fc2", "ffn")}[targets]
+        chosen = [name for name in names if _inside(name, inside) or name.split(".")[-1] in inside]
         if not chosen:
             raise ValueError(f"lora.targets: no {targets} layers found; {_listing(names)}")
         return chosen
@@ -69,14 +87,17 @@ def attach_adapter(
     Its dropout reads `clock`; see `IdentityDropout`.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
+    targets = target_modules(model, section.targets)
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=target_modules(model, section.targets),
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
         use_rslora=section.rslora,
-        init_lora_weights=True if section.init == "default" else section.init,
+        init_lora_weights="gaussian" if section.init == "gaussian" else True,
         bias="none",
         task_type="FEATURE_EXTRACTION",
     )
@@ -84,11 +105,32 @@ def attach_adapter(
     peft_model = get_peft_model(model, config, revision=revision)
     if model.dtype == torch.float64:
         peft_model.double()
+    if section.init == "orthogonal":
+        _make_orthogonal(peft_model, seed)
     patches = patched_layers(peft_model)
     replace_dropout(peft_model, section.dropout, clock, patches)
     use_lean_layers(peft_model, patches)
     peft_model.eval()
     return peft_model
+
+
+@torch.no_grad()
+def _make_orthogonal(peft_model: Any, seed: int) -> None:
+    """A and B of every layer not zero, and BA zero: B spans what A does not.
+
+    peft's own gives A and B the dtype of the base's weights, which 4-bit ones cannot have, also
+    where an adapter is loaded again.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    torch.manual_seed(seed)
+    for layer in peft_model.modules():
+        if isinstance(layer, LoraLayer):
+            a_RF, b_GR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            rank = a_RF.shape[0]
+            basis_RR = torch.linalg.qr(torch.randn(rank, rank)).Q
+            a_RF.copy_((torch.randn(a_RF.shape[1], rank // 2) @ basis_RR[0::2]).T / 10)
+            b_GR.copy_(torch.randn(b_GR.shape[0], rank // 2) @ basis_RR[1::2] / 10)
 
 
 def replace_dropout(

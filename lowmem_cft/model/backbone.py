@@ -20,6 +20,7 @@ from lowmem_cft.data.tokens import Tokenizer
 from lowmem_cft.files import read_json
 from lowmem_cft.machine import choose_dtype, dtype_name
 from lowmem_cft.model import sources
+from lowmem_cft.model.bounds import choose_padding, num_ids
 from lowmem_cft.model.configs import (
     GET_MODEL,
     base_model_kwargs,
@@ -29,6 +30,7 @@ from lowmem_cft.model.configs import (
 )
 from lowmem_cft.model.exported import plain_tokenizer, read_record
 from lowmem_cft.model.precision import keep_weight_layout
+from lowmem_cft.model.quantized import describe, quantization_of
 from lowmem_cft.progress import Say
 from lowmem_cft.recipe.schema import ModelSection
 
@@ -63,8 +65,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 
-def load_tokenizer(name: str, revision: str | None) -> Tokenizer:
+def load_tokenizer(name: str, revision: str | None, num_ids: int | None = None) -> Tokenizer:
     """The model's fast tokenizer, with a padding token.
+
+    Args:
+        num_ids: rows of the embedding table, which the padding token is in.
 
     Raises:
         ValueError: the model has none.
@@ -84,8 +89,7 @@ def load_tokenizer(name: str, revision: str | None) -> Tokenizer:
         raise ValueError(f"model.id: the tokenizer of {name} is empty")
     if (record := read_record(Path(name))) is not None:
         tokenizer = plain_tokenizer(tokenizer, record)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    choose_padding(tokenizer, num_ids)
     return tokenizer
 
 
@@ -106,13 +110,14 @@ def quantization_kwargs(section: ModelSection, dtype: torch.dtype) -> dict[str, 
 class BackboneSource:
     """A base model's name, tokenizer and configuration: all of it but the weights.
 
-    `name`: see `Backbone`. `revision`: of a hub id, None for a folder.
+    `name`, `config_kwargs`: see `Backbone`. `revision`: of a hub id, None for a folder.
     """
 
     name: str
     revision: str | None
     tokenizer: Tokenizer
     config: Any
+    config_kwargs: dict[str, Any]
 
 
 def find_backbone(section: ModelSection, say: Say = lambda text: None) -> BackboneSource:
@@ -126,9 +131,9 @@ def find_backbone(section: ModelSection, say: Say = lambda text: None) -> Backbo
         read_json(file, GET_MODEL)  # whoever reads it next does not name it
     name = sources.resolve(section.id, section.revision, say)
     revision = section.revision if name == section.id else None
-    return BackboneSource(
-        name, revision, load_tokenizer(name, revision), load_config(section, name)
-    )
+    config, config_kwargs = load_config(section, name)
+    tokenizer = load_tokenizer(name, revision, num_ids(config))
+    return BackboneSource(name, revision, tokenizer, config, config_kwargs)
 
 
 @contextmanager
@@ -176,14 +181,17 @@ def load_backbone(
     if section.attention != "auto":
         loader_kwargs["attn_implementation"] = section.attention
     kwargs: dict[str, Any] = {**loader_kwargs, "dtype": dtype}
-    if quantization := quantization_kwargs(section, dtype):
+    held: str = section.quantization
+    if own := quantization_of(config):
+        held = f"{describe(own)}, as saved, whatever model.quantization says"
+    elif quantization := quantization_kwargs(section, dtype):
         loader_kwargs["quantization_config"] = quantization
         kwargs["quantization_config"] = BitsAndBytesConfig(
             **{key: value for key, value in quantization.items() if key != "quant_method"}
         )
     if device.type == "cuda":
         kwargs["device_map"] = {"": device}
-    say(f"loading {section.id} ({section.quantization}, {loader_kwargs['dtype']}) on {device}")
+    say(f"loading {section.id} ({held}; {loader_kwargs['dtype']}) on {device}")
     with readable_weights(name):
         model, info = AutoModel.from_pretrained(
             name, config=config, revision=revision, output_loading_info=True, **kwargs
@@ -195,7 +203,4 @@ def load_backbone(
     model.eval()
     disable_layer_dropout(model)
     keep_weight_layout(model)
-    keys = ("num_hidden_layers", "layer_types", "scale_depth")
-    cut = section.keep_layers is not None
-    config_kwargs = {key: getattr(config, key) for key in keys if cut and hasattr(config, key)}
-    return Backbone(model, source.tokenizer, name, dtype, loader_kwargs, config_kwargs)
+    return Backbone(model, source.tokenizer, name, dtype, loader_kwargs, source.config_kwargs)

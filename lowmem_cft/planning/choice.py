@@ -175,7 +175,7 @@ class Planner(Predictor):
         rows = self.max_rows(free, shape, limit_bytes)
         if 1 < rows < shape.rows:
             ways.append(f"train.logical_batch up to {rows}")
-        if self.footprint.recipe.model.quantization == "none":
+        if not self.footprint.weights.quantized_bytes:
             ways.append("model.quantization: nf4")
         if shape.longest > 32:
             ways.append("a lower text.max_tokens")

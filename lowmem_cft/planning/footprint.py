@@ -11,6 +11,7 @@ from torch import nn
 
 from lowmem_cft.machine import compute_capability
 from lowmem_cft.model.adapter import linear_names, target_modules
+from lowmem_cft.model.quantized import four_bits
 from lowmem_cft.planning.tracing import (
     Checkpointing,
     CostModel,
@@ -67,18 +68,23 @@ def weigh(config: Any, model: ModelSection, lora: LoraSection, dtype: torch.dtyp
         ValueError: `lora.targets` names no layer of it.
     """
     base: nn.Module = skeleton(config, dtype)
-    linears = set(linear_names(base)) if model.quantization == "nf4" else set()
+    held = four_bits(config, model)
+    linears = {
+        name
+        for name in linear_names(base)
+        if held is not None and held.holds(name, base.get_submodule(name))
+    }
     quantized = plain = largest = 0
     for name, parameter in base.named_parameters():
         module, _, kind = name.rpartition(".")
-        if module in linears and kind == "weight":
-            quantized += nf4_bytes(parameter.numel(), double_quantization=model.double_quantization)
+        if held is not None and module in linears and kind == "weight":
+            quantized += nf4_bytes(parameter.numel(), double_quantization=held.double)
             largest = max(largest, parameter.numel() * dtype.itemsize)
         else:
             plain += parameter.nbytes
     plain += sum(buffer.nbytes for buffer in base.buffers())
     adapted: list[Any] = [base.get_submodule(name) for name in target_modules(base, lora.targets)]
-    trained = sum(lora.rank * (linear.in_features + linear.out_features) for linear in adapted)
+    trained = sum(lora.rank * sum(linear.weight.shape) for linear in adapted)
     return Weights(quantized, plain, largest, trained)
 
 

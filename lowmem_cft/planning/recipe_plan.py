@@ -14,14 +14,24 @@ import torch
 from lowmem_cft.data import corpus
 from lowmem_cft.data.batches import NO_TEXT
 from lowmem_cft.data.columns import DataError
-from lowmem_cft.data.tokens import document_format, query_format, surroundings, tokenize
+from lowmem_cft.data.tokens import (
+    Tokenizer,
+    TokenStore,
+    document_format,
+    query_format,
+    surroundings,
+    tokenize,
+)
 from lowmem_cft.machine import choose_dtype, dtype_name
+from lowmem_cft.model import bounds
 from lowmem_cft.model.backbone import load_tokenizer
 from lowmem_cft.model.configs import config_without_weights
-from lowmem_cft.model.sources import at_hand, resolve
+from lowmem_cft.model.sources import at_hand, check_is_model, may_be_on_hub, resolve
+from lowmem_cft.model.trainable import check_trains, notes_on
 from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.footprint import Footprint
 from lowmem_cft.planning.prediction import BatchShape, Prediction
+from lowmem_cft.planning.tracing import skeleton, with_layers
 from lowmem_cft.recipe.schema import TEXT_SLOT, ModelSection, Recipe
 from lowmem_cft.units import GIB
 
@@ -95,7 +105,26 @@ def _assumed_shape(recipe: Recipe, longest: int) -> BatchShape:
     return BatchShape(recipe.train.logical_batch, 2 + negatives, longest)
 
 
-def _shape(recipe: Recipe) -> tuple[BatchShape, list[str]]:
+def check_texts(recipe: Recipe, config: Any, tokenizer: Tokenizer, store: TokenStore) -> list[str]:
+    """Refuse tokenised texts that the recipe's model cannot take; what to say of the others.
+
+    Raises:
+        ValueError: a token is beyond the embedding table, or a text that `max_tokens` allows
+            beyond the positions. An export would fail at such a text if training did not.
+    """
+    tables, extra = skeleton(with_layers(config, 2), torch.float32), _overhead(recipe, tokenizer)
+    bounds.check_ids(tables, tokenizer, store)
+    bounds.check_length(tables, recipe.text.max_tokens + extra, extra)
+    note = bounds.beyond_trained(config, int(store.lengths.max()))
+    return [] if note is None else [note]
+
+
+def _overhead(recipe: Recipe, tokenizer: Tokenizer) -> int:
+    formats = (query_format(recipe), document_format(recipe))
+    return max(surroundings(tokenizer, each).num_tokens for each in formats)
+
+
+def _shape(recipe: Recipe, config: Any) -> tuple[BatchShape, list[str]]:
     """The shape from the data where model and data lie on this machine, else the worst case; notes."""
     name = at_hand(recipe.model.id, recipe.model.revision)
     if name is None:
@@ -104,21 +133,32 @@ def _shape(recipe: Recipe) -> tuple[BatchShape, list[str]]:
         longest = recipe.text.max_tokens + extra
         note = f"the tokenizer of {recipe.model.id} is not on this machine"
     else:
-        tokenizer = load_tokenizer(name, None if name != recipe.model.id else recipe.model.revision)
-        formats = (query_format(recipe), document_format(recipe))
-        extra = max(surroundings(tokenizer, each).num_tokens for each in formats)
-        longest = recipe.text.max_tokens + extra
+        revision = None if name != recipe.model.id else recipe.model.revision
+        tokenizer = load_tokenizer(name, revision, bounds.num_ids(config))
+        longest = recipe.text.max_tokens + _overhead(recipe, tokenizer)
         try:
-            return _sampled_shape(recipe, tokenizer), []
+            queries, documents = _sampled_texts(recipe)
         except DataError as error:
             note = f"no data: {error}"
+            store = _tokenised(recipe, tokenizer, ["a"], ["a"])
+            check_texts(recipe, config, tokenizer, store)
+        else:
+            store = _tokenised(recipe, tokenizer, queries, documents)
+            notes = check_texts(recipe, config, tokenizer, store)
+            shape = BatchShape(
+                rows=recipe.train.logical_batch,
+                slots_per_row=len(store) / len(queries),
+                longest=longest,  # one that is not in the sample
+                lengths=_shuffled(store.lengths),
+            )
+            return shape, notes
     assumed = _assumed_shape(recipe, longest)
     texts = f"{assumed.slots_per_row:g} texts a row, all of the greatest length ({longest} tokens)"
     return assumed, [f"{note}; assumed: {texts}"]
 
 
-def _sampled_shape(recipe: Recipe, tokenizer: Any) -> BatchShape:
-    """The shape from a sample of the rows; the longest text may be longer than the sample's."""
+def _sampled_texts(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """Queries and documents of a sample of the rows."""
     sources, _ = corpus.read_sources(recipe.data, offline=True)
     rows = [row for source in sources for row in source]
     sample = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:_SAMPLE_ROWS]]
@@ -126,33 +166,38 @@ def _sampled_shape(recipe: Recipe, tokenizer: Any) -> BatchShape:
     documents = [row.positive for row in sample]
     if recipe.loss.hard_negatives != "none":
         documents += [text for row in sample for text in row.negatives]
-    formats = (query_format(recipe), document_format(recipe))
-    texts = zip((queries, documents), formats, strict=True)
-    lengths = np.concatenate([tokenize(tokenizer, *each).lengths for each in texts])
-    extra = max(surroundings(tokenizer, each).num_tokens for each in formats)
-    return BatchShape(
-        rows=recipe.train.logical_batch,
-        slots_per_row=len(lengths) / len(queries),
-        longest=recipe.text.max_tokens + extra,
-        lengths=_shuffled(lengths),
-    )
+    return queries, documents
+
+
+def _tokenised(
+    recipe: Recipe, tokenizer: Tokenizer, queries: list[str], documents: list[str]
+) -> TokenStore:
+    parts = ((queries, query_format(recipe)), (documents, document_format(recipe)))
+    return TokenStore.concatenate([tokenize(tokenizer, *part) for part in parts])
 
 
 def _find_config(section: ModelSection) -> Any:
     """`config_without_weights`, which says no more of a wrong name than transformers does."""
+    check_is_model(section.id)
     try:
         return config_without_weights(section)
     except ValueError as error:
         path = Path(section.id).expanduser()
         no_model = path.is_dir() and not (path / "config.json").is_file()
         if no_model or isinstance(error.__cause__, OSError):  # or the hub cannot be reached
-            try:
-                resolve(section.id, section.revision)
-            except ValueError as reason:
-                raise ValueError(
-                    f"{reason}; to plan, a folder with the model's config.json alone is enough"
-                ) from None
+            _resolve(section)
         raise
+
+
+def _resolve(section: ModelSection) -> None:
+    try:
+        resolve(section.id, section.revision)
+    except ValueError as error:
+        if not may_be_on_hub(section.id):
+            raise
+        raise ValueError(
+            f"{error}; to plan, a folder with the model's config.json alone is enough"
+        ) from None
 
 
 def planner_for(
@@ -178,7 +223,8 @@ def plan_recipe(recipe: Recipe, device_type: str, limit_bytes: int) -> RecipePla
         ValueError: the recipe's step does not fit, or its model is unknown.
     """
     config = _find_config(recipe.model)  # before all that takes the model's name for granted
-    shape, notes = _shape(recipe)
+    check_trains(config, recipe.model, recipe.lora)
+    shape, notes = _shape(recipe, config)
     if device_type == "cuda" and not torch.cuda.is_available() and recipe.model.dtype == "auto":
         dtype = torch.bfloat16  # of any card since Ampere; earlier ones take as many bytes
     else:
@@ -194,5 +240,5 @@ def plan_recipe(recipe: Recipe, device_type: str, limit_bytes: int) -> RecipePla
         max_logical_batch={
             limit: planner.max_rows(recipe.memory, shape, limit) for limit in TABLE_LIMITS
         },
-        notes=notes,
+        notes=[*notes_on(config), *notes],
     )

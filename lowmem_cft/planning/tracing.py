@@ -127,6 +127,27 @@ def _copy(x_LF: Tensor, key_L: Tensor, key_F: Tensor, rate: float) -> Tensor:
     return x_LF.clone()
 
 
+@contextmanager
+def _one_expert() -> Iterator[None]:
+    """Experts' products as one product: as many tokens go through, whichever expert has them.
+
+    The kernel that groups them by expert is traced in bf16 only.
+    """
+    names = vars(torch.nn.functional)
+    grouped_mm = names.get("grouped_mm")
+    names["grouped_mm"] = _as_one_group
+    try:
+        yield
+    finally:
+        names.pop("grouped_mm")
+        if grouped_mm is not None:
+            names["grouped_mm"] = grouped_mm
+
+
+def _as_one_group(x_LF: Tensor, weight_EFG: Tensor, *, offs: Tensor) -> Tensor:
+    return x_LF @ weight_EFG[0]
+
+
 class Tracer:
     """Traces chunks through one depth of a model.
 
@@ -186,7 +207,7 @@ class Tracer:
 
         shape = (num_texts, width)
         training = self._encoder.training_mode(step=0)
-        with self._mode, _copying_dropout(), training, self._attention:
+        with self._mode, _copying_dropout(), _one_expert(), training, self._attention:
             for module in self._encoder.model.modules():
                 if hasattr(module, "layerdrop"):  # its rate is 0, but the draw has no value here
                     module.training = False

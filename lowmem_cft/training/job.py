@@ -26,9 +26,10 @@ from lowmem_cft.model.adapter import attach_adapter, set_checkpointing, trainabl
 from lowmem_cft.model.backbone import Backbone, BackboneSource, find_backbone, load_backbone
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
+from lowmem_cft.model.trainable import check_trains, notes_on
 from lowmem_cft.planning.choice import Planner
 from lowmem_cft.planning.limits import cap_allocator, run_limit
-from lowmem_cft.planning.recipe_plan import planner_for, shape_of
+from lowmem_cft.planning.recipe_plan import check_texts, planner_for, shape_of
 from lowmem_cft.progress import Says
 from lowmem_cft.recipe.schema import LossSection, Recipe
 from lowmem_cft.training.optimizer import make_optimizer, make_scheduler
@@ -120,6 +121,9 @@ def assemble(
     )
     eval_sets = _read_eval_sets(recipe, offline=offline)
     source = find_backbone(recipe.model, observer.say)
+    check_trains(source.config, recipe.model, recipe.lora)
+    for note in notes_on(source.config):
+        observer.say(note)
     corpus = _tokenise(recipe, sources, source, observer)
     planner, plan = _plan_steps(recipe, corpus, source, device, observer, last_plan)
     machine.keep_freed_memory()
@@ -182,6 +186,8 @@ def _tokenise(
     corpus = build_corpus(sources, recipe, source.tokenizer, cache_folder())
     origin = "read from the cache" if corpus.from_cache else "tokenised once"
     observer.say(f"{len(corpus.store)} distinct texts, {origin}")
+    for note in check_texts(recipe, source.config, source.tokenizer, corpus.store):
+        observer.say(note)
     return corpus
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lowmem_cft.data.formats import check_source_name
 from lowmem_cft.evaluation.sts.sets import check_set_name
 from lowmem_cft.model.names import check_model_name
+from lowmem_cft.model.sources import check_is_model
 from lowmem_cft.recipe.schema import Recipe
 
 
@@ -26,3 +27,4 @@ def check_names(recipe: Recipe, *, rows_in_memory: bool = False) -> None:
             check_set_name(name)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
+    check_is_model(recipe.model.id)

@@ -14,6 +14,7 @@ from lowmem_cft.model.backbone import load_backbone
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import LoraSection, ModelSection
+from tiny import tiny_tokenizer
 
 IDS_BT = torch.tensor([[5, 6, 7, 8, 2], [9, 10, 11, 12, 2]])
 
@@ -46,6 +47,23 @@ def test_a_merged_model_computes_the_same(
     assert float((base - ours).abs().max()) > 0.05, "the adapter changes nothing"
     assert not hasattr(merged.config, "quantization_config")
     assert not any("lora" in name for name in merged.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_gpt2s_transposed_weights_are_merged(tmp_path: Path, quantization: str) -> None:
+    from transformers import AutoModel, GPT2Config
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=16)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    encoder = adapted(tmp_path, quantization, targets="all-linear")
+    merged = merged_model(encoder, torch.float32).eval()
+    ours = encoder.model(input_ids=IDS_BT).last_hidden_state
+    torch.testing.assert_close(
+        merged(input_ids=IDS_BT).last_hidden_state, ours, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_the_sum_is_rounded_once(tiny_folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from lowmem_cft.model.adapter import attach_adapter, target_modules, trainable_parameters
 from lowmem_cft.model.backbone import load_backbone
+from lowmem_cft.model.configs import disable_base_dropout
 from lowmem_cft.model.dropout import DropoutClock, IdentityDropout
 from lowmem_cft.recipe.schema import LoraSection, ModelSection
 from tiny import FAMILIES, SIZES
@@ -87,3 +88,41 @@ def test_same_seed_same_adapter(tiny_folder: Path) -> None:
     assert keys
     assert all(torch.equal(states[0][key], states[1][key]) for key in keys)
     assert not any(torch.equal(states[0][key], states[2][key]) for key in keys)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_orthogonal_adapters_begin_at_zero(tiny_folder: Path, quantization: str) -> None:
+    """B A is zero though neither is; also on 4-bit weights, whose dtype no adapter has."""
+    model = load(tiny_folder, quantization=quantization, dtype="fp32").model
+    section = LoraSection(rank=4, init="orthogonal")
+    adapted = attach_adapter(model, section, DropoutClock(), seed=0)
+    layer = adapted.get_base_model().layers[0].mlp.up_proj
+    a_RF, b_GR = (part["default"].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    assert a_RF.dtype == b_GR.dtype == torch.float32
+    assert float(a_RF.abs().max()) > 0.01
+    assert float(b_GR.abs().max()) > 0.01
+    assert float((b_GR @ a_RF).abs().max()) < 1e-6
+    assert adapted.peft_config["default"].init_lora_weights is True, "peft would do it again"
+
+
+def test_gpt2_is_adapted() -> None:
+    """Its linear layers are transformers' own `Conv1D`, with transposed weights."""
+    from transformers import AutoModel, GPT2Config
+
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    disable_base_dropout(config)
+    model: Any = AutoModel.from_config(config)
+    names = {name.partition(".")[2][2:] for name in target_modules(model, "all-linear")}
+    assert names == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    adapted = attach_adapter(model.double(), LoraSection(rank=2), DropoutClock(), seed=0)
+    parameters = trainable_parameters(adapted)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert len(parameters) == 2 * 2 * len(names)
+    ids, found = torch.tensor([[5, 6, 7, 2]]), []
+    for training in (True, False):  # ours, and peft's own
+        adapted.train(training)
+        loss = adapted(input_ids=ids).last_hidden_state.square().mean()
+        found.append(torch.autograd.grad(loss, parameters))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)

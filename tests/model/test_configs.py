@@ -129,3 +129,21 @@ def test_encoder_decoders_are_refused_by_their_configuration_alone(
 def test_too_many_layers(tiny_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"keep_layers: got 9, but .* has 3 layers"):
         load(tiny_folder, keep_layers=9)
+
+
+def test_every_presets_model_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of a preset asks nobody."""
+    import socket
+
+    from lowmem_cft.model.configs import config_without_weights
+    from lowmem_cft.recipe.load import load_recipe, preset_names
+
+    def asked(*address: Any, **options: Any) -> None:
+        raise AssertionError("a network is asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    names = preset_names()
+    assert names
+    for name in names:
+        config = config_without_weights(load_recipe(name).model)
+        assert config.num_hidden_layers > 0

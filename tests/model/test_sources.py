@@ -155,3 +155,82 @@ def write_gguf(gguf: Any, path: Path, config: Any, model: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.fixture
+def run_folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """What a run leaves of its adapter."""
+    from lowmem_cft.model.adapter import attach_adapter
+    from lowmem_cft.model.dropout import DropoutClock
+    from lowmem_cft.recipe.schema import LoraSection
+
+    run = tmp_path / "runs" / "tiny"
+    model = load(tiny_folder, quantization="none").model
+    attach_adapter(model, LoraSection(), DropoutClock(), seed=0).save_pretrained(run / "adapter")
+    (run / "recipe.yaml").write_text(
+        f"model: {{id: {tiny_folder}}}\ndata: {{sources: [{{path: demo}}]}}\n"
+    )
+    return run
+
+
+@pytest.mark.parametrize("part", ["", "adapter"])
+def test_a_run_is_no_model(run_folder: Path, part: str) -> None:
+    with pytest.raises(ValueError, match=r"lowmem-cft export .*tiny --merged --out FOLDER`"):
+        sources.resolve(str(run_folder / part), None)
+
+
+def test_an_adapter_is_no_model(
+    run_folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way out that the message names is followed here."""
+    import re
+
+    folder = (run_folder / "adapter").rename(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"is an adapter, not a model") as refused:
+        sources.resolve(str(folder), None)
+    (code,) = re.findall(r"`(.*)`", str(refused.value))
+    monkeypatch.chdir(tmp_path)
+    exec(code)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "FOLDER" / name).write_bytes((tiny_folder / name).read_bytes())
+    assert load(tmp_path / "FOLDER", quantization="none").model.config.model_type == "llama"
+
+
+def test_an_adapter_on_the_hub_is_no_model(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def download(model_id: str, name: str, **options: Any) -> str:
+        if not (file := run_folder / "adapter" / name).is_file():
+            raise EntryNotFoundError(name)
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(ValueError, match=r"someone/lora is an adapter, not a model"):
+        sources.resolve("someone/lora", None)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The libraries retry every file, each for half a minute; their cache is looked in at once."""
+    import socket
+
+    from huggingface_hub import constants
+
+    asked: list[Any] = []
+
+    def unreachable(*address: Any, **options: Any) -> None:
+        asked.append(address)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    said: list[str] = []
+    with pytest.raises(ValueError, match=r"someone/no-such-model .* the hub cannot be reached"):
+        sources.resolve("someone/no-such-model", None, said.append)
+    assert len(asked) == 1
+    assert "the hub cannot be reached: looking in its cache only" in said
+    assert not capfd.readouterr().err, "a library says something of its own"

@@ -65,3 +65,5 @@ def test_a_folder_with_the_configuration_alone_is_enough(tiny_folder: Path, tmp_
         )
         assert isinstance(outcome.exception, ValueError)
         assert "a folder with the model's config.json alone is enough" in str(outcome.exception)
+    outcome = CliRunner().invoke(cli.app, ["plan", "--help"])
+    assert "a folder with that file alone" in " ".join(outcome.output.split())
