@@ -133,6 +133,12 @@ def find_backbone(section: ModelSection, say: Say = lambda text: None) -> Backbo
     revision = section.revision if name == section.id else None
     config, config_kwargs = load_config(section, name)
     tokenizer = load_tokenizer(name, revision, num_ids(config))
+    if (record := read_record(Path(name))) is not None:
+        template = record["recipe"]["text"]["template"]
+        say(
+            f"{section.id} is an export, trained under the template {template!r}: texts are prepared by "
+            "this recipe's text section alone"
+        )
     return BackboneSource(name, revision, tokenizer, config, config_kwargs)
 
 

@@ -45,8 +45,10 @@ def test_a_merged_export_as_the_next_base(
         train={"steps": 1, "learning_rate": 1e-9},
         output={"name": "next"},
     )
-    folder, metrics = pipeline.run_recipe(made, Silent())
+    observer = Silent()
+    folder, metrics = pipeline.run_recipe(made, observer)
     assert metrics.export.checked is True
+    assert any("trained under the template 'the man : {text} in two'" in s for s in observer.said)
     texts = sentences(9, 6)
     cpu = torch.device("cpu")
     vectors = [load_model(str(name), cpu, print).embed(texts) for name in (merged, folder.path)]
