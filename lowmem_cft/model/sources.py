@@ -73,8 +73,8 @@ def check_is_model(model_id: str) -> None:
     if RunFolder(run).recipe.is_file():
         what = f"the adapter of the run {run}" if is_adapter else "a run"
         raise ValueError(
-            f"model.id: {path} is {what}, not a model: merge it with `lowmem-cft export {run} "
-            "--merged --out FOLDER`, and set model.id: FOLDER"
+            f"model.id: {path} is {what}, not a model: merge it with "
+            f"`lowmem-cft export {run} --merged --out FOLDER`, and set model.id: FOLDER"
         )
     if is_adapter:
         raise ValueError(f"model.id: {path} is {_adapter(path / _ADAPTER_CONFIG, str(path))}")

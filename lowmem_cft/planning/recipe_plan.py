@@ -193,7 +193,7 @@ def _resolve(section: ModelSection) -> None:
     try:
         resolve(section.id, section.revision)
     except ValueError as error:
-        if not may_be_on_hub(section.id):
+        if not (may_be_on_hub(section.id) or Path(section.id).expanduser().is_dir()):
             raise
         raise ValueError(
             f"{error}; to plan, a folder with the model's config.json alone is enough"

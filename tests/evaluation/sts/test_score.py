@@ -226,7 +226,7 @@ def test_minilm_has_its_known_scores(data_folder: Path, tmp_path: Path, names: l
     if any(find_in(entry, data_folder) is None for entry in MTEB.sets):
         pytest.skip("the data folder has not all sets of the mteb protocol")
     folder = minilm_folder(tmp_path)
-    assert embedder.is_plain_sentence_transformer(folder)
+    assert embedder.is_sentence_transformer(str(folder))
     said: list[str] = []
     embed = embedder.load_embedder(
         str(folder), torch.device("cpu"), said.append, normalize=False
