@@ -18,7 +18,7 @@ from lowmem_cft.cli import evaluate, machine, reproduce, train
 
 app = typer.Typer(
     name="lowmem-cft",
-    help="Fine-tune decoder language models into sentence-embedding models on one small GPU.",
+    help="Fine-tune language models into sentence-embedding models on one small GPU.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

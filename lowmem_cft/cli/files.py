@@ -24,6 +24,8 @@ def read_lines(file: Path, *, keep_blank: bool = False) -> list[str]:
         data, name = sys.stdin.buffer.read(), "standard input"
     elif file.is_file():
         data, name = file.read_bytes(), str(file)
+    elif file.is_dir():
+        raise ValueError(f"{file} is a folder, wanted a file with a text a line")
     else:
         raise ValueError(f"{file} does not exist; {nearest_names(file)}")
     try:

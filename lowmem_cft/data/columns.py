@@ -33,6 +33,10 @@ _NAME_TRAINING = (
 _NAME_SCORED = "name those of sentence1, sentence2 and score with `columns: [...]`"
 
 
+_MOST_WORDS = 3
+"""Words of a name of a column; what has more is a text."""
+
+
 class DataError(ValueError):
     """The user's data is wrong; the message says where, what was wanted and the way out."""
 
@@ -127,6 +131,11 @@ def _in_order(table: Header, names: list[str]) -> list[str]:
         )
     if len(names) < 2 or not table.text_columns.issuperset(names):
         raise _unclear(table, "no known names, and not two or more columns which all hold text")
+    if table.first is None and any(len(name.split()) > _MOST_WORDS for name in names):
+        raise DataError(
+            f"{table.name}: its first line looks like a row, not like names of columns: {names}; if "
+            f"it is one, set `columns: {list(range(1, len(names) + 1))}`, else give those names there"
+        )
     for i, name in enumerate(names):
         if not name or _words(name) & (_LABEL_WORDS | _ID_WORDS):
             raise _unclear(table, f"no known names, and {name!r} does not look like a text column")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -51,6 +53,15 @@ def with_rows(recipe: Recipe, rows: Sequence[TrainRow]) -> Recipe:
     values = [[row.anchor, row.positive, *row.negatives] for row in rows]
     source = DataSource(path=f"{IN_MEMORY}{digest(values)[:16]}")
     return recipe.with_values("data", sources=[source])
+
+
+def rows_sha256(rows: Sequence[TrainRow]) -> str:
+    """The checksum of rows, in hexadecimal."""
+    checksum = hashlib.sha256()
+    for row in rows:
+        texts = [row.anchor, row.positive, *row.negatives]
+        checksum.update(json.dumps(texts).encode() + b"\n")
+    return checksum.hexdigest()
 
 
 def read_sources(

@@ -34,7 +34,7 @@ class TrainRow:
 
     anchor: str
     positive: str
-    negatives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

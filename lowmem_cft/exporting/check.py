@@ -19,6 +19,7 @@ from lowmem_cft.data.tokens import (
 from lowmem_cft.exporting.layout import Kind
 from lowmem_cft.inference.embed import Vectors, embed_texts
 from lowmem_cft.inference.loading import Embedder
+from lowmem_cft.model.adapter import base_model
 from lowmem_cft.model.precision import float32_arithmetic, keep_weight_layout
 from lowmem_cft.progress import Says
 
@@ -51,14 +52,19 @@ class ExportCheck:
     min_cosine_as_loaded: float
 
 
-def awkward_texts(tokenizer: Tokenizer, text_format: TextFormat) -> list[str]:
-    """Texts whose tokens are easily got wrong: blank, cut, with added tokens in them."""
+def awkward_texts(tokenizer: Tokenizer, text_format: TextFormat, num_ids: int) -> list[str]:
+    """Texts whose tokens are easily got wrong: blank, cut, with added tokens in them.
+
+    Args:
+        num_ids: rows of the embedding table; tokens beyond it can stand in no text.
+    """
     texts = ["  Two  blanks,\n\nempty lines \n", 'It ends in a quote."']
     if surroundings(tokenizer, text_format).num_tokens:
         texts.append("")
     if text_format.max_tokens <= _LONGEST_CUT:
         texts.append("One sentence after another, and no end. " * text_format.max_tokens)
-    added = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: token.special)
+    known = [token for i, token in tokenizer.added_tokens_decoder.items() if i < num_ids]
+    added = sorted(known, key=lambda token: token.special)
     ends = dict.fromkeys(token.content for token in (*added[:2], *added[-2:]))
     texts += [f"before {content} and{content}after" for content in ends]
     return [*texts, *ends]
@@ -86,8 +92,10 @@ class _BothSides:
                 "document": (document, loaded.encode_document),
             }
         self._encode = encode
+        table = base_model(embedder.encoder.model).get_input_embeddings()
+        num_ids = table.num_embeddings
         self._texts = {
-            role: [*texts, *awkward_texts(embedder.tokenizer, text_format)]
+            role: [*texts, *awkward_texts(embedder.tokenizer, text_format, num_ids)]
             for role, (text_format, _) in encode.items()
         }
 
@@ -113,8 +121,13 @@ def _cosines(ours: Vectors, theirs: torch.Tensor) -> list[float]:
     return cosines
 
 
-def check_export(folder: Path, kind: Kind, embedder: Embedder, texts: Sequence[str]) -> ExportCheck:
+def check_export(
+    folder: Path, kind: Kind, embedder: Embedder, texts: Sequence[str], way_out: str
+) -> ExportCheck:
     """Load the export with sentence-transformers and compare it with the model it was made from.
+
+    Args:
+        way_out: what the message of a difference ends in.
 
     Raises:
         ImportError: sentence-transformers is not installed.
@@ -131,7 +144,7 @@ def check_export(folder: Path, kind: Kind, embedder: Embedder, texts: Sequence[s
         raise RuntimeError(
             f"the exported model does not embed as the trained one: of {both.num_texts} texts the "
             f"{exact.role} {_shortened(exact.text)} has cosine {exact.cosine:.5f}, wanted "
-            f"{MIN_COSINE[kind]}; output.export: none trains without an export"
+            f"{MIN_COSINE[kind]}; {way_out}"
         )
     keep_weight_layout(loaded, keep=False)
     return ExportCheck(both.num_texts, exact.cosine, both.lowest().cosine)
@@ -142,19 +155,26 @@ def _shortened(text: str) -> str:
 
 
 def checked(
-    folder: Path, kind: Kind, embedder: Embedder, observer: Says, texts: Sequence[str] = ()
+    folder: Path,
+    kind: Kind,
+    embedder: Embedder,
+    observer: Says,
+    texts: Sequence[str] = (),
+    *,
+    way_out: str,
 ) -> ExportCheck | None:
     """Compare an export with its model and say so; None where it could not be compared.
 
     Args:
         texts: some of them are compared, and awkward ones besides.
+        way_out: what the message of a difference ends in.
 
     Raises:
         RuntimeError: it does not embed as the model it was made from.
     """
     texts = list(texts[:_NUM_CHECKED]) or _PLAIN_TEXTS
     try:
-        check = check_export(folder, kind, embedder, texts)
+        check = check_export(folder, kind, embedder, texts, way_out)
     except (ImportError, torch.OutOfMemoryError) as error:
         reason = (
             "sentence-transformers is not installed (pip install 'lowmem-cft[check]')"

@@ -15,6 +15,12 @@ from lowmem_cft.model.exported import RECORD
 from lowmem_cft.progress import Says
 from lowmem_cft.run_folder import RunFolder
 
+_WAY_OUT: dict[Kind, str] = {
+    "adapter": "the run itself is whole, and `eval` and `embed` take it",
+    "merged": "16 bits round it too much; the run itself is whole: `eval` and `embed` take it, and "
+    "`lowmem-cft export RUN` exports its adapter",
+}
+
 
 def is_export(target: Path) -> bool:
     """Whether the folder holds an export of ours."""
@@ -59,7 +65,7 @@ def export_model(
     """
     with whole_folder(target) as folder:
         write_model(embedder, folder, kind)
-        return checked(folder, kind, embedder, observer, texts)
+        return checked(folder, kind, embedder, observer, texts, way_out=_WAY_OUT[kind])
 
 
 def export_run(

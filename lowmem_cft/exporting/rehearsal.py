@@ -19,6 +19,10 @@ from lowmem_cft.inference.loading import Embedder
 from lowmem_cft.model.adapter import trainable_parameters
 from lowmem_cft.progress import Says
 
+_WAY_OUT: dict[Kind, str] = {
+    "adapter": "output.export: none trains without an export",
+    "merged": "set output.export: adapter, or none to train without an export",
+}
 _PROBE = ["It is raining.", "Take an umbrella.", "The shop is closed."]
 
 
@@ -37,7 +41,7 @@ def rehearse_export(
     observer.say("trying the export before the training, on an adapter of random weights")
     with _random_adapter(embedder, kind), scratch_folder(target) as folder:
         write_model(embedder, folder, kind)
-        checked(folder, kind, embedder, observer, texts)
+        checked(folder, kind, embedder, observer, texts, way_out=_WAY_OUT[kind])
     gc.collect()
     machine.release_freed_memory(embedder.encoder.device)
 

@@ -129,17 +129,43 @@ def find_backbone(section: ModelSection, say: Say = lambda text: None) -> Backbo
     """
     if (file := Path(section.id).expanduser() / "config.json").is_file():
         read_json(file, GET_MODEL)  # whoever reads it next does not name it
+    if section.attention == "flash_attention_2":
+        _check_flash_attention()
     name = sources.resolve(section.id, section.revision, say)
     revision = section.revision if name == section.id else None
     config, config_kwargs = load_config(section, name)
     tokenizer = load_tokenizer(name, revision, num_ids(config))
-    if (record := read_record(Path(name))) is not None:
+    if (note := _note_on_origin(name, section)) is not None:
+        say(note)
+    return BackboneSource(name, revision, tokenizer, config, config_kwargs)
+
+
+def _check_flash_attention() -> None:
+    from transformers.utils import is_flash_attn_2_available
+
+    if not is_flash_attn_2_available():
+        raise ValueError(
+            "model.attention: got flash_attention_2, which needs a GPU and the package flash-attn; "
+            "set model.attention: auto"
+        )
+
+
+def _note_on_origin(name: str, section: ModelSection) -> str | None:
+    """What of a base model's folder is not taken over; None for a plain model."""
+    folder = Path(name)
+    if (record := read_record(folder)) is not None:
         template = record["recipe"]["text"]["template"]
-        say(
+        return (
             f"{section.id} is an export, trained under the template {template!r}: texts are prepared by "
             "this recipe's text section alone"
         )
-    return BackboneSource(name, revision, tokenizer, config, config_kwargs)
+    if (folder / "modules.json").is_file():
+        return (
+            f"{section.id} is a sentence-transformers model: its transformer is trained on, its pooling, "
+            "prompts and further modules are not taken over; this recipe's text and embedding sections "
+            "hold"
+        )
+    return None
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def check_length(model: Any, longest: int, overhead: int) -> None:
         else "shorten text.template"
     )
     raise ValueError(
-        f"text.max_tokens: texts have up to {longest} tokens with their template and special "
+        f"text.max_tokens: texts may have {longest} tokens with their template and special "
         f"tokens, but the {type(model).__name__} has positions for {most} only; {way_out}"
     )
 

@@ -192,6 +192,9 @@ class Encoder:
         return where | masks, nullcontext()
 
     def _hidden(self, ids_BT: Tensor, **where: Any) -> Tensor:
+        implementation = base_model(self.model).config._attn_implementation
+        if implementation not in ("sdpa", "eager", None):
+            self.attention = [implementation]  # its operations are no kernels of torch's
         seen = nullcontext() if self.attention else SeenBackends()
         with chosen_backends(), seen:
             hidden_BTH: Tensor = self.model(input_ids=ids_BT, **where).last_hidden_state

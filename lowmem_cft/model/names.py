@@ -15,9 +15,12 @@ def check_model_name(name: str) -> None:
     runs; of any other such name the hub has to be asked.
 
     Raises:
-        ValueError: there is no such file or folder; the message has the nearest names.
+        ValueError: there is no such file or folder, and the message has the nearest names; or it is a
+            file of another kind.
     """
     path = Path(name).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"{name} is a file, wanted a model's folder, a .gguf file or a hub id")
     if name.strip() and (name == EMBEDDED or path.exists()):
         return
     looks_local = path.suffix == ".gguf" or name[:1] in (".", "/", "~") or name.count("/") > 1

@@ -66,11 +66,11 @@ class ChunkCost:
 
 
 def with_layers(config: Any, num_layers: int) -> Any:
-    """The configuration with so many layers, its layer pattern repeated."""
+    """The configuration with so many layers, what it lists for each layer repeated."""
     config = copy.deepcopy(config)
-    pattern = getattr(config, "layer_types", None)
-    if pattern:
-        config.layer_types = [pattern[i % len(pattern)] for i in range(num_layers)]
+    for key, values in list(vars(config).items()):
+        if isinstance(values, list) and len(values) == config.num_hidden_layers:
+            setattr(config, key, [values[i % len(values)] for i in range(num_layers)])
     config.num_hidden_layers = num_layers
     return config
 

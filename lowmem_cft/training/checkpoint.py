@@ -30,7 +30,8 @@ class TrainingState:
 
     `optimizer`, `scheduler` and `scaler` are what `state_dict` of each gives. `plan` is the step
     plan as it was: the same plan rounds the same way. `temperature` is the state of
-    `LearnedTemperature`, empty where the temperature is not trained.
+    `LearnedTemperature`, empty where the temperature is not trained. `rows_sha256` has a checksum of
+    the rows of each source; older versions kept none.
     """
 
     step: int
@@ -41,6 +42,7 @@ class TrainingState:
     progress: Progress
     plan: StepPlan
     temperature: dict[str, Tensor] = field(default_factory=dict)
+    rows_sha256: list[str] = field(default_factory=list)
 
 
 class _StateRecord(BaseModel):
@@ -51,6 +53,7 @@ class _StateRecord(BaseModel):
     plan: StepPlan
     versions: dict[str, str]
     sha256: dict[str, str]
+    rows_sha256: list[str] = []
 
 
 def adapter_state(peft_model: torch.nn.Module) -> dict[str, Tensor]:
@@ -95,6 +98,7 @@ def save_state(run: RunFolder, state: TrainingState) -> None:
                 progress=state.progress,
                 plan=state.plan,
                 versions=library_versions(),
+                rows_sha256=state.rows_sha256,
                 sha256={file.name: sha256_of(file) for file in sorted(folder.iterdir())},
             )
             write_json(folder / "state.json", record.model_dump())
@@ -123,6 +127,7 @@ def load_state(run: RunFolder) -> TrainingState:
         adapter=load_file(str(folder / "adapter.safetensors")),
         progress=record.progress,
         plan=record.plan,
+        rows_sha256=record.rows_sha256,
         **tensors,
     )
 
@@ -137,7 +142,8 @@ def saved_step(run: RunFolder) -> int | None:
 
 def _read_record(run: RunFolder) -> _StateRecord:
     path = run.checkpoint / "state.json"
-    values = read_json(path, _START_ANEW, *_StateRecord.model_fields)
+    required = (name for name, field in _StateRecord.model_fields.items() if field.is_required())
+    values = read_json(path, _START_ANEW, *required)
     try:
         return _StateRecord.model_validate(values)
     except ValidationError as error:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lowmem_cft import machine
 from lowmem_cft.data.batches import RowOrder, StepTexts, step_texts
-from lowmem_cft.data.corpus import Corpus, build_corpus, read_sources
+from lowmem_cft.data.corpus import Corpus, build_corpus, read_sources, rows_sha256
 from lowmem_cft.data.rows import TrainRow
 from lowmem_cft.evaluation.sts.sets import LoadedSet, data_folder, load_set
 from lowmem_cft.files import cache_folder
@@ -42,13 +42,15 @@ class TrainingJob:
     """What a run's steps work on and with.
 
     `plan` is that of the first step. `parameters` are the adapter's; `temperature` is there where
-    the recipe learns it, and the optimizer trains it with them.
+    the recipe learns it, and the optimizer trains it with them. `rows_sha256` has a checksum of the
+    rows of each source.
     """
 
     recipe: Recipe
     device: torch.device
     order: RowOrder
     num_steps: int
+    rows_sha256: list[str]
     corpus: Corpus
     eval_sets: list[LoadedSet]
     plan: StepPlan
@@ -150,6 +152,7 @@ def assemble(
         device=device,
         order=order,
         num_steps=num_steps,
+        rows_sha256=[rows_sha256(source) for source in sources],
         corpus=corpus,
         eval_sets=eval_sets,
         plan=plan,
@@ -168,11 +171,19 @@ def _read_sources(recipe: Recipe, observer: Says, *, offline: bool) -> Sequence[
     sources, reports = read_sources(recipe.data, offline=offline)
     for rows, report in zip(sources, reports, strict=True):
         num_skipped = sum(report.skipped.values())
+        num_negatives = sum(len(row.negatives) for row in rows)
+        named = ", ".join(
+            f"{role}: {_listed(used)}" for role, used in report.columns.items() if used
+        )
         observer.say(
-            f"{report.source}: {report.num_read} rows, {num_skipped} skipped; trained on: "
-            f"{len(rows)} pairs of an anchor and a positive"
+            f"{report.source}: {report.num_read} rows, {num_skipped} skipped ({named}); trained on: "
+            f"{len(rows)} pairs of an anchor and a positive, with {num_negatives} hard negatives"
         )
     return sources
+
+
+def _listed(columns: str | list[str]) -> str:
+    return columns if isinstance(columns, str) else " ".join(columns)
 
 
 def _read_eval_sets(recipe: Recipe, *, offline: bool) -> list[LoadedSet]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -68,7 +67,8 @@ def run_recipe(
     if rows is not None:
         recipe = with_rows(recipe, rows)
     folder = runs.open_run(recipe, resume=resume, overwrite=overwrite, new_rate=new_rate)
-    with interrupts_say(partial(_what_is_kept, folder)):
+    begun = [folder] if resume else []
+    with interrupts_say(lambda: _what_is_kept(folder, begun=bool(begun))):
         try:
             state = load_state(folder) if resume else None
             job = assemble(
@@ -85,6 +85,7 @@ def run_recipe(
             if resume:
                 runs.keep_recipe(folder, recipe)
             folder.begun()
+            begun.append(folder)
             metrics = trainer.train()
         except BaseException:
             folder.withdraw()
@@ -97,10 +98,12 @@ def run_recipe(
     return folder, metrics
 
 
-def _what_is_kept(folder: RunFolder) -> str:
-    step = saved_step(folder)
+def _what_is_kept(folder: RunFolder, *, begun: bool) -> str:
+    step = saved_step(folder) if begun else None
     if step is None:
-        return "stopped; no step was saved yet, so there is nothing to go on from"
+        # what `overwrite` would have replaced is back when this is said
+        old = f"; {folder.path} is as it was" if not begun and folder.path.exists() else ""
+        return f"stopped; no step was saved yet, so there is nothing to go on from{old}"
     return (
         f"stopped; {folder.checkpoint} keeps step {step}; go on from it with the same command and "
         "`resume`"

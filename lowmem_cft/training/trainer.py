@@ -62,7 +62,8 @@ class Trainer:
         new_rate: the learning rate may be higher than the one that the checkpoint would go on with.
 
     Raises:
-        ValueError: the checkpoint is beyond the job's last step, or its learning rate would rise.
+        ValueError: the checkpoint is beyond the job's last step, it began with other rows, or its
+            learning rate would rise.
     """
 
     def __init__(
@@ -243,6 +244,7 @@ class Trainer:
             progress=self.progress,
             plan=self.plan,
             temperature={} if job.temperature is None else job.temperature.state_dict(),
+            rows_sha256=job.rows_sha256,
         )
         save_state(self.folder, state)
         self._saved_at = time.monotonic()
@@ -254,6 +256,7 @@ class Trainer:
                 f"`resume`: the run has done {state.step} steps, and the recipe wants "
                 f"{job.num_steps}; give train.steps={state.step} or more"
             )
+        self._check_rows(state)
         load_adapter_state(job.encoder.model, state.adapter)
         self._restore_rates(state, new_rate=new_rate)
         job.scaler.load_state_dict(state.scaler)
@@ -262,6 +265,18 @@ class Trainer:
         self.step_index = state.step
         truncate_log(self.folder, state.step)
         self.observer.say(f"going on after step {state.step}")
+
+    def _check_rows(self, state: TrainingState) -> None:
+        job = self.job
+        if not state.rows_sha256:
+            return  # a checkpoint of an older version
+        sources = zip(job.recipe.data.sources, state.rows_sha256, job.rows_sha256, strict=True)
+        changed = [source.path for source, then, now in sources if then != now]
+        if changed:
+            raise ValueError(
+                f"`resume`: {', '.join(changed)}: the rows are others than those that the run began "
+                "with; put the old ones back, or start a new run"
+            )
 
     def _restore_rates(self, state: TrainingState, *, new_rate: bool) -> None:
         """Restore the optimizer, and follow this recipe's schedule from the step reached."""

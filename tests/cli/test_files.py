@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lowmem_cft.cli.files import read_lines
 from lowmem_cft.inference import loading
 from running import Run
 
@@ -76,3 +77,8 @@ def test_blank_lines_are_kept_by_choice(command: Run, finished: Path, tmp_path: 
     vectors = np.load(tmp_path / "texts.txt.npy")
     assert vectors.shape[0] == 4
     assert np.isfinite(vectors).all()
+
+
+def test_a_folder_is_no_file_of_texts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a folder, wanted a file with a text a line"):
+        read_lines(tmp_path)

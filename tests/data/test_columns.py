@@ -184,3 +184,14 @@ def test_scored_pairs_are_not_trained_on_unasked(tmp_path: Path) -> None:
     assert "these are scored pairs" in error(path)
     rows, _ = read_training_rows(path, columns=["sentence1", "sentence2"], where={"score": 5})
     assert rows == [TrainRow("a", "b", ())]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_first_line_of_sentences_is_not_taken_for_names(suffix: str, tmp_path: Path) -> None:
+    rows = [["what is it like there", "a house"], ["who ran", "the cat"]]
+    path = write_rows(tmp_path / f"c{suffix}", rows[0], rows[1:])
+    message = error(path)
+    assert "its first line looks like a row" in message
+    assert "`columns: [1, 2]`" in message
+    read, _ = read_training_rows(path, columns=["1", "2"])
+    assert read == [TrainRow(*row) for row in rows]

@@ -32,12 +32,13 @@ def test_export_check_fails_loudly(
 def test_awkward_texts_are_what_they_are_for() -> None:
     tokenizer = tiny_tokenizer()
     text_format = TextFormat("the man is {text} in two", append_eos=False, max_tokens=3)
-    texts = awkward_texts(tokenizer, text_format)
+    texts = awkward_texts(tokenizer, text_format, 64)
     assert "" in texts
     assert "</s>" in texts
     assert any(len(tokenizer(text)["input_ids"]) > 3 for text in texts)
     bare = TextFormat("{text}", append_eos=False, max_tokens=3)
-    assert "" not in awkward_texts(tokenizer, bare), "nothing of it could be embedded"
+    assert "" not in awkward_texts(tokenizer, bare, 64), "nothing of it could be embedded"
+    assert "</s>" not in awkward_texts(tokenizer, text_format, 2), "it has no embedding"
 
 
 def test_the_check_says_what_it_compared(make_recipe: MakeRecipe) -> None:

@@ -14,7 +14,7 @@ from bidirectional import BIDIRECTIONAL
 from lowmem_cft.data.chunks import pad
 from lowmem_cft.data.tokens import TextFormat, tokenize
 from lowmem_cft.model.adapter import attach_adapter, target_modules, trainable_parameters
-from lowmem_cft.model.backbone import load_backbone
+from lowmem_cft.model.backbone import find_backbone, load_backbone
 from lowmem_cft.model.dropout import DropoutClock
 from lowmem_cft.model.encoder import Encoder
 from lowmem_cft.recipe.schema import LoraSection, ModelSection
@@ -96,3 +96,25 @@ def test_tiny_tokenizer_knows_its_words() -> None:
     """The other tests would compare unknown tokens with each other otherwise."""
     ids = tiny_tokenizer()(TEXTS)["input_ids"]
     assert 0 not in [i for row in ids for i in row]
+
+
+def test_attention_that_is_not_installed_is_refused_before_the_weights(
+    folders: dict[str, Path],
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"flash_attention_2, which needs .* model.attention: auto"
+    ):
+        load(folders["llama"], attention="flash_attention_2")
+
+
+def test_what_of_a_sentence_transformers_folder_is_not_taken_over(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["llama"], folder)
+    said: list[str] = []
+    find_backbone(ModelSection(id=str(folder)), said.append)
+    assert said == []
+    (folder / "modules.json").write_text("[]")
+    find_backbone(ModelSection(id=str(folder)), said.append)
+    assert "its pooling, prompts and further modules are not taken over" in said[0]

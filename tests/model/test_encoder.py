@@ -114,3 +114,21 @@ def test_another_normalisation_is_of_the_same_model(tiny_folder: Path) -> None:
     assert plain.model is encoder.model
     encoder.proven_prefix.set(12, 30)
     assert plain.proven_prefix.covers(12, 30), "what one has tried the other need not try"
+
+
+def test_attention_that_is_no_kernel_of_torchs_is_named(tiny_folder: Path) -> None:
+    """flex_attention does not run under a mode that looks at operations."""
+    section = ModelSection(
+        id=str(tiny_folder), dtype="fp32", quantization="none", attention="flex_attention"
+    )
+    backbone = load_backbone(section, torch.device("cpu"))
+    encoder = Encoder(backbone.model, pooling="mean", normalize=False)
+    plain = ModelSection(id=str(tiny_folder), dtype="fp32", quantization="none")
+    other = Encoder(
+        load_backbone(plain, torch.device("cpu")).model, pooling="mean", normalize=False
+    )
+    store = tokenize(backbone.tokenizer, TEXTS, FORMAT)
+    batch = pad(store, np.arange(len(TEXTS)), 3)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(batch), other(batch))
+    assert encoder.attention == ["flex_attention"]

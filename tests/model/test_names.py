@@ -60,3 +60,10 @@ def test_the_nearest_names_are_told() -> None:
         check_model_name("trained/mien")
     with pytest.raises(ValueError, match=r"^nix/a/b does not exist; nor does its folder nix/a$"):
         check_model_name("nix/a/b")
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="is a file, wanted a model's folder"):
+        check_model_name(str(file))

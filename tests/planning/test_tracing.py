@@ -129,3 +129,13 @@ def test_a_skeleton_has_all_shapes_and_no_data() -> None:
         ("meta", torch.bfloat16, False)
     }
     assert (config.vocab_size, config.hidden_size) in {tuple(p.shape) for p in parameters}
+
+
+def test_what_is_listed_for_each_layer_has_as_many_entries() -> None:
+    from transformers import SmolLM3Config
+
+    config = SmolLM3Config(num_hidden_layers=3, no_rope_layer_interval=2)
+    assert len(config.no_rope_layers) == 3
+    assert len(with_layers(config, 5).no_rope_layers) == 5
+    assert with_layers(config, 5).no_rope_layers[:3] == config.no_rope_layers
+    assert with_layers(config, 2).architectures == config.architectures

@@ -102,3 +102,14 @@ def test_minutes_without_a_checkpoint_are_few(
 
     start(make_recipe(train={"steps": 7}, eval={"sets": []}), Silent(four_minutes)).train()
     assert saved == [3, 6, 7]
+
+
+def test_a_run_that_was_to_be_replaced_is_not_said_to_be_this_one(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_recipe(train={"steps": 1}, eval={"sets": []}, output={"export": "none"})
+    folder, _ = run_recipe(made, Silent())
+    interrupt_at(monkeypatch, job, "load_backbone")
+    with pytest.raises(Interrupted, match=r"no step was saved yet.*; .*tiny is as it was"):
+        run_recipe(made, Silent(), overwrite=True)
+    assert folder.metrics.is_file()

@@ -19,7 +19,7 @@ from lowmem_cft.training.checkpoint import load_state
 from lowmem_cft.training.records import StepLine, read_lines
 from lowmem_cft_kernels import GTE, FalseNegatives, LearnedTemperature, LossOptions, info_nce
 from lowmem_cft_kernels.reference import reference_loss
-from running import MakeRecipe, Silent, start
+from running import MakeRecipe, Silent, sentences, start
 
 CPU = torch.device("cpu")
 
@@ -279,3 +279,24 @@ def test_memory_that_runs_out_costs_a_line_in_the_log_and_no_result(
     got = load_file(trainer.folder.adapter / "adapter_model.safetensors")
     for key, value in wanted.items():
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_other_rows_under_one_name_are_not_gone_on_with(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    source = {"data": {"sources": [{"path": str(rows)}]}, "eval": {"sets": []}}
+    texts = sentences(3, 33)
+    lines = [
+        json.dumps({"anchor": texts[i], "positive": texts[i + 1]}) + "\n" for i in range(0, 32, 2)
+    ]
+    rows.write_text("".join(lines))
+    trainer = start(make_recipe(train={"steps": 1}, **source))
+    trainer.train()
+    trainer.save()
+    longer = make_recipe(train={"steps": 2, "schedule": "constant"}, **source)
+    rows.write_text("".join([*lines[1:], lines[0]]))
+    with pytest.raises(ValueError, match=r"rows.jsonl: the rows are others than .* began with"):
+        start(longer, resume=True, new_rate=True)
+    rows.write_text("".join(lines))
+    assert start(longer, resume=True, new_rate=True).step_index == 1
