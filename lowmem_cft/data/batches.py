@@ -100,7 +100,7 @@ class Positives:
         """(M, 2 + K): keys whose texts are no negatives of each row's query.
 
         They are the row's positive, its anchor, and the anchor's other positives that are `among`
-        the candidates, of which K is the most that an anchor has.
+        the candidates.
         """
         place, positive = self.of_anchor.of(anchor_M)
         kept = np.isin(positive, among) & (positive != positive_M[place])
@@ -124,10 +124,14 @@ class Positives:
 
 
 def _as_matrix(place: Indices, value: Indices, *, filler_M: Indices) -> Indices:
-    """(M, K): each place's values in a row, K the most that one has; places are in order."""
+    """(M, K): each place's values in a row; places are in order.
+
+    K is the most that one has, rounded up to a power of two: a GPU's kernels are compiled for each K.
+    """
     count_M = np.bincount(place, minlength=len(filler_M))
     rank = np.arange(len(place)) - (count_M.cumsum() - count_M)[place]
-    value_MK = np.repeat(filler_M[:, None], count_M.max(initial=0), axis=1)
+    most = int(count_M.max(initial=0))
+    value_MK = np.repeat(filler_M[:, None], 1 << (most - 1).bit_length() if most else 0, axis=1)
     value_MK[place, rank] = value
     return value_MK
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from by_text import drawn_case
 from launches import recorded
+from lowmem_cft.data import batches
 from lowmem_cft.data.batches import NO_TEXT, RowOrder, RowTable, StepTexts, step_texts
 from lowmem_cft.gradient.embedding_cache import DTYPES
 from lowmem_cft.gradient.step import _info_nce, candidates_of
@@ -363,3 +364,14 @@ def test_the_loss_of_a_step_waits_for_no_gpu(
     assert report.loss.device == emb_SD.device
     assert sum(kernel.count for kernel in kernels.values()) >= 4
     assert not waits.found
+
+
+@pytest.mark.parametrize(("most", "width"), [(0, 0), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8)])
+def test_keys_come_in_few_widths(most: int, width: int) -> None:
+    """A GPU compiles the loss for each of them."""
+    filler_M = np.array([7, 8])
+    place, value = np.zeros(most, np.int64), np.arange(most)
+    key_MK = batches._as_matrix(place, value, filler_M=filler_M)
+    assert key_MK.shape == (2, width)
+    assert key_MK[0].tolist() == [*range(most), *[7] * (width - most)]
+    assert set(key_MK[1].tolist()) <= {8}
