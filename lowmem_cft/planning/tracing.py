@@ -371,6 +371,13 @@ def _readable_by_shapes(config: Any) -> Iterator[None]:
             f"({error.func}), so that their memory cannot be planned, nor can they be trained "
             "here; name a model of another family"
         ) from error
+    except RuntimeError as error:
+        if "TorchScript" not in str(error):
+            raise
+        raise ValueError(  # DeBERTa, before transformers 5.23
+            f"model.id: {config.model_type} models run as TorchScript in this transformers, so that "
+            "their memory cannot be planned; install a newer one, or name a model of another family"
+        ) from error
 
 
 _traced: dict[tuple[Any, ...], CostModel] = {}

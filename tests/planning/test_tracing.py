@@ -87,6 +87,12 @@ def test_masks_are_held_by_every_layer() -> None:
 
 
 def test_dropout_on_other_rows_than_tokens_is_refused() -> None:
+    from transformers.models.deberta_v2 import modeling_deberta_v2
+
+    if isinstance(modeling_deberta_v2.make_log_bucket_position, torch.jit.ScriptFunction):
+        with pytest.raises(ValueError, match=r"TorchScript in this transformers, .* a newer one"):
+            costs_of(BIDIRECTIONAL["deberta-v2"]())
+        return  # as before transformers 5.23
     with pytest.raises(ValueError, match=r"lora.dropout: got 0.1, .* set it to 0"):
         costs_of(BIDIRECTIONAL["deberta-v2"]())
     config = BIDIRECTIONAL["deberta-v2"]()
