@@ -34,7 +34,7 @@ def rehearse_export(
     An adapter that is not trained yet moves no embedding, so that an export without it would pass.
 
     Raises:
-        ValueError: the layout cannot express the recipe.
+        ValueError: the layout cannot express the recipe, or the base model's vectors are not finite.
         RuntimeError: the export does not embed as the model.
         OSError: it cannot be written.
     """
@@ -56,11 +56,19 @@ def _random_adapter(embedder: Embedder, kind: Kind) -> Iterator[None]:
         try:
             with embedder.encoder.model.disable_adapter():
                 base = _probe_vectors(embedder)
+            if not torch.isfinite(base).all():
+                dtype = machine.dtype_name(embedder.backbone.dtype)
+                raise ValueError(
+                    f"model.dtype: the base model's embeddings are not finite in {dtype}; take a wider "
+                    "one, such as model.dtype: fp32"
+                )
             std = 0.02
             while True:
                 _fill(parameters, std, embedder.backbone.dtype)
                 cosine = torch.nn.functional.cosine_similarity(base, _probe_vectors(embedder))
-                if float(cosine.min()) < MIN_COSINE[kind]:
+                if (
+                    not float(cosine.min()) >= MIN_COSINE[kind]
+                ):  # or not finite, which the check says
                     break
                 std *= 2
                 assert std < 10, "an adapter of random weights moves no embedding"

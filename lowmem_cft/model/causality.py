@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowmem_cft.machine import dtype_name
 from lowmem_cft.model.adapter import base_model
 from lowmem_cft.model.attention import chosen_backends, padded_texts, whole_texts
 
@@ -43,7 +44,7 @@ def needs_mask(model: Any) -> bool:
     """Whether tokens see those behind them, by trying it; the model is left in evaluation mode.
 
     Raises:
-        ValueError: they do, and a mask does not keep padding from them.
+        ValueError: they do, and a mask does not keep padding from them; or numbers are not finite.
     """
     model.eval()
     numbers = base_model(model).config.get_text_config().vocab_size
@@ -61,6 +62,12 @@ def needs_mask(model: Any) -> bool:
 
     text = (first, *[then] * (_TEXT - 1))
     alone_TH = run(*text)
+    if not alone_TH.isfinite().all():
+        dtype = dtype_name(model.dtype)
+        raise ValueError(
+            f"model.dtype: what {type(base_model(model)).__name__} computes is not finite in {dtype}; "
+            "take a wider one, such as model.dtype: fp32, or get its weights again"
+        )
     apart = _apart(alone_TH[:1], run(first, *[otherwise] * (_TEXT - 1))[:1])
     if apart <= _SAME.get(model.dtype, _SAME_16_BIT):
         return False

@@ -212,7 +212,7 @@ def use_cache_without_hub(
         get_hf_file_metadata(hf_hub_url(model_id, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError):
         return  # an answer, which whoever asks next will get as well
-    except Exception:
+    except Exception:  # what its HTTP library raises has no class of huggingface_hub's
         say("the hub cannot be reached: looking in its cache only")
         constants.HF_HUB_OFFLINE = True
 

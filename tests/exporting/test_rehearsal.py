@@ -59,6 +59,13 @@ def test_an_export_without_the_adapter_is_noticed(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_base_that_is_not_finite_is_said(embedder: Embedder, tmp_path: Path) -> None:
+    table = embedder.encoder.model.get_base_model().get_input_embeddings()
+    table.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="embeddings are not finite in float32; take a wider one"):
+        rehearsal.rehearse_export(embedder, tmp_path / "model", "adapter", Silent())
+
+
 def test_a_finished_run_that_is_resumed_is_not_tried_again(make_recipe: MakeRecipe) -> None:
     made = make_recipe(train={"steps": 1}, eval={"sets": []})
     said = []

@@ -64,3 +64,12 @@ def test_trying_draws_nothing_and_leaves_the_clock_alone(family: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert encoder.clock.token_key_L is key_L
     assert not any(module.training for module in encoder.model.modules())
+
+
+def test_numbers_that_are_not_finite_are_said() -> None:
+    model = build(tiny_config("llama"), torch.float32)
+    model.get_input_embeddings().weight.data.fill_(torch.inf)
+    with pytest.raises(
+        ValueError, match=r"model.dtype: what LlamaModel computes is not finite in fl"
+    ):
+        needs_mask(model)
